@@ -1,0 +1,62 @@
+# make setup   .venv with everything pinned in requirements/cpu.lock, and the test model in the user's cache
+# make demo    a real model with a compressed cache, on this CPU
+# make test    lint, types and all tests: what CI runs
+# make lint    ruff and mypy only
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := setup
+.PHONY: setup venv model demo test lint
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+# Everything that decides what is installed.
+INPUTS := requirements/cpu.lock pyproject.toml $(wildcard setup.py)
+
+# Nothing here may reach for a hub, nor vLLM report its use.
+demo test model: export HF_HUB_OFFLINE := 1
+demo test: export VLLM_NO_USAGE_STATS := 1
+
+setup: venv model
+
+# .venv/.setup-key holds the version of Python and the hash of the inputs that were installed; it is written last.
+# .venv/.setup-running is there while an installation runs: found at the start, that one was interrupted, and pip
+# does not see a half-written package, so we begin again from nothing.
+venv:
+	@version=$$("$(PYTHON)" --version 2>/dev/null) || { echo "setup: no python3.11 or python3 found" >&2; exit 1; }
+	"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+	    echo "setup: needs Python 3.11 or newer, found $$version; name one: make setup PYTHON=/path/to/python3.11" >&2
+	    exit 1
+	}
+	key="$$version $$(cat $(INPUTS) | sha256sum | cut -d' ' -f1)"
+	if [ -e .venv/.setup-running ] || [ "$$($(BIN)/python --version 2>/dev/null || true)" != "$$version" ]; then
+	    rm -rf $(BIN) # first, so that an interrupted removal is noticed next time
+	    rm -rf .venv
+	elif [ "$$(cat .venv/.setup-key 2>/dev/null || true)" = "$$key" ] && [ -x $(BIN)/paged-kv ]; then
+	    exit 0
+	fi
+	echo "setup: installing requirements/cpu.lock (several minutes the first time)"
+	mkdir -p .venv
+	touch .venv/.setup-running
+	rm -f .venv/.setup-key
+	[ -x $(BIN)/python ] || "$(PYTHON)" -m venv .venv
+	export PIP_DISABLE_PIP_VERSION_CHECK=1
+	$(BIN)/python -m pip install -qq --no-deps -r requirements/cpu.lock
+	$(BIN)/python -m pip install -qq --no-deps --no-build-isolation -e .
+	echo "$$key" > .venv/.setup-key
+	rm .venv/.setup-running
+
+model: venv
+	@$(BIN)/paged-kv model smollm2
+
+demo: setup
+	@$(BIN)/paged-kv demo
+
+lint: venv
+	@$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+test: setup lint
+	@$(BIN)/python -m pytest

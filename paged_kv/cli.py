@@ -1,0 +1,99 @@
+"""The console script `paged-kv`: picks the subcommand, turns user mistakes into one line.
+
+A subcommand is a module with `add_arguments(parser)` and `main(args)`, imported only when it is
+asked for: `paged-kv policies` must not wait for torch, nor `paged-kv model` for vLLM.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from paged_kv import __version__
+
+
+class Command(NamedTuple):
+    help: str
+    configure: Callable[[argparse.ArgumentParser], None]  # adds the arguments and sets `run`
+    extra: str = ""  # what to install when an import fails
+
+
+def print_policies(args: argparse.Namespace) -> None:
+    from paged_kv.registry import available
+
+    policies = available()
+    width = max(map(len, policies), default=0)
+    for name, description in policies.items():
+        print(f"{name:{width}}  {description}")
+
+
+def configure_policies(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=print_policies)
+
+
+def from_module(path: str) -> Callable[[argparse.ArgumentParser], None]:
+    """The `configure` of a subcommand that lives in the module `path`."""
+
+    def configure(parser: argparse.ArgumentParser) -> None:
+        module = importlib.import_module(path)
+        module.add_arguments(parser)
+        parser.set_defaults(run=module.main)
+
+    return configure
+
+
+COMMANDS = {
+    "policies": Command("list the compression policies", configure_policies),
+    "model": Command(
+        "print a model's directory, making or fetching it first",
+        from_module("paged_kv.models"),
+        "model",
+    ),
+    "demo": Command(
+        "compress a real model's cache and show what it saves",
+        from_module("paged_kv.bench.demo"),
+        "vllm-cpu,bench",
+    ),
+}
+
+
+def build_parser(chosen: str | None) -> argparse.ArgumentParser:
+    """The parser; only the chosen subcommand gets its arguments, for they come from its module."""
+    parser = argparse.ArgumentParser(prog="paged-kv", description="KV-cache compression for vLLM.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=command.help, description=command.help)
+        if name == chosen:
+            command.configure(subparser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    chosen = argv[0] if argv and argv[0] in COMMANDS else None
+    try:
+        args = build_parser(chosen).parse_args(argv)
+        return args.run(args) or 0
+    except ValueError as error:
+        return fail(str(error))
+    except ModuleNotFoundError as error:
+        # Ours missing is a broken install and deserves its traceback; the rest are extras.
+        if chosen is None or error.name is None or error.name.split(".")[0] == "paged_kv":
+            raise
+        extra = COMMANDS[chosen].extra
+        return fail(
+            f"{chosen} needs {error.name}, which is not installed: pip install 'paged-kv[{extra}]'"
+        )
+    except KeyboardInterrupt:
+        return 130  # what a shell reports for SIGINT
+
+
+def fail(message: str) -> int:
+    print(f"paged-kv: error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

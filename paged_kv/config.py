@@ -1,0 +1,175 @@
+"""CompressionConfig: what the user asked for, validated. The only place that knows the defaults."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from fractions import Fraction
+from typing import Any
+
+from paged_kv import registry
+
+DEFAULT_PAGE_SIZE = 32
+DEFAULT_BUDGET = 1024
+
+
+@dataclass(frozen=True)
+class CompressionConfig:
+    """One flat set of options; the same names on the command line, in a dict and in JSON.
+
+    Args:
+        policy: ``full``, or ``[pyramidal+]NAME``: an optional budget shape and what picks the survivors.
+        budget: entries kept per sequence and layer (int; the mean over layers under a pyramid), or
+            the fraction of the processed tokens that is kept (Fraction).
+        num_sink_tokens: first entries of a sequence, never dropped.
+        recent_window: newest entries, never dropped.
+        pyramid_beta: budget of the first layer over that of a layer past the last one.
+        min_budget: least entries kept when budget is a fraction.
+        compress_prefill: evict between the chunks of a prompt too, not only from its end on.
+        skip_layers: indices of layers that keep everything.
+        tiers: distinct budgets that a pyramid is quantized into.
+        max_groups: KV cache groups allowed; each costs scheduling time.
+        options: what the policy itself declares.
+    """
+
+    policy: str = "full"
+    budget: int | Fraction = DEFAULT_BUDGET
+    num_sink_tokens: int = 4
+    recent_window: int = 32
+    pyramid_beta: float = 2.0
+    min_budget: int = 128
+    compress_prefill: bool = False
+    skip_layers: tuple[int, ...] = ()
+    tiers: int = 3
+    max_groups: int = 8
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is compressed at all."""
+        return self.policy != "full"
+
+    @property
+    def is_pyramid(self) -> bool:
+        """Whether layers get different budgets."""
+        return registry.split(self.policy)[0] == registry.PYRAMIDAL
+
+    @property
+    def selector(self) -> str:
+        """The policy that picks the survivors."""
+        return registry.split(self.policy)[1]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CompressionConfig:
+        """Reads and validates the flat dict of ``additional_config["paged_kv"]``.
+
+        Raises:
+            ValueError: an unknown key, or a value out of range; names the option, the value and what
+                is allowed.
+        """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"paged_kv must be a dict of options, not {values!r}")
+        policy = values.get("policy", "full")
+        registry.check(policy)
+        declared = registry.load(registry.split(policy)[1]).options if policy != "full" else {}
+        own = {f.name for f in fields(cls)} - {"options"}
+        unknown = sorted(set(values) - own - set(declared))
+        if unknown:
+            known = ", ".join(sorted(own | set(declared)))
+            raise ValueError(f"unknown paged_kv option {', '.join(unknown)}; known are: {known}")
+        settings = {key: _READERS[key](key, values[key]) for key in own if key in values}
+        options = {key: values.get(key, default) for key, default in declared.items()}
+        return cls(**settings, options=options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The flat dict again, in values that JSON can carry."""
+        result: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        result.update(result.pop("options"))
+        result["skip_layers"] = list(self.skip_layers)
+        if isinstance(self.budget, Fraction):
+            result["budget"] = str(float(self.budget))
+        return result
+
+    def check_page_size(self, page_size: int) -> None:
+        """Refuses budgets that leave no page to evict. Raises ValueError."""
+        needed = self.num_sink_tokens + self.recent_window + page_size
+        name = "budget" if isinstance(self.budget, int) else "min_budget"
+        value = self.budget if isinstance(self.budget, int) else self.min_budget
+        if value < needed:
+            raise ValueError(
+                f"{name} {value} is too small: it must be at least {needed} (num_sink_tokens "
+                f"{self.num_sink_tokens} + recent_window {self.recent_window} + one page of {page_size})"
+            )
+
+
+def parse_budget(name: str, value: Any) -> int | Fraction:
+    """An int >= 1, or a number with a point in (0, 1) as an exact fraction. Raises ValueError."""
+    allowed = f"{name} must be an integer >= 1 or a number with a point between 0 and 1"
+    if isinstance(value, Fraction):
+        value = float(value)
+    text = str(value).strip()
+    try:
+        budget: int | Fraction = int(text) if text.lstrip("+-").isdigit() else Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"{allowed}, not {value!r}") from None
+    in_range = budget >= 1 if isinstance(budget, int) else 0 < budget < 1
+    if not in_range or isinstance(value, bool) or "/" in text:
+        raise ValueError(f"{allowed}, not {value!r}")
+    return budget
+
+
+def parse_json(text: str) -> dict[str, Any]:
+    """The object in --kv-policy-config. Raises ValueError."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"kv-policy-config is not JSON: {error} in {text!r}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"kv-policy-config must be a JSON object, not {text!r}")
+    return values
+
+
+def _integer(least: int) -> Any:
+    def read(name: str, value: Any) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} must be an integer >= {least}, not {value!r}")
+        return value
+
+    return read
+
+
+def _bool(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, not {value!r}")
+    return value
+
+
+def _beta(name: str, value: Any) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 1 <= value < 1e6:
+        raise ValueError(f"{name} must be a number >= 1, not {value!r}")
+    return float(value)
+
+
+def _layers(name: str, value: Any) -> tuple[int, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{name} must be a list of layer indices, not {value!r}")
+    return tuple(sorted({_integer(0)(name, index) for index in value}))
+
+
+def _policy(name: str, value: Any) -> str:
+    return str(value)
+
+
+_READERS: dict[str, Any] = {
+    "policy": _policy,
+    "budget": parse_budget,
+    "num_sink_tokens": _integer(0),
+    "recent_window": _integer(0),
+    "pyramid_beta": _beta,
+    "min_budget": _integer(1),
+    "compress_prefill": _bool,
+    "skip_layers": _layers,
+    "tiers": _integer(1),
+    "max_groups": _integer(1),
+}

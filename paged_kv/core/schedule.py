@@ -1,0 +1,76 @@
+"""The schedule: how many entries a sequence has dropped after n tokens. Scheduler and worker both evaluate it.
+
+The scheduler owns *how many* pages a request holds, the worker *which* entries survive. They agree
+without talking because both compute the same pure function of integers:
+
+    token slots  0          evicted                n
+                 |  freed   | survivors and newest |  (not yet computed)
+                            <----- retained ------->      budget <= retained < budget + page_size
+
+Floats would not do: 0.6 * 400 rounds differently in float32 and float64, and a worker that is one
+page behind the scheduler reads a page that already belongs to somebody else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+def _larger(a: Any, b: Any) -> Any:
+    """max(a, b) for ints and, elementwise, for integer arrays."""
+    return a + (b - a) * (b > a)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How many entries one layer of a sequence keeps.
+
+    The budget after n tokens is ``max(minimum, ceil(n * numerator / denominator))``: a constant
+    budget has numerator 0. All methods take ints or integer numpy arrays.
+
+    Args:
+        page_size: entries per page; whole pages are evicted.
+        minimum: entries that are always kept.
+        numerator: with denominator, the fraction of the processed tokens that is kept.
+        denominator: see numerator.
+        compress_prefill: evict between the chunks of a prompt too, not only from its end on.
+    """
+
+    page_size: int
+    minimum: int
+    numerator: int = 0
+    denominator: int = 1
+    compress_prefill: bool = False
+
+    def budget(self, num_tokens: Any) -> Any:
+        """Entries to keep after num_tokens tokens."""
+        return _larger(self.minimum, -(-self.numerator * num_tokens // self.denominator))
+
+    def evicted(self, num_tokens: Any, prompt_len: Any) -> Any:
+        """Entries dropped once num_tokens tokens are processed: a multiple of page_size.
+
+        Never falls as num_tokens grows, for a fixed prompt_len: the budget grows by at most one
+        per token.
+        """
+        surplus = (num_tokens - self.budget(num_tokens)) // self.page_size * self.page_size
+        started = True if self.compress_prefill else num_tokens >= prompt_len
+        return surplus * (surplus > 0) * started
+
+    def first_evicted(self, prompt_len: int) -> int:
+        """The least that the first eviction of a sequence can drop."""
+        return max(self.evicted(prompt_len, prompt_len), self.page_size)
+
+    def max_retained(self, num_tokens: int, prompt_len: int, chunk: int) -> int:
+        """Most entries held at once on the way to num_tokens, in steps of at most chunk tokens.
+
+        Without compress_prefill a prompt is held whole, however it is chunked.
+        """
+        after_prompt = self.budget(num_tokens) + self.page_size - 1 + chunk
+        needed = after_prompt if self.compress_prefill else max(prompt_len, after_prompt)
+        return int(min(num_tokens, needed))

@@ -1,0 +1,1 @@
+"""Operations on pages. `reference` (torch) is the ground truth for every other implementation."""

@@ -1,0 +1,43 @@
+"""Refuses requests that could never run, where their sender can be told: in vLLM's front end."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine.input_processor import InputProcessor
+
+from paged_kv.vllm import limits
+
+_MARK = "_paged_kv_wrapped"
+
+
+def install() -> None:
+    """Wraps InputProcessor.process_inputs; engines without a policy pass through. Idempotent."""
+    if getattr(InputProcessor, _MARK, False):
+        return
+    setattr(InputProcessor, _MARK, True)
+    process_inputs: Any = InputProcessor.process_inputs
+
+    @functools.wraps(process_inputs)
+    def checked(self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
+        request = process_inputs(self, *args, **kwargs)
+        if limits.PLAN_KEY in (self.vllm_config.additional_config or {}):
+            _check(self.vllm_config, request)
+        return request
+
+    InputProcessor.process_inputs = checked  # type: ignore[method-assign]
+
+
+def _check(vllm_config: Any, request: Any) -> None:
+    num_pages = vllm_config.cache_config.num_gpu_blocks  # of all engines, under data parallelism
+    engines = max(1, vllm_config.parallel_config.data_parallel_size)
+    try:
+        limits.check_resumable(request.resumable)
+        if num_pages:
+            prompt = request.prompt_token_ids
+            num_tokens = len(prompt if prompt is not None else request.prompt_embeds)
+            limits.check_prompt(vllm_config, num_tokens, num_pages // engines)
+    except ValueError as error:
+        raise VLLMValidationError(str(error)) from None

@@ -1,0 +1,47 @@
+"""What fits: the longest prompt that can be admitted, and the decode capacity of the pool."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from paged_kv.core.schedule import cdiv
+from paged_kv.vllm.plan import Plan
+
+PLAN_KEY = "paged_kv_plan"
+
+
+def get_plan(vllm_config: Any) -> Plan:
+    """The plan that options.apply left in the config."""
+    return Plan.from_json(vllm_config.additional_config[PLAN_KEY])
+
+
+def max_prompt_len(vllm_config: Any, num_pages: int) -> int | None:
+    """Longest prompt that num_pages pages (vLLM's null page included) can hold; None: any.
+
+    A prompt is held whole until its end, in every group of compressed layers at once; the other groups
+    are taken at their most.
+    """
+    plan = get_plan(vllm_config)
+    if plan.compress_prefill:
+        return None
+    max_len = vllm_config.model_config.max_model_len
+    others = plan.num_other_groups * cdiv(max_len, plan.page_size)
+    limit = max(0, num_pages - 1 - others) // plan.num_groups * plan.page_size
+    return limit if limit < max_len else None
+
+
+def check_prompt(vllm_config: Any, prompt_len: int, num_pages: int) -> None:
+    """Raises ValueError for a prompt that would wait for pages for ever."""
+    limit = max_prompt_len(vllm_config, num_pages)
+    if limit is not None and prompt_len > limit:
+        raise ValueError(
+            f"the prompt has {prompt_len} tokens, but the KV cache holds prompts of at most {limit} "
+            f"({num_pages - 1} pages): a prompt is kept whole until its end. Set compress_prefill to true in "
+            "kv-policy-config, or give the KV cache more memory"
+        )
+
+
+def check_resumable(resumable: bool) -> None:
+    """Raises ValueError for a streaming-input request: its prompt length, hence its schedule, grows."""
+    if resumable:
+        raise ValueError("streaming-input (resumable) requests do not work with a kv-policy")

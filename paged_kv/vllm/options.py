@@ -1,0 +1,116 @@
+"""--kv-policy, --kv-budget, --kv-policy-config: from the command line or additional_config into a VllmConfig.
+
+A user's mistake is a ValueError before any process starts; on the command line, one line and exit
+code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from paged_kv import registry
+from paged_kv.config import DEFAULT_BUDGET, DEFAULT_PAGE_SIZE, CompressionConfig, parse_json
+from paged_kv.vllm import support
+from paged_kv.vllm.limits import PLAN_KEY
+
+CONFIG_KEY = "paged_kv"
+_FROM_COMMAND_LINE = "_paged_kv_from_command_line"
+
+
+def add_cli_args(parser: Any) -> Any:
+    """Adds our group to the parser of `vllm serve` and `vllm bench`."""
+    group = parser.add_argument_group(
+        title="paged_kv", description="KV-cache compression: fewer pages per sequence."
+    )
+    group.add_argument(
+        "--kv-policy",
+        metavar="NAME[+NAME]",
+        help=f"What is kept of the KV cache: {', '.join(registry.available())}, or "
+        f"{registry.PYRAMIDAL}+NAME. Default: {registry.FULL}.",
+    )
+    group.add_argument(
+        "--kv-budget",
+        metavar="N|F",
+        help="Entries kept per sequence and layer (an integer; the mean over layers under a pyramid), or the "
+        f"fraction of the processed tokens that is kept (a number with a point, below 1). Default: {DEFAULT_BUDGET}.",
+    )
+    group.add_argument(
+        "--kv-policy-config",
+        metavar="JSON",
+        help="More options: num_sink_tokens, recent_window, pyramid_beta, min_budget, compress_prefill, skip_layers, "
+        "tiers, max_groups and what the policy declares.",
+    )
+    return parser
+
+
+def from_cli_args(engine_args: Any, args: argparse.Namespace) -> None:
+    """Puts our options into engine_args.additional_config, validated."""
+    policy, budget = getattr(args, "kv_policy", None), getattr(args, "kv_budget", None)
+    more = getattr(args, "kv_policy_config", None)
+    setattr(engine_args, _FROM_COMMAND_LINE, True)
+    if policy is None and budget is None and more is None:
+        return
+    with _errors_of(engine_args):
+        if policy is None:
+            raise ValueError("kv-budget and kv-policy-config need a kv-policy")
+        settings = parse_json(more) if more else {}
+        settings |= {"policy": policy} | ({"budget": budget} if budget is not None else {})
+        additional = dict(engine_args.additional_config or {})
+        if CONFIG_KEY in additional:
+            raise ValueError("give either kv-policy or additional-config's paged_kv, not both")
+        additional[CONFIG_KEY] = CompressionConfig.from_dict(settings).to_dict()
+        engine_args.additional_config = additional
+
+
+def before_engine_config(engine_args: Any) -> CompressionConfig:
+    """Validates our options and sets vLLM's page size, before vLLM looks at the model."""
+    with _errors_of(engine_args):
+        settings = (engine_args.additional_config or {}).get(CONFIG_KEY, {})
+        config = CompressionConfig.from_dict(settings)
+        if config.enabled:
+            support.check_model_directory(engine_args.model)
+            if engine_args.block_size is None:
+                engine_args.block_size = DEFAULT_PAGE_SIZE
+        return config
+
+
+def after_engine_config(engine_args: Any, vllm_config: Any, config: CompressionConfig) -> None:
+    """Checks what vLLM made of it and has our worker and scheduler used."""
+    if not config.enabled:
+        return
+    with _errors_of(engine_args):
+        plan = support.check(vllm_config, config)
+    additional = dict(vllm_config.additional_config)
+    additional[CONFIG_KEY] = config.to_dict()
+    additional[PLAN_KEY] = plan.to_json()
+    json.dumps(additional)  # vLLM hashes it
+    vllm_config.additional_config = additional
+    _install(vllm_config)
+
+
+def _install(vllm_config: Any) -> None:
+    from paged_kv.vllm import intake
+    from paged_kv.vllm.worker import WORKERS
+
+    parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
+    parallel.worker_cls = f"paged_kv.vllm.worker.{WORKERS[parallel.worker_cls]}"
+    name = "PagedAsyncScheduler" if scheduler.async_scheduling else "PagedScheduler"
+    scheduler.scheduler_cls = f"paged_kv.vllm.scheduler.{name}"
+    intake.install()
+
+
+@contextmanager
+def _errors_of(engine_args: Any) -> Iterator[None]:
+    """ValueErrors as they are in Python; on the command line as argparse would show them."""
+    try:
+        yield
+    except ValueError as error:
+        if not getattr(engine_args, _FROM_COMMAND_LINE, False):
+            raise
+        print(f"vllm: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

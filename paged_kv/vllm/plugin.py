@@ -1,0 +1,53 @@
+"""vLLM's entry point: adds the options. Nothing else of vLLM is replaced until a policy is asked for.
+
+vLLM calls register() in every process before any config exists. vLLM has no hook for options, so
+three functions of EngineArgs are wrapped, unless vLLM carries our source patch (see patches/),
+which has the hook.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+_MARK = "_paged_kv_wrapped"
+
+
+def register() -> None:
+    """Adds the options to vLLM. Idempotent."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from paged_kv.vllm import compat, options
+
+    compat.check_version()
+    if hasattr(EngineArgs, "plugins"):  # patched vLLM
+        if options not in EngineArgs.plugins:
+            EngineArgs.plugins.append(options)
+        return
+    if getattr(EngineArgs, _MARK, False):
+        return
+    setattr(EngineArgs, _MARK, True)
+    add_cli_args: Any = EngineArgs.add_cli_args
+    from_cli_args: Any = EngineArgs.from_cli_args.__func__  # type: ignore[attr-defined]
+    create_engine_config: Any = EngineArgs.create_engine_config
+
+    @functools.wraps(add_cli_args)
+    def wrapped_add_cli_args(parser: Any) -> Any:
+        return options.add_cli_args(add_cli_args(parser))
+
+    @functools.wraps(from_cli_args)
+    def wrapped_from_cli_args(cls: type[EngineArgs], args: Any) -> EngineArgs:
+        engine_args: EngineArgs = from_cli_args(cls, args)
+        options.from_cli_args(engine_args, args)
+        return engine_args
+
+    @functools.wraps(create_engine_config)
+    def wrapped_create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
+        config = options.before_engine_config(self)
+        vllm_config = create_engine_config(self, *args, **kwargs)
+        options.after_engine_config(self, vllm_config, config)
+        return vllm_config
+
+    EngineArgs.add_cli_args = staticmethod(wrapped_add_cli_args)  # type: ignore[method-assign]
+    EngineArgs.from_cli_args = classmethod(wrapped_from_cli_args)  # type: ignore[method-assign,assignment]
+    EngineArgs.create_engine_config = wrapped_create_engine_config  # type: ignore[method-assign]

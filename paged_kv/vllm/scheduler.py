@@ -1,0 +1,137 @@
+"""vLLM's schedulers, told of prompt lengths: what the page managers need to follow the schedule.
+
+Two things would go wrong without. A preempted request comes back with its output, and admission
+would reserve pages for all of it, possibly more than the pool has. And its recomputation would run
+past the prompt in one chunk, which needs those pages at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+
+from paged_kv.core.schedule import cdiv
+from paged_kv.vllm import limits
+from paged_kv.vllm.manager import PagedManager
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class _PagedMixin(Scheduler):
+    """Overrides shared by the synchronous and the asynchronous scheduler."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        self.paged_managers = [m for m in managers if isinstance(m, PagedManager)]
+        self._num_other_pages = sum(
+            cdiv(
+                m.kv_cache_spec.max_memory_usage_bytes(self.vllm_config),
+                m.kv_cache_spec.page_size_bytes,
+            )
+            for m in managers
+            if not isinstance(m, PagedManager)
+        )
+        assert not self.need_mamba_block_aligned_split, "Mamba hybrids are refused at start-up"
+        # vLLM's one hook where a chunk's length can be cut before pages are allocated for it.
+        self.need_mamba_block_aligned_split = True
+        self._resume_chunk = self._max_resume_chunk()
+        batches = self.vllm_config.max_concurrent_batches
+        for manager in self.paged_managers:
+            compress = manager.schedule.compress_prefill
+            in_flight = self.vllm_config.max_in_flight_tokens
+            manager.max_chunk = in_flight if compress else self._resume_chunk * batches
+        self._log_capacity()
+
+    def add_request(self, request: Request) -> None:
+        """Registers the request with the managers.
+
+        Raises:
+            ValueError: it can never run (limits.check_prompt); the front end has checked before.
+        """
+        limits.check_resumable(request.resumable)
+        num_pages = self.kv_cache_config.num_blocks
+        limits.check_prompt(self.vllm_config, request.num_prompt_tokens, num_pages)
+        max_len = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+        for manager in self.paged_managers:
+            manager.begin(request.request_id, request.num_prompt_tokens, max_len)
+        super().add_request(request)
+
+    def _free_blocks(self, request: Request) -> None:
+        super()._free_blocks(request)
+        for manager in self.paged_managers:
+            manager.end(request.request_id)
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> Any:
+        blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        while num_tokens > (limit := self._usable_hit(request, blocks)):
+            found, num_tokens, _ = self.kv_cache_manager.coordinator.find_longest_cache_hit(
+                request.block_hashes, limit
+            )
+            blocks = self.kv_cache_manager.create_kv_cache_blocks(found)
+            boundary = 0
+        return blocks, num_tokens, boundary, diverged
+
+    def _usable_hit(self, request: Request, blocks: Any) -> int:
+        return min(
+            manager.usable_hit(request.request_id, blocks.blocks[manager.kv_cache_group_id])
+            for manager in self.paged_managers
+        )
+
+    def _mamba_block_aligned_split(
+        self,
+        request: Request,
+        num_new_tokens: int,
+        num_new_local_computed_tokens: int = 0,
+        num_external_computed_tokens: int = 0,
+    ) -> int:
+        """Ends a chunk at the end of the prompt, and cuts what a resumed request recomputes after it."""
+        hits = num_new_local_computed_tokens + num_external_computed_tokens
+        start = request.num_computed_tokens + hits
+        left = request.num_prompt_tokens - start
+        return min(num_new_tokens, left if left > 0 else self._resume_chunk)
+
+    def _pages_per_sequence(self) -> int:
+        """Pages of a sequence of max_model_len between two compactions, in all groups."""
+        return self._num_other_pages + sum(
+            cdiv(
+                min(m.schedule.budget(self.max_model_len) + m.block_size, self.max_model_len),
+                m.block_size,
+            )
+            for m in self.paged_managers
+        )
+
+    def _max_resume_chunk(self) -> int:
+        """Tokens past the prompt that a step may recompute: about a budget, or what the pool can hold."""
+        budget = max(m.schedule.budget(self.max_model_len) for m in self.paged_managers)
+        page_size = self.paged_managers[0].block_size
+        spare = self.kv_cache_config.num_blocks - 1 - self._pages_per_sequence()
+        # Two pages of slack per group: entries begin and end anywhere in a page.
+        pages = spare // len(self.paged_managers) - 2
+        batches = self.vllm_config.max_concurrent_batches
+        return max(1, min(budget, pages * page_size // batches))
+
+    def _log_capacity(self) -> None:
+        pages = self._pages_per_sequence()
+        sequences = (self.kv_cache_config.num_blocks - 1) / pages
+        longest = limits.max_prompt_len(self.vllm_config, self.kv_cache_config.num_blocks)
+        logger.info(
+            "paged_kv decode capacity: %.2f sequences of %s tokens once their prompts are done (%d pages "
+            "each); longest prompt: %s",
+            sequences,
+            f"{self.max_model_len:,}",
+            pages,
+            "any" if longest is None else f"{longest:,} tokens",
+        )
+
+
+class PagedScheduler(_PagedMixin):
+    """The synchronous scheduler."""
+
+
+class PagedAsyncScheduler(_PagedMixin, AsyncScheduler):
+    """The asynchronous scheduler: pages are freed when the step that emptied them is processed."""

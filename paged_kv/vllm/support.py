@@ -1,0 +1,115 @@
+"""What works under a policy and what is refused: the checks before any process starts.
+
+Fail closed: what was not thought through is refused by name, never silently wrong.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vllm.logger import init_logger
+
+from paged_kv.config import CompressionConfig
+from paged_kv.vllm.plan import Plan, make_plan
+from paged_kv.vllm.worker import WORKERS
+
+logger = init_logger(f"vllm.{__name__}")
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
+
+
+def check_model_directory(model: str) -> None:
+    """Raises ValueError for a directory that holds no weights."""
+    path = Path(model)
+    if not path.is_dir():
+        return
+    if not any(match for pattern in _WEIGHTS for match in path.glob(pattern)):
+        raise ValueError(f"model directory {model} holds no weights ({', '.join(_WEIGHTS)})")
+
+
+def check(vllm_config: Any, config: CompressionConfig) -> Plan:
+    """Refuses unsupported models and features; returns the plan for the others. Logs it.
+
+    Raises:
+        ValueError: names what is unsupported.
+    """
+    _check_model(vllm_config.model_config)
+    _check_features(vllm_config)
+    hf_config = vllm_config.model_config.hf_text_config
+    num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+    full_layers = _full_attention_layers(hf_config, num_layers)
+    if not full_layers:
+        raise _unsupported("a model without full-attention layers (all have a sliding window)")
+    if len(full_layers) < num_layers:
+        logger.info("paged_kv leaves the layers that have no full attention as they are")
+    plan = make_plan(config, vllm_config.cache_config.block_size, num_layers, full_layers)
+    logger.info("paged_kv %s keeps: %s", config.policy, plan.describe())
+    return plan
+
+
+def _unsupported(what: str) -> ValueError:
+    return ValueError(f"kv-policy does not support {what}")
+
+
+def _check_model(model_config: Any) -> None:
+    refused = {
+        "a pooling model": model_config.runner_type == "pooling",
+        "multi-head latent attention (MLA)": model_config.use_mla,
+        "a model without attention": model_config.is_attention_free,
+        "a model with Mamba or linear-attention layers": model_config.is_hybrid,
+        "an encoder-decoder model": model_config.is_encoder_decoder,
+        "a diffusion model": model_config.is_diffusion,
+        "bidirectional multimodal prefixes": model_config.is_mm_prefix_lm,
+        "reference sliding-window attention": getattr(model_config, "rswa_window", None)
+        is not None,
+    }
+    _refuse(refused)
+    text = model_config.hf_text_config
+    _refuse(
+        {
+            "layers that share their KV cache": bool(getattr(text, "num_kv_shared_layers", 0)),
+            "ALiBi position biases": bool(getattr(text, "alibi", False))
+            or getattr(text, "position_embedding_type", None) == "alibi"
+            or text.model_type in ("bloom", "mpt"),
+            "chunked local attention": bool(getattr(text, "attention_chunk_size", None)),
+        }
+    )
+
+
+def _check_features(vllm_config: Any) -> None:
+    parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
+    cache = vllm_config.cache_config
+    _refuse(
+        {
+            "speculative decoding": vllm_config.speculative_config is not None,
+            "decode context parallelism": parallel.decode_context_parallel_size > 1,
+            "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
+            "dual-batch overlap": parallel.enable_dbo or parallel.use_ubatching,
+            "KV connectors": vllm_config.kv_transfer_config is not None,
+            "--kv-sharing-fast-prefill": cache.kv_sharing_fast_prefill,
+            "--disable-hybrid-kv-cache-manager": bool(scheduler.disable_hybrid_kv_cache_manager),
+            f"the scheduler class {scheduler.scheduler_cls}": scheduler.scheduler_cls is not None,
+            f"the worker class {parallel.worker_cls}": parallel.worker_cls not in WORKERS,
+            "HiSparse": vllm_config.attention_config.hisparse_config is not None,
+        }
+    )
+    shards = parallel.tensor_parallel_size
+    kv_heads = vllm_config.model_config.get_total_num_kv_heads()
+    _refuse({f"more ranks ({shards}) than KV heads ({kv_heads})": shards > kv_heads})
+
+
+def _refuse(refused: dict[str, bool]) -> None:
+    for what, present in refused.items():
+        if present:
+            raise _unsupported(what)
+
+
+def _full_attention_layers(hf_config: Any, num_layers: int) -> list[int]:
+    types = getattr(hf_config, "layer_types", None)
+    if types is not None:
+        return [layer for layer in range(num_layers) if types[layer] == "full_attention"]
+    window = getattr(hf_config, "sliding_window", None)
+    if window is not None and getattr(hf_config, "use_sliding_window", True):
+        return []
+    return list(range(num_layers))

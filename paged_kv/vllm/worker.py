@@ -1,0 +1,118 @@
+"""vLLM's workers with compaction: specs under a schedule, wrapped backends, moves after each step.
+
+``parallel_config.worker_cls`` names one of these (see WORKERS), each a mixin over vLLM's own class.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+
+from paged_kv import registry
+from paged_kv.config import CompressionConfig
+from paged_kv.vllm import limits
+from paged_kv.vllm.attention import wrap_backend
+from paged_kv.vllm.compaction import Compactor
+from paged_kv.vllm.spec import PagedSpec, register
+
+logger = init_logger(f"vllm.{__name__}")
+
+WORKERS = {
+    "vllm.v1.worker.cpu_worker.CPUWorker": "PagedCPUWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "PagedGPUWorker",
+    "vllm.v1.worker.xpu_worker.XPUWorker": "PagedXPUWorker",
+}
+
+
+class PagedWorkerMixin:
+    """What a worker does under a policy."""
+
+    vllm_config: Any
+    model_runner: Any
+    compactor: Compactor
+
+    def load_model(self, **kwargs: Any) -> None:
+        """Loads, then wraps the attention backend of every compressed layer."""
+        super().load_model(**kwargs)  # type: ignore[misc]
+        register()
+        config = CompressionConfig.from_dict(self.vllm_config.additional_config["paged_kv"])
+        policy = registry.load(config.selector)(
+            config.num_sink_tokens, config.recent_window, config.options
+        )
+        layers = self.vllm_config.compilation_config.static_forward_context
+        self.compactor = Compactor(self.model_runner, policy, layers)
+        for name in self._schedules():
+            layers[name].attn_backend = wrap_backend(layers[name].attn_backend, self.compactor)
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        """The model's specs, with a schedule for every compressed layer."""
+        specs = super().get_kv_cache_spec()  # type: ignore[misc]
+        for name, schedule in self._schedules().items():
+            if type(specs.get(name)) is not FullAttentionSpec:
+                raise ValueError(
+                    f"kv-policy: layer {name} has no plain full attention: {specs.get(name)}"
+                )
+            specs[name] = PagedSpec.from_full(specs[name], schedule)
+        return self._limit_prompts(specs)
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        """The caches are (re)allocated."""
+        self.compactor.reset_pages()
+        super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """One step, then its compactions, in stream order."""
+        with self.compactor.step():
+            return super().execute_model(scheduler_output)  # type: ignore[misc]
+
+    def _schedules(self) -> dict[str, Any]:
+        """Schedule by layer name, for the compressed layers on this rank."""
+        plan = limits.get_plan(self.vllm_config)
+        result = {}
+        for name, layer in self.vllm_config.compilation_config.static_forward_context.items():
+            if not hasattr(layer, "attn_backend"):
+                continue
+            schedule = plan.schedule(extract_layer_index(name))
+            if schedule is not None:
+                result[name] = schedule
+        return result
+
+    def _limit_prompts(self, specs: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
+        """Lets vLLM start with a pool smaller than max_model_len, when the pool's size is configured.
+
+        Its check wants room for max_model_len tokens; under a policy only a prompt needs that.
+        """
+        cache_config = self.vllm_config.cache_config
+        groups = get_kv_cache_groups(self.vllm_config, dict(specs))
+        num_pages = cache_config.num_gpu_blocks_override
+        if num_pages is None and cache_config.kv_cache_memory_bytes is not None:
+            layers_per_page = max(len(group.layer_names) for group in groups)
+            page_bytes = groups[0].kv_cache_spec.page_size_bytes * layers_per_page
+            num_pages = cache_config.kv_cache_memory_bytes // page_bytes
+        limit = None if num_pages is None else limits.max_prompt_len(self.vllm_config, num_pages)
+        if limit is None:
+            return specs
+        return {
+            name: dataclasses.replace(spec, max_prompt_len=limit)
+            if isinstance(spec, PagedSpec)
+            else spec
+            for name, spec in specs.items()
+        }
+
+
+def __getattr__(name: str) -> type:
+    """The worker class of one platform; the others' modules would not import here."""
+    for base, own in WORKERS.items():
+        if own == name:
+            worker = type(
+                name, (PagedWorkerMixin, resolve_obj_by_qualname(base)), {"__module__": __name__}
+            )
+            globals()[name] = worker
+            return worker
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
