@@ -19,7 +19,7 @@ class CompressionConfig:
     """One flat set of options; the same names on the command line, in a dict and in JSON.
 
     Args:
-        policy: ``full``, or ``[pyramidal+]NAME``: an optional budget shape and what picks the survivors.
+        policy: ``full``, or ``[pyramidal+]NAME``: a budget shape and what picks the survivors.
         budget: entries kept per sequence and layer (int; the mean over layers under a pyramid), or
             the fraction of the processed tokens that is kept (Fraction).
         num_sink_tokens: first entries of a sequence, never dropped.
@@ -65,8 +65,8 @@ class CompressionConfig:
         """Reads and validates the flat dict of ``additional_config["paged_kv"]``.
 
         Raises:
-            ValueError: an unknown key, or a value out of range; names the option, the value and what
-                is allowed.
+            ValueError: an unknown key, or a value out of range; names the option, the value and
+                what is allowed.
         """
         if not isinstance(values, Mapping):
             raise ValueError(f"paged_kv must be a dict of options, not {values!r}")
@@ -99,7 +99,8 @@ class CompressionConfig:
         if value < needed:
             raise ValueError(
                 f"{name} {value} is too small: it must be at least {needed} (num_sink_tokens "
-                f"{self.num_sink_tokens} + recent_window {self.recent_window} + one page of {page_size})"
+                f"{self.num_sink_tokens} + recent_window {self.recent_window} + one page of "
+                f"{page_size})"
             )
 
 

@@ -1,4 +1,4 @@
-"""Policy names. Loads a policy's class when it is asked for; other packages add theirs by an entry point.
+"""Policy names, loaded when asked for; other packages add theirs by an entry point.
 
 A name is ``full``, ``NAME`` or ``pyramidal+NAME``; ``pyramidal`` alone means the default NAME.
 """

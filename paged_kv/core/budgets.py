@@ -1,4 +1,4 @@
-"""Budgets per layer: uniform, or a pyramid quantized into tiers; and how vLLM will group the layers.
+"""Budgets per layer: uniform, or a pyramid in a few tiers; and how vLLM will group the layers.
 
 vLLM makes a KV cache group of every distinct budget. All groups draw pages of one size from one
 pool, so a group must have (about) as many layers as the others, and each group costs scheduling
@@ -22,16 +22,16 @@ def tier_sizes(num_layers: int, num_tiers: int) -> list[int]:
 def pyramid(num_layers: int, num_tiers: int, beta: Fraction) -> list[Fraction]:
     """Budget of each tier relative to the mean over layers, largest (first layers) first.
 
-    Layer k of m gets L_k = L_0 (1 + (k / m) (1 / beta - 1)), with L_0 such that the mean over layers is
-    1; a tier gets the mean of its layers ("Memory Reduction for LLM Inference via KV-Cache
-    Compression").
+    Layer k of m gets L_k = L_0 (1 + (k / m) (1 / beta - 1)), with L_0 such that the mean over
+    layers is 1; a tier gets the mean of its layers ("Memory Reduction for LLM Inference via
+    KV-Cache Compression").
     """
     shape = [1 + Fraction(k, num_layers) * (1 / beta - 1) for k in range(num_layers)]
-    mean = sum(shape, Fraction(0)) / num_layers
-    weights = []
+    mean = sum(shape, Fraction()) / num_layers
+    weights: list[Fraction] = []
     start = 0
     for size in tier_sizes(num_layers, num_tiers):
-        weights.append(sum(shape[start : start + size], Fraction(0)) / size / mean)
+        weights.append(sum(shape[start : start + size], Fraction()) / size / mean)
         start += size
     return weights
 
@@ -45,8 +45,8 @@ def tier_pages(
     """
     exact = [weight * budget_pages for weight in weights]
     pages = [int(value) for value in exact]
-    left = sum(size * value for size, value in zip(sizes, exact, strict=True))
-    left -= sum(size * count for size, count in zip(sizes, pages, strict=True))
+    lost = (size * (all_ - whole) for size, all_, whole in zip(sizes, exact, pages, strict=True))
+    left = sum(lost, Fraction())
     order = sorted(range(len(exact)), key=lambda tier: (pages[tier] - exact[tier], tier))
     for tier in order:
         if sizes[tier] <= left:
@@ -58,12 +58,12 @@ def tier_pages(
 def tier_fractions(
     weights: Sequence[Fraction], sizes: Sequence[int], fraction: Fraction
 ) -> list[Fraction]:
-    """Fraction kept per tier. A tier cannot keep more than everything; the others share the rest."""
+    """Fraction kept per tier. None keeps more than everything; the others share the rest."""
     result = [Fraction(0)] * len(weights)
     open_tiers = list(range(len(weights)))
     total = fraction * sum(sizes)
     while open_tiers:
-        scale = total / sum(weights[tier] * sizes[tier] for tier in open_tiers)
+        scale = total / sum((weights[tier] * sizes[tier] for tier in open_tiers), Fraction())
         full = [tier for tier in open_tiers if weights[tier] * scale >= 1]
         for tier in full or open_tiers:
             result[tier] = Fraction(1) if full else weights[tier] * scale
@@ -74,14 +74,16 @@ def tier_fractions(
     return result
 
 
-def num_groups(bucket_sizes: Sequence[int]) -> list[int]:
-    """KV cache groups that vLLM makes of each bucket of layers with equal specs.
+def group_size(bucket_sizes: Sequence[int]) -> int:
+    """Layers in each KV cache group that vLLM makes of buckets of layers with equal specs.
 
-    Its rule: the group size is the smallest bucket, or the largest if that is less than 1.5 times
-    the smallest (vllm/v1/core/kv_cache_utils.py, _get_kv_cache_groups_uniform_page_size).
+    Its rule: the smallest bucket, or the largest if that is less than 1.5 times the smallest
+    (vllm/v1/core/kv_cache_utils.py, _get_kv_cache_groups_uniform_page_size).
     """
-    if len(bucket_sizes) == 1:
-        return [1]
     smallest, largest = min(bucket_sizes), max(bucket_sizes)
-    group_size = largest if largest < 1.5 * smallest else smallest
-    return [cdiv(size, group_size) for size in bucket_sizes]
+    return largest if largest < 1.5 * smallest else smallest
+
+
+def num_groups(bucket_sizes: Sequence[int]) -> list[int]:
+    """KV cache groups that each bucket becomes."""
+    return [cdiv(size, group_size(bucket_sizes)) for size in bucket_sizes]

@@ -1,4 +1,4 @@
-"""The schedule: how many entries a sequence has dropped after n tokens. Scheduler and worker both evaluate it.
+"""The schedule: how many entries a sequence has dropped after n tokens.
 
 The scheduler owns *how many* pages a request holds, the worker *which* entries survive. They agree
 without talking because both compute the same pure function of integers:
@@ -73,4 +73,5 @@ class Schedule:
         """
         after_prompt = self.budget(num_tokens) + self.page_size - 1 + chunk
         needed = after_prompt if self.compress_prefill else max(prompt_len, after_prompt)
-        return int(min(num_tokens, needed))
+        result: int = min(num_tokens, needed)
+        return result

@@ -1,4 +1,4 @@
-"""Every operation on pages in plain torch: slow but plain, the ground truth for the other kernels."""
+"""Every operation on pages in plain torch: the ground truth for the other kernels."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ def move_entries(
     target: tuple[torch.Tensor, torch.Tensor],
     elements: torch.Tensor | None = None,
 ) -> None:
-    """Copies entries between slots, in all layers and KV heads at once; reads all before it writes any.
+    """Copies entries between slots, in all layers and KV heads at once; reads all, then writes.
 
     Args:
         pages: the logical view [layers, pages, heads, page_size, content], of any strides; or, with
-            elements, [layers, pages, heads, page_size * content] where an entry's elements are scattered.
+            elements, [layers, pages, heads, page_size * content], an entry's elements scattered.
         source: (page ids, offsets in the page) of the entries to read, int64 [num_moves] each.
         target: the same of the slots to write.
-        elements: int64 [page_size, content]: where in a page the elements of the entry at an offset lie.
+        elements: int64 [page_size, content]: where in a page the elements of each entry lie.
     """
     source_page, source_offset = source
     target_page, target_offset = target

@@ -38,7 +38,7 @@ class Events:
 
 
 class Moves(NamedTuple):
-    """Entries to copy inside sequences, all read before any is written; arrays of shape [num_moves]."""
+    """Entries to copy, all read before any is written; arrays of shape [num_moves]."""
 
     event: Int64s  # index into Events
     source: Int64s  # logical slot, < evicted_after

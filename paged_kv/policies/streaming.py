@@ -10,8 +10,8 @@ from paged_kv.policies.base import Events, Moves, Policy
 class Streaming(Policy):
     """The first tokens (attention sinks) and the newest.
 
-    StreamingLLM: Xiao et al., "Efficient Streaming Language Models with Attention Sinks" (2309.17453);
-    keys keep the rotation of their true positions, where the paper re-numbers them inside the cache.
+    StreamingLLM: Xiao et al., "Efficient Streaming Language Models with Attention Sinks"
+    (2309.17453); keys keep the rotation of their true positions, where the paper re-numbers them.
     """
 
     def moves(self, events: Events) -> Moves:
@@ -22,7 +22,7 @@ class Streaming(Policy):
         """
         before, after = events.evicted_before, events.evicted_after
         sinks = self.num_sink_tokens
-        # A page can be smaller than the sinks: those that lie past the freed pages stay where they are.
+        # A page can be smaller than the sinks: those past the freed pages stay where they are.
         count = np.minimum(sinks, after - before)
         event = np.repeat(np.arange(len(count)), count)
         offset = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)

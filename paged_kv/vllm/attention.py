@@ -1,4 +1,4 @@
-"""Wraps whichever attention backend vLLM selected for a layer, so that it reads what is retained."""
+"""Wraps whichever attention backend vLLM selected, so that it reads what is retained."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def wrap_backend(backend: type[AttentionBackend], compactor: Compactor) -> type[AttentionBackend]:
-    """A subclass of backend whose metadata skips evicted slots. Kernel and cache stay the backend's."""
+    """A subclass of backend whose metadata skips evicted slots; the kernels stay as they are."""
     builder: Any = backend.get_builder_cls()
 
     class PagedMetadataBuilder(builder):

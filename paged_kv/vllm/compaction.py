@@ -1,7 +1,8 @@
 """The worker's side: what each step reads, and the compactions that follow it.
 
 Per step and layer group: the metadata builder asks for shifted metadata (slots that earlier steps
-emptied are skipped) and the events of this step are noted; after the forward pass the survivors move.
+emptied are skipped), the events of this step are noted, and after the forward pass the survivors
+move.
 All decisions are host arithmetic on numbers that vLLM keeps on the host: nothing waits for a GPU.
 """
 

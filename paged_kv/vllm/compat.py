@@ -1,4 +1,4 @@
-"""The vLLM versions we were tested with. Everything we rely on there is tested in tests/test_seams.py."""
+"""The vLLM versions we were tested with. What we rely on there is tested in tests/test_seams.py."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ def check_version() -> None:
     version = vllm.__version__
     if not version.startswith(f"{TESTED}."):
         raise RuntimeError(
-            f"paged_kv works with vLLM {TESTED}.x, this is {version}. Uninstall paged-kv, or keep vLLM from "
-            "loading it with VLLM_PLUGINS="
+            f"paged_kv works with vLLM {TESTED}.x, this is {version}. Uninstall paged-kv, or keep "
+            "vLLM from loading it with VLLM_PLUGINS="
         )

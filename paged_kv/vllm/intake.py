@@ -27,7 +27,7 @@ def install() -> None:
             _check(self.vllm_config, request)
         return request
 
-    InputProcessor.process_inputs = checked  # type: ignore[method-assign]
+    InputProcessor.process_inputs = checked
 
 
 def _check(vllm_config: Any, request: Any) -> None:

@@ -1,9 +1,9 @@
-"""Where an entry's numbers lie in a page: the one thing about a backend's cache that compaction needs.
+"""Where an entry's numbers lie in a page: all that compaction needs to know of a backend.
 
 GPU backends use the logical view [pages, heads, page_size, content]: entry = view[page, :, offset].
 vLLM's CPU kernels permute the elements inside a page (K transposed for "vec", tiled for "amx"), in
-ways that differ by instruction set, dtype and page size. So the CPU layout is not assumed but probed,
-by writing through the kernel and looking where the numbers went.
+ways that differ by instruction set, dtype and page size. So the CPU layout is not assumed but
+probed, by writing through the kernel and looking where the numbers went.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def probe_elements(layer: Any, cache: torch.Tensor) -> torch.Tensor:
         int64 [page_size, content].
 
     Raises:
-        RuntimeError: an entry shares elements with another; the backend's pages cannot be compacted.
+        RuntimeError: entries share elements; the backend's pages cannot be compacted.
     """
     page_size, content = cache.shape[2:]
     scratch = torch.zeros((1, *cache.shape[1:]), dtype=cache.dtype, device=cache.device)
@@ -57,7 +57,8 @@ def probe_elements(layer: Any, cache: torch.Tensor) -> torch.Tensor:
         found |= (scratch[0, 0].flatten().float() != 0).long() << bit
     if not torch.equal(found.sort().values, torch.arange(page_size * content)):
         raise RuntimeError(
-            f"cannot compact pages of {type(layer.impl).__name__}: page_size {page_size}, {cache.dtype}"
+            f"cannot compact pages of {type(layer.impl).__name__}: page_size {page_size}, "
+            f"{cache.dtype}"
         )
     return found.argsort().view(page_size, content)
 

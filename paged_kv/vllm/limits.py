@@ -18,8 +18,8 @@ def get_plan(vllm_config: Any) -> Plan:
 def max_prompt_len(vllm_config: Any, num_pages: int) -> int | None:
     """Longest prompt that num_pages pages (vLLM's null page included) can hold; None: any.
 
-    A prompt is held whole until its end, in every group of compressed layers at once; the other groups
-    are taken at their most.
+    A prompt is held whole until its end, in every group of compressed layers at once; the other
+    groups are taken at their most.
     """
     plan = get_plan(vllm_config)
     if plan.compress_prefill:
@@ -35,13 +35,13 @@ def check_prompt(vllm_config: Any, prompt_len: int, num_pages: int) -> None:
     limit = max_prompt_len(vllm_config, num_pages)
     if limit is not None and prompt_len > limit:
         raise ValueError(
-            f"the prompt has {prompt_len} tokens, but the KV cache holds prompts of at most {limit} "
-            f"({num_pages - 1} pages): a prompt is kept whole until its end. Set compress_prefill to true in "
-            "kv-policy-config, or give the KV cache more memory"
+            f"the prompt has {prompt_len} tokens, but the KV cache holds prompts of at most "
+            f"{limit} ({num_pages - 1} pages): a prompt is kept whole until its end. Set "
+            "compress_prefill to true in kv-policy-config, or give the KV cache more memory"
         )
 
 
 def check_resumable(resumable: bool) -> None:
-    """Raises ValueError for a streaming-input request: its prompt length, hence its schedule, grows."""
+    """Raises ValueError for a streaming-input request: its prompt, hence its schedule, grows."""
     if resumable:
         raise ValueError("streaming-input (resumable) requests do not work with a kv-policy")

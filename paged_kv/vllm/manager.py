@@ -4,8 +4,8 @@ Prefix caching stays on. Of a request's pages, those below its first eviction ar
 again; they are hashed and shared as ever, also after they were freed. The rest will be rewritten by
 compactions, so nobody may read them through the prefix cache once that has begun:
 
-    prompt    | shared, immutable | will be rewritten: private copies, raw until the first compaction |
-              0             first_write                                                       prompt_len
+    prompt    | shared, immutable | will be rewritten: private, raw until the first compaction |
+              0             first_write                                                prompt_len
 
 * A hit on a page that this request, or its present owner, will rewrite is copied at admission.
 * When the step that ends in the first compaction is scheduled, the pages above first_write lose
@@ -33,7 +33,7 @@ class _Sequence:
 
     Args:
         prompt_len: tokens of the prompt; a preempted request brings its output along, not in here.
-        first_write: first page that a compaction may write; None if the request cannot get that long.
+        first_write: first page that a compaction may write; None if it cannot get that long.
         frozen: pages kept in the prefix cache once compactions began; None before.
         copies: prefix hits that must become private pages.
     """
@@ -219,6 +219,6 @@ class PagedManager(SingleTypeKVCacheManager):
         self._to_be_written -= hashed
         for block in written:
             # A page copied in this step is also held by the copy until it has run.
-            assert block.ref_cnt == 1 + (block.block_id in copied) and block.block_hash is None, (
+            assert block.ref_cnt == 1 + (block.block_id in copied), (
                 f"page {block.block_id} of {request_id} is shared and would be rewritten"
             )

@@ -1,4 +1,4 @@
-"""--kv-policy, --kv-budget, --kv-policy-config: from the command line or additional_config into a VllmConfig.
+"""--kv-policy, --kv-budget, --kv-policy-config: from the user into a VllmConfig.
 
 A user's mistake is a ValueError before any process starts; on the command line, one line and exit
 code 2.
@@ -36,14 +36,15 @@ def add_cli_args(parser: Any) -> Any:
     group.add_argument(
         "--kv-budget",
         metavar="N|F",
-        help="Entries kept per sequence and layer (an integer; the mean over layers under a pyramid), or the "
-        f"fraction of the processed tokens that is kept (a number with a point, below 1). Default: {DEFAULT_BUDGET}.",
+        help="Entries kept per sequence and layer (an integer; the mean over layers under a "
+        "pyramid), or the fraction of the processed tokens that is kept (a number with a point, "
+        f"below 1). Default: {DEFAULT_BUDGET}.",
     )
     group.add_argument(
         "--kv-policy-config",
         metavar="JSON",
-        help="More options: num_sink_tokens, recent_window, pyramid_beta, min_budget, compress_prefill, skip_layers, "
-        "tiers, max_groups and what the policy declares.",
+        help="More options: num_sink_tokens, recent_window, pyramid_beta, min_budget, "
+        "compress_prefill, skip_layers, tiers, max_groups and what the policy declares.",
     )
     return parser
 

@@ -1,7 +1,7 @@
 """The plan: which layer gets which budget, made once from the configs, before any process starts.
 
-It travels as plain JSON values in ``additional_config["paged_kv_plan"]``, so that every rank and the
-scheduler read the same numbers. Layers are numbered over the whole model: pipeline ranks agree.
+It travels as plain JSON values in ``additional_config["paged_kv_plan"]``, so that every rank and
+the scheduler read the same numbers. Layers are numbered over the whole model: pipeline ranks agree.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class Plan:
         budgets: (minimum, numerator, denominator) of Schedule for each compressed layer.
         num_groups: KV cache groups that the compressed layers fall into.
         num_other_groups: the rest (skipped and sliding-window layers).
+        layers_per_page: layers that a page of vLLM's pool has room for.
     """
 
     page_size: int
@@ -33,6 +34,7 @@ class Plan:
     budgets: dict[int, tuple[int, int, int]]
     num_groups: int
     num_other_groups: int
+    layers_per_page: int
 
     def schedule(self, layer: int) -> Schedule | None:
         """The schedule of a layer, None for one that keeps everything."""
@@ -114,24 +116,26 @@ def _tier_budgets(
     needed = config.num_sink_tokens + config.recent_window + page_size
     if min(pages) * page_size < needed:
         raise ValueError(
-            f"budget {config.budget} with pyramid_beta {config.pyramid_beta} and {len(sizes)} tiers leaves the "
-            f"last layers {min(pages) * page_size} entries; they need {needed} (num_sink_tokens + recent_window "
-            "+ one page): raise budget or lower pyramid_beta"
+            f"budget {config.budget} with pyramid_beta {config.pyramid_beta} and {len(sizes)} tiers "
+            f"leaves the last layers {min(pages) * page_size} entries; they need {needed} "
+            "(num_sink_tokens + recent_window + one page): raise budget or lower pyramid_beta"
         )
     return [(count * page_size, 0, 1) for count in pages]
 
 
 def _check_groups(
     config: CompressionConfig, tiers: list[int], others: list[int]
-) -> tuple[int, int]:
-    """(groups of the compressed layers, groups of the others). Raises ValueError above max_groups."""
+) -> tuple[int, int, int]:
+    """num_groups, num_other_groups and layers_per_page of Plan. Raises ValueError: too many."""
     buckets = tiers + [size for size in others if size]
     groups = budgets.num_groups(buckets)
     if sum(groups) <= config.max_groups:
-        return sum(groups[: len(tiers)]), sum(groups[len(tiers) :])
+        size = budgets.group_size(buckets)
+        return sum(groups[: len(tiers)]), sum(groups[len(tiers) :]), size
     raise ValueError(
-        f"these options need {sum(groups)} KV cache groups, more than max_groups {config.max_groups}: vLLM makes "
-        f"groups as small as the smallest set of layers with equal budgets, and the sets have {buckets} layers. "
+        f"these options need {sum(groups)} KV cache groups, more than max_groups "
+        f"{config.max_groups}: vLLM makes groups as small as the smallest set of layers with equal "
+        f"budgets, and the sets have {buckets} layers. "
         f"{_working_splits(config, sum(tiers) + others[0], others[1])}"
     )
 
@@ -145,7 +149,7 @@ def _working_splits(config: CompressionConfig, num_full: int, num_sliding: int) 
         ):
             if tiers > num_full - skipped:
                 continue
-            buckets = budgets.tier_sizes(num_full - skipped, tiers) + [skipped, num_sliding]
+            buckets = [*budgets.tier_sizes(num_full - skipped, tiers), skipped, num_sliding]
             if sum(budgets.num_groups([size for size in buckets if size])) <= config.max_groups:
                 works.append((skipped, tiers))
     shown = ", ".join(f"{skipped} skipped with tiers {tiers}" for skipped, tiers in works[:12])

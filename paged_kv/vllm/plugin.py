@@ -1,4 +1,4 @@
-"""vLLM's entry point: adds the options. Nothing else of vLLM is replaced until a policy is asked for.
+"""vLLM's entry point: adds the options. Nothing else is replaced until a policy is asked for.
 
 vLLM calls register() in every process before any config exists. vLLM has no hook for options, so
 three functions of EngineArgs are wrapped, unless vLLM carries our source patch (see patches/),
@@ -28,7 +28,7 @@ def register() -> None:
         return
     setattr(EngineArgs, _MARK, True)
     add_cli_args: Any = EngineArgs.add_cli_args
-    from_cli_args: Any = EngineArgs.from_cli_args.__func__  # type: ignore[attr-defined]
+    from_cli_args: Any = EngineArgs.from_cli_args.__func__
     create_engine_config: Any = EngineArgs.create_engine_config
 
     @functools.wraps(add_cli_args)
@@ -48,6 +48,6 @@ def register() -> None:
         options.after_engine_config(self, vllm_config, config)
         return vllm_config
 
-    EngineArgs.add_cli_args = staticmethod(wrapped_add_cli_args)  # type: ignore[method-assign]
-    EngineArgs.from_cli_args = classmethod(wrapped_from_cli_args)  # type: ignore[method-assign,assignment]
-    EngineArgs.create_engine_config = wrapped_create_engine_config  # type: ignore[method-assign]
+    EngineArgs.add_cli_args = staticmethod(wrapped_add_cli_args)
+    EngineArgs.from_cli_args = classmethod(wrapped_from_cli_args)
+    EngineArgs.create_engine_config = wrapped_create_engine_config

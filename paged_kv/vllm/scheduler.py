@@ -89,7 +89,7 @@ class _PagedMixin(Scheduler):
         num_new_local_computed_tokens: int = 0,
         num_external_computed_tokens: int = 0,
     ) -> int:
-        """Ends a chunk at the end of the prompt, and cuts what a resumed request recomputes after it."""
+        """Ends a chunk at the prompt's end; cuts what a resumed request recomputes after it."""
         hits = num_new_local_computed_tokens + num_external_computed_tokens
         start = request.num_computed_tokens + hits
         left = request.num_prompt_tokens - start
@@ -106,7 +106,7 @@ class _PagedMixin(Scheduler):
         )
 
     def _max_resume_chunk(self) -> int:
-        """Tokens past the prompt that a step may recompute: about a budget, or what the pool can hold."""
+        """Tokens past the prompt that a step may recompute: a budget, or what the pool holds."""
         budget = max(m.schedule.budget(self.max_model_len) for m in self.paged_managers)
         page_size = self.paged_managers[0].block_size
         spare = self.kv_cache_config.num_blocks - 1 - self._pages_per_sequence()
@@ -120,8 +120,8 @@ class _PagedMixin(Scheduler):
         sequences = (self.kv_cache_config.num_blocks - 1) / pages
         longest = limits.max_prompt_len(self.vllm_config, self.kv_cache_config.num_blocks)
         logger.info(
-            "paged_kv decode capacity: %.2f sequences of %s tokens once their prompts are done (%d pages "
-            "each); longest prompt: %s",
+            "paged_kv decode capacity: %.2f sequences of %s tokens once their prompts are done "
+            "(%d pages each); longest prompt: %s",
             sequences,
             f"{self.max_model_len:,}",
             pages,

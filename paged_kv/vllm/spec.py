@@ -17,8 +17,8 @@ class PagedSpec(AttentionSpec):
     """Full attention that keeps a budget.
 
     Derives from AttentionSpec: FullAttentionSpec.merge would drop the schedule and put layers with
-    different budgets into one group, and slots of ours are not stable, which is what vLLM's offloading
-    takes a FullAttentionSpec to promise.
+    different budgets into one group, and slots of ours are not stable, which is what vLLM's
+    offloading takes a FullAttentionSpec to promise.
 
     Args:
         schedule: which slots are free after n tokens. Carries the page size: block_size can be the

@@ -11,7 +11,6 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.import_utils import resolve_obj_by_qualname
-from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from paged_kv import registry
@@ -84,17 +83,17 @@ class PagedWorkerMixin:
         return result
 
     def _limit_prompts(self, specs: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
-        """Lets vLLM start with a pool smaller than max_model_len, when the pool's size is configured.
+        """Lets vLLM start with a pool below max_model_len, where the pool's size is configured.
 
         Its check wants room for max_model_len tokens; under a policy only a prompt needs that.
         """
         cache_config = self.vllm_config.cache_config
-        groups = get_kv_cache_groups(self.vllm_config, dict(specs))
         num_pages = cache_config.num_gpu_blocks_override
-        if num_pages is None and cache_config.kv_cache_memory_bytes is not None:
-            layers_per_page = max(len(group.layer_names) for group in groups)
-            page_bytes = groups[0].kv_cache_spec.page_size_bytes * layers_per_page
-            num_pages = cache_config.kv_cache_memory_bytes // page_bytes
+        memory = cache_config.kv_cache_memory_bytes
+        if num_pages is None and memory is not None:
+            layers_per_page = limits.get_plan(self.vllm_config).layers_per_page
+            page_bytes = max(spec.page_size_bytes for spec in specs.values())
+            num_pages = memory // (page_bytes * layers_per_page)
         limit = None if num_pages is None else limits.max_prompt_len(self.vllm_config, num_pages)
         if limit is None:
             return specs

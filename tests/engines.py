@@ -1,0 +1,99 @@
+"""vLLM engines for tests: in-process, float32, eager, a small pool. One starts in 3 to 40 s."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_CPU_CI_ENV", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+Tokens = list[int]
+
+
+@contextmanager
+def engine(model: str, paged_kv: dict[str, Any] | None = None, **kwargs: Any) -> Iterator[Any]:
+    """An LLM; paged_kv as in additional_config. Everything is given back at the end."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    settings: dict[str, Any] = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 2048,
+        "max_num_batched_tokens": 512,
+        "max_num_seqs": 16,
+        "kv_cache_memory_bytes": 512 << 20,
+        "seed": 0,
+        "additional_config": {"paged_kv": paged_kv} if paged_kv else {},
+    }
+    llm = LLM(model, **{**settings, **kwargs})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def engine_core(llm: Any) -> Any:
+    """The EngineCore: .scheduler, .model_executor, .step()."""
+    return llm.llm_engine.engine_core.engine_core
+
+
+def scheduler(llm: Any) -> Any:
+    return engine_core(llm).scheduler
+
+
+def block_pool(llm: Any) -> Any:
+    return scheduler(llm).kv_cache_manager.block_pool
+
+
+def worker(llm: Any) -> Any:
+    return engine_core(llm).model_executor.driver_worker.worker
+
+
+def generate(
+    llm: Any, prompts: list[Tokens], max_tokens: int = 256, **sampling: Any
+) -> list[Tokens]:
+    """Greedy tokens of each prompt (token ids in, token ids out), all in one batch."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        **{"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True, **sampling}
+    )
+    requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = llm.generate(requests, params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+@contextmanager
+def recorded_chunks(llm: Any) -> Iterator[dict[str, list[tuple[int, int]]]]:
+    """Records (start, end) of every chunk scheduled, by request id.
+
+    A preempted request's chunks begin anew at its prefix hit: a start below the end before it.
+    """
+    chunks: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    target = scheduler(llm)
+    schedule = target.schedule
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        output = schedule(*args, **kwargs)
+        for request_id, num_tokens in output.num_scheduled_tokens.items():
+            end = target.requests[request_id].num_computed_tokens
+            chunks[request_id].append((end - num_tokens, end))
+        return output
+
+    target.schedule = recording
+    try:
+        yield chunks
+    finally:
+        del target.schedule
