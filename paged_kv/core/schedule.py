@@ -64,14 +64,14 @@ class Schedule:
 
     def first_evicted(self, prompt_len: int) -> int:
         """The least that the first eviction of a sequence can drop."""
-        return max(self.evicted(prompt_len, prompt_len), self.page_size)
+        evicted: int = self.evicted(prompt_len, prompt_len)
+        return max(evicted, self.page_size)
 
     def max_retained(self, num_tokens: int, prompt_len: int, chunk: int) -> int:
         """Most entries held at once on the way to num_tokens, in steps of at most chunk tokens.
 
         Without compress_prefill a prompt is held whole, however it is chunked.
         """
-        after_prompt = self.budget(num_tokens) + self.page_size - 1 + chunk
+        after_prompt: int = self.budget(num_tokens) + self.page_size - 1 + chunk
         needed = after_prompt if self.compress_prefill else max(prompt_len, after_prompt)
-        result: int = min(num_tokens, needed)
-        return result
+        return min(num_tokens, needed)

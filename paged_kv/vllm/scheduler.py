@@ -24,6 +24,8 @@ logger = init_logger(f"vllm.{__name__}")
 class _PagedMixin(Scheduler):
     """Overrides shared by the synchronous and the asynchronous scheduler."""
 
+    need_mamba_block_aligned_split: bool
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         managers = self.kv_cache_manager.coordinator.single_type_managers
