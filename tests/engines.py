@@ -14,6 +14,9 @@ os.environ.setdefault("VLLM_CPU_CI_ENV", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+# Threads that spin while they wait make a step 20 times as slow when the cores are shared. Read
+# when torch is loaded: import this module before it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 Tokens = list[int]
 
@@ -61,18 +64,22 @@ def worker(llm: Any) -> Any:
     return engine_core(llm).model_executor.driver_worker.worker
 
 
-def generate(
-    llm: Any, prompts: list[Tokens], max_tokens: int = 256, **sampling: Any
-) -> list[Tokens]:
-    """Greedy tokens of each prompt (token ids in, token ids out), all in one batch."""
+def complete(llm: Any, prompts: list[Tokens], max_tokens: int, **sampling: Any) -> list[Any]:
+    """vLLM's output of each prompt, greedy unless told otherwise, all in one batch."""
     from vllm import SamplingParams
 
     params = SamplingParams(
         **{"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True, **sampling}
     )
     requests = [{"prompt_token_ids": prompt} for prompt in prompts]
-    outputs = llm.generate(requests, params, use_tqdm=False)
-    return [list(output.outputs[0].token_ids) for output in outputs]
+    return [output.outputs[0] for output in llm.generate(requests, params, use_tqdm=False)]
+
+
+def generate(
+    llm: Any, prompts: list[Tokens], max_tokens: int = 256, **sampling: Any
+) -> list[Tokens]:
+    """Greedy tokens of each prompt (token ids in, token ids out), all in one batch."""
+    return [list(output.token_ids) for output in complete(llm, prompts, max_tokens, **sampling)]
 
 
 @contextmanager

@@ -67,25 +67,32 @@ class PagedManager(SingleTypeKVCacheManager):
         """The request is over; its pages are free."""
         del self._sequences[request_id]
 
-    def usable_hit(self, request_id: str, blocks: Sequence[KVCacheBlock]) -> int:
+    def usable_hit(self, request_id: str, blocks: Sequence[KVCacheBlock], copy: bool) -> int:
         """Tokens of a prefix hit that this request may take.
 
         Not its whole prompt: cached pages are raw, and at prompt_len the schedule may evict. And no
-        page to be copied that is only computed in the step that would copy it.
+        page to be copied that is only computed in the step that would copy it, or if not copy.
         """
         sequence = self._sequences[request_id]
         limit = (sequence.prompt_len - 1) // self.block_size
         for index in self._pages_to_copy(sequence, blocks[:limit]):
-            if blocks[index].block_id in self._hashed_in_step:
+            if not copy or blocks[index].block_id in self._hashed_in_step:
                 limit = index
                 break
         return limit * self.block_size
 
+    def pages_between(self, request_id: str, num_tokens: int, later: int) -> int:
+        """Pages that compactions empty between two lengths of the request."""
+        prompt_len = self._sequences[request_id].prompt_len
+        earlier, evicted = (self.schedule.evicted(n, prompt_len) for n in (num_tokens, later))
+        return (evicted - earlier) // self.block_size
+
     def peak_pages(self, num_tokens: int, prompt_len: int) -> int:
         """Most pages a request holds on its way to num_tokens."""
-        tokens = self.schedule.max_retained(num_tokens, prompt_len, self.max_chunk)
-        # One more: the retained entries begin at a page's start but end anywhere.
-        return min(cdiv(tokens, self.block_size) + 1, cdiv(num_tokens, self.block_size))
+        # The retained entries begin at a page's start: no page more.
+        return cdiv(
+            self.schedule.max_retained(num_tokens, prompt_len, self.max_chunk), self.block_size
+        )
 
     def get_num_blocks_to_allocate(
         self,
@@ -132,14 +139,16 @@ class PagedManager(SingleTypeKVCacheManager):
             return
         request_id = request.request_id
         sequence = self._sequences[request_id]
+        first_write = sequence.first_write
         if sequence.frozen is not None:
             num_tokens = min(num_tokens, sequence.frozen * self.block_size)
+            first_write = None  # these pages are never written
         start = self.num_cached_block.get(request_id, 0)
         super().cache_blocks(request, num_tokens, *args, **kwargs)
         blocks = self.req_to_blocks[request_id]
         for index in range(start, self.num_cached_block.get(request_id, 0)):
             self._hashed_in_step.add(blocks[index].block_id)
-            if sequence.first_write is not None and index >= sequence.first_write:
+            if first_write is not None and index >= first_write:
                 self._to_be_written.add(blocks[index].block_id)
 
     def remove_skipped_blocks(
@@ -216,7 +225,10 @@ class PagedManager(SingleTypeKVCacheManager):
         written = self.req_to_blocks[request_id][first_kept:]
         hashed = {block.block_id for block in written if block.block_hash is not None}
         self.block_pool.evict_blocks(hashed)
-        self._to_be_written -= hashed
+        # All of its pages: a resumed request may keep more of them than first_write said.
+        self._to_be_written.difference_update(
+            block.block_id for block in self.req_to_blocks[request_id]
+        )
         for block in written:
             # A page copied in this step is also held by the copy until it has run.
             assert block.ref_cnt == 1 + (block.block_id in copied), (

@@ -7,6 +7,7 @@ code 2.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Iterator
@@ -19,13 +20,27 @@ from paged_kv.vllm import support
 from paged_kv.vllm.limits import PLAN_KEY
 
 CONFIG_KEY = "paged_kv"
-_FROM_COMMAND_LINE = "_paged_kv_from_command_line"
+
+
+class _CommandLine(dict[str, Any]):
+    """additional_config that came from a command line.
+
+    The mark is on this value because it alone comes through: `vllm bench` hands the fields of its
+    EngineArgs to LLM, which makes others of them.
+    """
+
+
+class _Title(str):
+    """A group's title that --help=TITLE finds: vLLM turns the underscores of TITLE into dashes."""
+
+    def lower(self) -> str:
+        return str(self).lower().replace("_", "-")
 
 
 def add_cli_args(parser: Any) -> Any:
     """Adds our group to the parser of `vllm serve` and `vllm bench`."""
     group = parser.add_argument_group(
-        title="paged_kv", description="KV-cache compression: fewer pages per sequence."
+        title=_Title("paged_kv"), description="KV-cache compression: fewer pages per sequence."
     )
     group.add_argument(
         "--kv-policy",
@@ -46,35 +61,59 @@ def add_cli_args(parser: Any) -> Any:
         help="More options: num_sink_tokens, recent_window, pyramid_beta, min_budget, "
         "compress_prefill, skip_layers, tiers, max_groups and what the policy declares.",
     )
+    _check_when_parsed(parser)
     return parser
+
+
+def _check_when_parsed(parser: Any) -> None:
+    """`vllm bench throughput` loads the tokenizer first, and would fail there with a traceback."""
+    parse_known_args = parser.parse_known_args
+
+    @functools.wraps(parse_known_args)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        namespace, rest = parse_known_args(*args, **kwargs)
+        additional = _CommandLine()
+        with _errors_of(additional):
+            _read_flags(namespace, additional)
+            if CompressionConfig.from_dict(additional.get(CONFIG_KEY, {})).enabled:
+                model = getattr(namespace, "model_tag", None) or namespace.model
+                support.check_model_directory(model, namespace.load_format)
+        return namespace, rest
+
+    parser.parse_known_args = checked
 
 
 def from_cli_args(engine_args: Any, args: argparse.Namespace) -> None:
     """Puts our options into engine_args.additional_config, validated."""
+    additional = _CommandLine(engine_args.additional_config or {})
+    with _errors_of(additional):
+        _read_flags(args, additional)
+    if CONFIG_KEY in additional:
+        engine_args.additional_config = additional
+
+
+def _read_flags(args: argparse.Namespace, additional: dict[str, Any]) -> None:
     policy, budget = getattr(args, "kv_policy", None), getattr(args, "kv_budget", None)
     more = getattr(args, "kv_policy_config", None)
-    setattr(engine_args, _FROM_COMMAND_LINE, True)
     if policy is None and budget is None and more is None:
         return
-    with _errors_of(engine_args):
-        if policy is None:
-            raise ValueError("kv-budget and kv-policy-config need a kv-policy")
-        settings = parse_json(more) if more else {}
-        settings |= {"policy": policy} | ({"budget": budget} if budget is not None else {})
-        additional = dict(engine_args.additional_config or {})
-        if CONFIG_KEY in additional:
-            raise ValueError("give either kv-policy or additional-config's paged_kv, not both")
-        additional[CONFIG_KEY] = CompressionConfig.from_dict(settings).to_dict()
-        engine_args.additional_config = additional
+    if policy is None:
+        raise ValueError("kv-budget and kv-policy-config need a kv-policy")
+    if CONFIG_KEY in additional:
+        raise ValueError("give either kv-policy or additional-config's paged_kv, not both")
+    settings = parse_json(more) if more else {}
+    settings |= {"policy": policy} | ({"budget": budget} if budget is not None else {})
+    additional[CONFIG_KEY] = CompressionConfig.from_dict(settings).to_dict()
 
 
 def before_engine_config(engine_args: Any) -> CompressionConfig:
     """Validates our options and sets vLLM's page size, before vLLM looks at the model."""
-    with _errors_of(engine_args):
-        settings = (engine_args.additional_config or {}).get(CONFIG_KEY, {})
+    additional = engine_args.additional_config
+    with _errors_of(additional):
+        settings = additional.get(CONFIG_KEY, {}) if isinstance(additional, dict) else {}
         config = CompressionConfig.from_dict(settings)
         if config.enabled:
-            support.check_model_directory(engine_args.model)
+            support.check_arguments(engine_args)
             if engine_args.block_size is None:
                 engine_args.block_size = DEFAULT_PAGE_SIZE
         return config
@@ -84,7 +123,7 @@ def after_engine_config(engine_args: Any, vllm_config: Any, config: CompressionC
     """Checks what vLLM made of it and has our worker and scheduler used."""
     if not config.enabled:
         return
-    with _errors_of(engine_args):
+    with _errors_of(engine_args.additional_config):
         plan = support.check(vllm_config, config)
     additional = dict(vllm_config.additional_config)
     additional[CONFIG_KEY] = config.to_dict()
@@ -106,12 +145,12 @@ def _install(vllm_config: Any) -> None:
 
 
 @contextmanager
-def _errors_of(engine_args: Any) -> Iterator[None]:
+def _errors_of(additional_config: Any) -> Iterator[None]:
     """ValueErrors as they are in Python; on the command line as argparse would show them."""
     try:
         yield
     except ValueError as error:
-        if not getattr(engine_args, _FROM_COMMAND_LINE, False):
+        if not isinstance(additional_config, _CommandLine):
             raise
         print(f"vllm: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

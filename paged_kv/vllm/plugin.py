@@ -2,7 +2,8 @@
 
 vLLM calls register() in every process before any config exists. vLLM has no hook for options, so
 three functions of EngineArgs are wrapped, unless vLLM carries our source patch (see patches/),
-which has the hook.
+which has the hook. The page spec is registered here too: the engine's process gets specs from the
+workers' and looks them up before it has loaded anything else of ours.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ def register() -> None:
     """Adds the options to vLLM. Idempotent."""
     from vllm.engine.arg_utils import EngineArgs
 
-    from paged_kv.vllm import compat, options
+    from paged_kv.vllm import compat, options, spec
 
     compat.check_version()
+    spec.register()
     if hasattr(EngineArgs, "plugins"):  # patched vLLM
         if options not in EngineArgs.plugins:
             EngineArgs.plugins.append(options)

@@ -12,7 +12,7 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from paged_kv.core.schedule import cdiv
 from paged_kv.vllm import limits
@@ -79,10 +79,29 @@ class _PagedMixin(Scheduler):
         return blocks, num_tokens, boundary, diverged
 
     def _usable_hit(self, request: Request, blocks: Any) -> int:
+        copy = self._fits(request, blocks.blocks)
         return min(
-            manager.usable_hit(request.request_id, blocks.blocks[manager.kv_cache_group_id])
+            manager.usable_hit(request.request_id, blocks.blocks[manager.kv_cache_group_id], copy)
             for manager in self.paged_managers
         )
+
+    def _fits(self, request: Request, blocks: Any) -> bool:
+        """Whether the request could be admitted with this prefix hit.
+
+        A page to be copied takes two pages: of a prompt as long as the pool, copies never fit.
+        """
+        num_tokens = len(blocks[0]) * self.paged_managers[0].block_size
+        needed = self.kv_cache_manager.coordinator.get_num_blocks_to_allocate(
+            request_id=request.request_id,
+            num_tokens=request.num_tokens,
+            new_computed_blocks=blocks,
+            num_encoder_tokens=0,
+            total_computed_tokens=num_tokens,
+            num_local_computed_tokens=num_tokens,
+            num_tokens_main_model=request.num_tokens,
+            apply_admission_cap=True,
+        )
+        return needed <= self.kv_cache_manager.block_pool.get_num_free_blocks()
 
     def _mamba_block_aligned_split(
         self,
@@ -95,7 +114,32 @@ class _PagedMixin(Scheduler):
         hits = num_new_local_computed_tokens + num_external_computed_tokens
         start = request.num_computed_tokens + hits
         left = request.num_prompt_tokens - start
-        return min(num_new_tokens, left if left > 0 else self._resume_chunk)
+        num_tokens = min(num_new_tokens, left if left > 0 else self._resume_chunk)
+        return 0 if self._awaits_pages(request, start + num_tokens) else num_tokens
+
+    def _awaits_pages(self, request: Request, num_tokens: int) -> bool:
+        """Whether to let a running request wait: num_tokens need pages that it will free itself.
+
+        Its steps in flight have emptied them. vLLM would preempt for them; a request that is alone
+        preempts itself, recomputes, and is there again.
+        """
+        if not (request.num_in_flight_tokens and request.status == RequestStatus.RUNNING):
+            return False
+        name, computed = request.request_id, request.num_computed_tokens
+        processed = computed - request.num_in_flight_tokens
+        if not any(m.pages_between(name, processed, computed) for m in self.paged_managers):
+            return False
+        self.kv_cache_manager.remove_skipped_blocks(name, processed, request.num_prompt_tokens)
+        needed = self.kv_cache_manager.coordinator.get_num_blocks_to_allocate(
+            request_id=name,
+            num_tokens=num_tokens,
+            new_computed_blocks=self.kv_cache_manager.empty_kv_cache_blocks.blocks,
+            num_encoder_tokens=0,
+            total_computed_tokens=computed,
+            num_local_computed_tokens=computed,
+            num_tokens_main_model=num_tokens,
+        )
+        return needed > self.kv_cache_manager.block_pool.get_num_free_blocks()
 
     def _pages_per_sequence(self) -> int:
         """Pages of a sequence of max_model_len between two compactions, in all groups."""
@@ -108,14 +152,25 @@ class _PagedMixin(Scheduler):
         )
 
     def _max_resume_chunk(self) -> int:
-        """Tokens past the prompt that a step may recompute: a budget, or what the pool holds."""
+        """Tokens past the prompt that a step may recompute: a budget, or what the pool holds.
+
+        Admission reserves for each group the most that it holds, at whatever time.
+        """
+        num_pages = self.kv_cache_config.num_blocks
+        longest = limits.max_prompt_len(self.vllm_config, num_pages) or self.max_model_len
+        batches = self.vllm_config.max_concurrent_batches
+
+        def fits(chunk: int) -> bool:
+            peaks = (
+                m.schedule.max_retained(self.max_model_len, longest, chunk * batches)
+                for m in self.paged_managers
+            )
+            needed = sum(cdiv(peak, self.paged_managers[0].block_size) for peak in peaks)
+            return needed <= num_pages - 1 - self._num_other_pages
+
         budget = max(m.schedule.budget(self.max_model_len) for m in self.paged_managers)
         page_size = self.paged_managers[0].block_size
-        spare = self.kv_cache_config.num_blocks - 1 - self._pages_per_sequence()
-        # Two pages of slack per group: entries begin and end anywhere in a page.
-        pages = spare // len(self.paged_managers) - 2
-        batches = self.vllm_config.max_concurrent_batches
-        return max(1, min(budget, pages * page_size // batches))
+        return next((chunk for chunk in range(budget, 0, -page_size) if fits(chunk)), 1)
 
     def _log_capacity(self) -> None:
         pages = self._pages_per_sequence()

@@ -40,7 +40,8 @@ class PagedSpec(AttentionSpec):
         """What one request can hold: vLLM's start-up check and its reported concurrency."""
         max_len = vllm_config.model_config.max_model_len
         whole = cdiv(max_len, self.block_size)
-        chunk = vllm_config.max_in_flight_tokens if self.schedule.compress_prefill else 1
+        in_flight = vllm_config.max_in_flight_tokens
+        chunk = in_flight if self.schedule.compress_prefill else vllm_config.max_concurrent_batches
         compressed = cdiv(self.schedule.max_retained(max_len, 0, chunk), self.block_size) + 1
         if self.schedule.compress_prefill:
             pages = min(compressed, whole)

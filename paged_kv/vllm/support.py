@@ -19,10 +19,25 @@ logger = init_logger(f"vllm.{__name__}")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 
 
-def check_model_directory(model: str) -> None:
-    """Raises ValueError for a directory that holds no weights."""
+def check_arguments(engine_args: Any) -> None:
+    """Refuses what vLLM would change, load or stumble over before check could see it.
+
+    Raises:
+        ValueError: names what is unsupported.
+    """
+    check_model_directory(engine_args.model, engine_args.load_format)
+    _refuse(
+        {
+            "prefill context parallelism": engine_args.prefill_context_parallel_size > 1,
+            "dual-batch overlap": engine_args.enable_dbo or engine_args.ubatch_size > 1,
+        }
+    )
+
+
+def check_model_directory(model: str, load_format: str) -> None:
+    """Raises ValueError for a directory that holds no weights, where vLLM would look for some."""
     path = Path(model)
-    if not path.is_dir():
+    if load_format not in ("auto", "hf", "safetensors", "pt") or not path.is_dir():
         return
     if not any(match for pattern in _WEIGHTS for match in path.glob(pattern)):
         raise ValueError(f"model directory {model} holds no weights ({', '.join(_WEIGHTS)})")
@@ -71,7 +86,7 @@ def _check_model(model_config: Any) -> None:
             "layers that share their KV cache": bool(getattr(text, "num_kv_shared_layers", 0)),
             "ALiBi position biases": bool(getattr(text, "alibi", False))
             or getattr(text, "position_embedding_type", None) == "alibi"
-            or text.model_type in ("bloom", "mpt"),
+            or text.model_type in ("bloom", "step1"),
             "chunked local attention": bool(getattr(text, "attention_chunk_size", None)),
         }
     )
@@ -85,7 +100,7 @@ def _check_features(vllm_config: Any) -> None:
             "speculative decoding": vllm_config.speculative_config is not None,
             "decode context parallelism": parallel.decode_context_parallel_size > 1,
             "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
-            "dual-batch overlap": parallel.enable_dbo or parallel.use_ubatching,
+            "dual-batch overlap": parallel.use_ubatching,
             "KV connectors": vllm_config.kv_transfer_config is not None,
             "--kv-sharing-fast-prefill": cache.kv_sharing_fast_prefill,
             "--disable-hybrid-kv-cache-manager": bool(scheduler.disable_hybrid_kv_cache_manager),

@@ -1,0 +1,269 @@
+"""What the tokens must be: the definition, in plain transformers and with explicit dropping.
+
+Shares no code with paged_kv. Every layer of a sequence holds the keys and values of an explicit
+list of positions. A chunk of tokens attends to what its layer holds and, causally, to itself; then
+each layer drops its oldest entries after the sinks until as many are gone as the rule says.
+
+`reference_tokens` runs by itself, chunk by chunk. `check_output` is told what the engine said, so
+it can compute the chunks between two droppings in one go: the same arithmetic, 20 times as fast.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import pairwise
+from typing import Any
+
+import torch
+from engines import Tokens, complete, recorded_chunks
+
+Chunk = tuple[int, int]  # (start, end) of the tokens of one step
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What each layer drops.
+
+    Args:
+        budgets: entries to keep, by layer: a number, a fraction of the tokens, or None for all.
+        page_size: entries are dropped in multiples of it.
+        num_sinks: first entries, never dropped.
+        min_budget: least that a fraction comes to.
+        compress_prefill: drop before the end of the prompt too.
+        store: what the cache makes of keys and values (a quantization).
+    """
+
+    budgets: Sequence[int | Fraction | None]
+    page_size: int = 32
+    num_sinks: int = 4
+    min_budget: int = 1
+    compress_prefill: bool = False
+    store: Callable[[torch.Tensor], torch.Tensor] = lambda entries: entries
+
+    def num_evicted(self, layer: int, num_tokens: int, prompt_len: int) -> int:
+        """Entries that are gone after num_tokens tokens."""
+        budget = self.budgets[layer]
+        if budget is None or (num_tokens < prompt_len and not self.compress_prefill):
+            return 0
+        if isinstance(budget, Fraction):
+            budget = max(self.min_budget, math.ceil(budget * num_tokens))
+        return max(0, (num_tokens - budget) // self.page_size * self.page_size)
+
+    def drops_between(self, start: int, end: int, prompt_len: int) -> bool:
+        """Whether any layer drops something on the way from start to end tokens."""
+        return any(
+            self.num_evicted(layer, end, prompt_len) > self.num_evicted(layer, start, prompt_len)
+            for layer in range(len(self.budgets))
+        )
+
+
+class Sequence_:
+    """The cache of one sequence, and the model's forward pass over it."""
+
+    def __init__(self, model: Any, rule: Rule, prompt_len: int) -> None:
+        self.model = model
+        self.rule = rule
+        self.prompt_len = prompt_len
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets everything: nothing is processed yet."""
+        config = self.model.config
+        empty = torch.zeros(config.num_key_value_heads, 0, config.head_dim)  # [heads, kept, dim]
+        num_layers = config.num_hidden_layers
+        self.num_tokens = 0
+        self.keys, self.values = [empty] * num_layers, [empty] * num_layers
+        self.positions: list[list[int]] = [[] for _ in range(num_layers)]
+
+    @torch.inference_mode()
+    def process(self, tokens: Tokens) -> torch.Tensor:
+        """Takes the next chunk; returns its last hidden states [tokens, hidden]. Drops nothing."""
+        model = self.model.model
+        positions = torch.arange(self.num_tokens, self.num_tokens + len(tokens))
+        hidden = model.embed_tokens(torch.tensor(tokens))
+        cos, sin = model.rotary_emb(hidden[None], positions[None])
+        for index, layer in enumerate(model.layers):
+            normed = layer.input_layernorm(hidden)
+            hidden = hidden + self._attention(index, layer.self_attn, normed, cos[0], sin[0])
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            self.positions[index] += positions.tolist()
+        self.num_tokens += len(tokens)
+        return model.norm(hidden)
+
+    def drop(self) -> None:
+        """Drops what the rule says must be gone after the tokens so far."""
+        for layer, kept in enumerate(self.positions):
+            evicted = self.rule.num_evicted(layer, self.num_tokens, self.prompt_len)
+            surplus = len(kept) - (self.num_tokens - evicted)
+            if surplus == 0:
+                continue
+            oldest = [i for i, position in enumerate(kept) if position >= self.rule.num_sinks]
+            gone = set(oldest[:surplus])
+            left = [i for i in range(len(kept)) if i not in gone]
+            self.positions[layer] = [kept[i] for i in left]
+            self.keys[layer] = self.keys[layer][:, left]
+            self.values[layer] = self.values[layer][:, left]
+
+    def restart(self, tokens: Tokens) -> None:
+        """Begins anew with a prefix hit of these tokens: raw entries, nothing dropped."""
+        assert len(tokens) < self.prompt_len
+        self.clear()
+        if tokens:
+            self.process(tokens)
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[rows, vocabulary]."""
+        return self.model.lm_head(hidden)
+
+    def _attention(
+        self, index: int, module: Any, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
+        num_new = len(hidden)
+
+        def heads(projection: Any) -> torch.Tensor:  # [heads, tokens, dim]
+            return projection(hidden).view(num_new, -1, module.head_dim).transpose(0, 1)
+
+        query = rotate(heads(module.q_proj), cos, sin)
+        new_keys = self.rule.store(rotate(heads(module.k_proj), cos, sin))
+        new_values = self.rule.store(heads(module.v_proj))
+        self.keys[index] = keys = torch.cat([self.keys[index], new_keys], 1)
+        self.values[index] = values = torch.cat([self.values[index], new_values], 1)
+        group = len(query) // len(keys)  # query heads per KV head
+        scores = query @ keys.repeat_interleave(group, 0).transpose(1, 2) * module.scaling
+        # Everything that was held is visible to every new token; among themselves they are causal.
+        num_held = keys.shape[1] - num_new
+        hidden_from = torch.ones(num_new, keys.shape[1], dtype=torch.bool).triu(num_held + 1)
+        weights = scores.masked_fill(hidden_from, -math.inf).softmax(-1)
+        output = weights @ values.repeat_interleave(group, 0)
+        return module.o_proj(output.transpose(0, 1).reshape(num_new, -1))
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RoPE of [heads, tokens, dim], in the convention of Llama: halves, not pairs."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+def load_model(path: Any) -> Any:
+    """The model in float32."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def one_by_one(prompt_len: int, num_tokens: int) -> list[Chunk]:
+    """Chunks of a request that is never interrupted: its prompt whole, then token by token."""
+    ends = range(prompt_len, prompt_len + num_tokens)
+    return [(0, prompt_len), *pairwise(ends)]
+
+
+def reference_tokens(
+    model: Any, prompt: Tokens, chunks: list[Chunk], rule: Rule, num_tokens: int
+) -> Tokens:
+    """Greedy tokens. A chunk that starts elsewhere than the last one ended is a preempted request
+    coming back, or a first prefix hit."""
+    tokens = list(prompt)
+    sequence = Sequence_(model, rule, len(prompt))
+    for start, end in chunks:
+        if start != sequence.num_tokens:
+            sequence.restart(tokens[:start])
+        hidden = sequence.process(tokens[start:end])
+        sequence.drop()
+        if end == len(tokens):  # not while something is recomputed
+            tokens.append(int(sequence.logits(hidden[-1]).argmax()))
+        if len(tokens) == len(prompt) + num_tokens:
+            break
+    return tokens[len(prompt) :]
+
+
+@dataclass
+class Run:
+    """Chunks between which nothing is dropped; the ends of those that sampled a token."""
+
+    start: int
+    end: int
+    sampled: list[int] = field(default_factory=list)
+
+
+def merge(chunks: list[Chunk], rule: Rule, prompt_len: int, num_tokens: int) -> Iterator[Run]:
+    """The chunks up to the one that samples the last token, in as few runs as possible."""
+    num_known, run = prompt_len, None
+    for start, end in chunks:
+        if num_known == prompt_len + num_tokens:
+            break  # an asynchronous scheduler was one step ahead
+        if run and (start != run.end or rule.drops_between(run.start, run.end, prompt_len)):
+            yield run
+            run = None
+        run = run or Run(start, end)
+        run.end = end
+        if end == num_known:
+            run.sampled.append(end)
+            num_known += 1
+    assert run is not None
+    assert num_known == prompt_len + num_tokens, "the chunks do not lead to the last token"
+    yield run
+
+
+def check_output(
+    model: Any, prompt: Tokens, output: Any, chunks: list[Chunk], rule: Rule, tolerance: float
+) -> str | None:
+    """None if each token is the reference's choice after those before it, else what differs.
+
+    Args:
+        model: see load_model.
+        prompt: its tokens.
+        output: vLLM's CompletionOutput, with logprobs.
+        chunks: the tokens of each step.
+        rule: what is dropped.
+        tolerance: how far a token's logprob may be from the reference's. Text that repeats itself
+            would hide a lost entry from a look at the tokens alone.
+    """
+    known = [*prompt, *output.token_ids]
+    sequence = Sequence_(model, rule, len(prompt))
+    for run in merge(chunks, rule, len(prompt), len(output.token_ids)):
+        if run.start != sequence.num_tokens:
+            sequence.restart(known[: run.start])
+        hidden = sequence.process(known[run.start : run.end])
+        sequence.drop()
+        logits = sequence.logits(hidden[[end - 1 - run.start for end in run.sampled]])
+        for end, row in zip(run.sampled, logits, strict=True):
+            index, token = end - len(prompt), known[end]
+            logprob = output.logprobs[index][token].logprob
+            error = abs(row.log_softmax(-1)[token] - logprob)
+            if row.argmax() != token or error > tolerance:
+                return f"{describe(index, token, row)}; its logprob is {error:.2e} off"
+    return None
+
+
+def describe(index: int, token: int, logits: torch.Tensor) -> str:
+    (best, second), ids = logits.topk(2)
+    return (
+        f"token {index} is {token}, the reference has {int(ids[0])}; it is "
+        f"{best - logits[token]:.2e} behind in logits, the second best {best - second:.2e}"
+    )
+
+
+def complete_and_check(
+    llm: Any,
+    model: Any,
+    prompts: list[Tokens],
+    rule: Rule,
+    max_tokens: int = 256,
+    tolerance: float = 1e-3,
+) -> list[list[Chunk]]:
+    """All prompts in one batch, each token compared with the reference. Returns the chunks."""
+    with recorded_chunks(llm) as recorded:
+        outputs = complete(llm, prompts, max_tokens, logprobs=0)
+    chunks = list(recorded.values())  # requests are first scheduled in the order of the prompts
+    assert len(chunks) == len(prompts)
+    differences = {}
+    for prompt, output, own in zip(prompts, outputs, chunks, strict=True):
+        assert len(output.token_ids) == max_tokens
+        if difference := check_output(model, prompt, output, own, rule, tolerance):
+            differences[f"prompt of {len(prompt)}"] = difference
+    assert not differences
+    return chunks

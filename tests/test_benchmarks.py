@@ -1,0 +1,99 @@
+"""Every script in benchmarks/ at its smallest: JSON lines with the documented fields."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+COMPARED = {"tokens_per_second", "baseline_tokens_per_second", "ratio", "ratios"}
+COMPARED |= {"cpu_ratio", "idle_cpu"}
+PRESSURE = {"peak_running", "peak_pages", "preemptions"}
+PRESSURE |= {f"baseline_{name}" for name in PRESSURE}
+COST = {
+    f"{part}_{figure}"
+    for part in ("shift", "compact")
+    for figure in ("share", "calls_per_step", "us_per_call")
+}
+
+# script -> (arguments, cases in the order of the lines, fields)
+SCRIPTS = {
+    "ample_pool": (
+        "--rounds 2 --requests 2 --prompt-len 16 --output-len 8 --cases full streaming",
+        ["full", "streaming"],
+        COMPARED,
+    ),
+    "tight_pool": (
+        "--rounds 1 --requests 4 --prompt-len 32 --output-len 160 --pool-tokens 512 --budget 128 "
+        "--cases pyramidal",
+        ["pyramidal"],
+        COMPARED | PRESSURE,
+    ),
+    "pool_sweep": (
+        "--requests 2 --prompt-len 32 --output-lens 32 --shares 1.5 --budget 128",
+        ["streaming"],
+        COMPARED | PRESSURE | {"share", "output_len", "pool_tokens"},
+    ),
+    "shared_prefix": (
+        "--rounds 1 --requests 2 --prefix-len 256 --output-len 4 --budget 128 --cases streaming",
+        ["streaming"],
+        COMPARED | {"hit_rate", "baseline_hit_rate"},
+    ),
+    "compaction_cost": (
+        "--cycles 1 --budgets 128 --batches 1 2 --cases pyramidal",
+        ["pyramidal", "pyramidal"],
+        COST | {"budget", "batch", "step_ms", "share"},
+    ),
+}
+
+
+def run_script(name: str, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *arguments]
+    # One thread: tests share the machine.
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.vllm
+@pytest.mark.model
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_prints_the_documented_lines(name, tmp_path, smollm2_dir):
+    arguments, cases, fields = SCRIPTS[name]
+    result = run_script(name, tmp_path, "--model", str(smollm2_dir), *arguments.split())
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["case"] for line in lines] == cases
+    for line in lines:
+        assert line["benchmark"] == name
+        assert set(line) == fields | {"benchmark", "case", "settings"}
+        assert line["settings"]["model"] == str(smollm2_dir)
+    assert (tmp_path / "results" / "pool_sweep.png").exists() == (name == "pool_sweep")
+
+
+def test_every_script_is_here():
+    assert {file.stem for file in BENCHMARKS.glob("*.py")} == set(SCRIPTS)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_readme_documents_script_and_fields(name):
+    readme = (BENCHMARKS / "README.md").read_text()
+    assert f"{name}.py" in readme
+    _, _, fields = SCRIPTS[name]
+    assert not [field for field in fields if f"`{field}`" not in readme]
+
+
+def test_help_and_mistakes(tmp_path):
+    for name in SCRIPTS:
+        result = run_script(name, tmp_path, "--help")
+        assert result.returncode == 0
+        assert "--model" in result.stdout
+    result = run_script("tight_pool", tmp_path, "--model", "/nowhere/model")
+    assert result.returncode == 2
+    assert result.stderr == "tight_pool.py: error: model /nowhere/model: no such directory\n"

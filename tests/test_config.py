@@ -1,0 +1,331 @@
+import json
+import re
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paged_kv.config import DEFAULT_BUDGET, CompressionConfig, parse_budget, parse_json
+from paged_kv.core.budgets import num_groups, tier_sizes
+from paged_kv.policies.streaming import Streaming
+
+
+def config(**values) -> CompressionConfig:
+    return CompressionConfig.from_dict({"policy": "streaming", **values})
+
+
+# ---- what is refused, and in what words
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        *("h20", "", "Streaming", "full+streaming", "pyramidal+", "pyramidal+pyramidal"),
+        *("pyramidal+full", "+streaming", "+pyramidal", "a+pyramidal+streaming"),
+        *(None, 3, ["full"]),
+    ],
+    ids=repr,
+)
+def test_an_unknown_policy_lists_those_that_exist(policy):
+    with pytest.raises(ValueError, match="unknown kv-policy") as error:
+        CompressionConfig.from_dict({"policy": policy})
+    assert repr(policy) in str(error.value)
+    assert "full, pyramidal, " in str(error.value)
+    assert "streaming" in str(error.value).split("known are")[1]
+    assert "pyramidal+NAME" in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["window", "options", "Budget", "kv_budget", 3], ids=repr)
+def test_an_unknown_option_lists_those_that_exist(key):
+    with pytest.raises(ValueError, match=f"unknown paged_kv option {key}; known are: ") as error:
+        CompressionConfig.from_dict({"policy": "streaming", "budget": 512, key: 1})
+    known = str(error.value).split("known are: ")[1].split(", ")
+    assert known == sorted(known)
+    assert {"policy", "budget", "num_sink_tokens", "skip_layers", "max_groups"} <= set(known)
+    assert "options" not in known
+
+
+NAN, INF = float("nan"), float("inf")
+AT_LEAST = "must be an integer >= "
+BAD_VALUES = [
+    (
+        "budget",
+        "must be an integer >= 1 or a number with a point between 0 and 1",
+        [
+            *(0, -1, 0.0, 1.0, 1.5, -0.5, 128.0, NAN, INF, True, None, [128]),
+            *("", "many", "1/2", "50%", "²", "1e400", "1.0", "0"),
+        ],
+    ),
+    ("num_sink_tokens", AT_LEAST + "0", [-1, 4.0, "4", None, True]),
+    ("recent_window", AT_LEAST + "0", [-1, 0.5, "32", None, False]),
+    ("min_budget", AT_LEAST + "1", [0, -5, 128.0, "128"]),
+    ("tiers", AT_LEAST + "1", [0, 2.0, "3"]),
+    ("max_groups", AT_LEAST + "1", [0, None]),
+    ("pyramid_beta", "must be a number >= 1", [0.99, 0, -2, "2", None, True, NAN, INF]),
+    ("compress_prefill", "must be true or false", [0, 1, "true", None]),
+    ("skip_layers", "must be a list of layer indices", ["0,1", 3, None, {0: 1}, {1, 2}]),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed", "value"),
+    [(name, allowed, value) for name, allowed, values in BAD_VALUES for value in values],
+)
+def test_a_bad_value_names_the_option_and_what_is_allowed(name, allowed, value):
+    expected = f"^{re.escape(f'{name} {allowed}, not {value!r}')}$"
+    with pytest.raises(ValueError, match=expected):
+        config(**{name: value})
+
+
+@pytest.mark.parametrize("value", [[-1], ["1"], [1.0], [True], [[1]], [None]])
+def test_a_bad_layer_is_named(value):
+    expected = f"^{re.escape(f'skip_layers must be an integer >= 0, not {value[0]!r}')}$"
+    with pytest.raises(ValueError, match=expected):
+        config(skip_layers=[0, *value])
+
+
+@pytest.mark.parametrize("values", [None, [], "streaming", 128])
+def test_only_a_dict_is_a_config(values):
+    with pytest.raises(ValueError, match="paged_kv must be a dict of options"):
+        CompressionConfig.from_dict(values)
+
+
+@pytest.mark.parametrize("text", ["", "{", "{'tiers': 3}", '{"tiers": 3,}', "tiers=3"])
+def test_what_is_not_json(text):
+    with pytest.raises(ValueError, match="kv-policy-config is not JSON: ") as error:
+        parse_json(text)
+    assert repr(text) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["3", "[]", "null", '"tiers"'])
+def test_json_that_is_no_object(text):
+    with pytest.raises(ValueError, match="kv-policy-config must be a JSON object, not "):
+        parse_json(text)
+
+
+@pytest.mark.parametrize(
+    ("values", "name", "needed"),
+    [
+        ({"budget": 67}, "budget 67", 68),
+        ({"budget": 1}, "budget 1", 68),
+        ({"budget": 103, "num_sink_tokens": 40}, "budget 103", 104),
+        ({"budget": 0.5, "min_budget": 67}, "min_budget 67", 68),
+        ({"budget": 0.5, "min_budget": 99, "recent_window": 64}, "min_budget 99", 100),
+    ],
+)
+def test_a_budget_that_leaves_no_page_to_evict(values, name, needed):
+    with pytest.raises(ValueError, match=rf"^{name} is too small: it must be at least {needed} "):
+        config(**values).check_page_size(32)
+    key = name.split()[0]
+    config(**values | {key: needed}).check_page_size(32)
+    with pytest.raises(ValueError, match="one page of 64"):
+        config(**values | {key: needed}).check_page_size(64)
+
+
+# ---- what is read
+
+
+def test_defaults_keep_everything():
+    default = CompressionConfig.from_dict({})
+    assert default == CompressionConfig()
+    assert not default.enabled
+    assert config().enabled
+    assert config().budget == DEFAULT_BUDGET
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (128, 128),
+        ("128", 128),
+        (" 128 ", 128),
+        ("+128", 128),
+        (0.25, Fraction(1, 4)),
+        ("0.6", Fraction(3, 5)),
+        (0.6, Fraction(3, 5)),  # what was written, not the nearest binary number
+        (".5", Fraction(1, 2)),
+        (Fraction(1, 4), Fraction(1, 4)),
+        (1e-05, Fraction(1, 100_000)),
+    ],
+)
+def test_budget_is_read_exactly(value, expected):
+    budget = parse_budget("budget", value)
+    assert (type(budget), budget) == (type(expected), expected)
+
+
+@pytest.mark.parametrize(
+    ("policy", "is_pyramid", "selector"),
+    [
+        ("streaming", False, "streaming"),
+        ("pyramidal", True, "streaming"),
+        ("pyramidal+streaming", True, "streaming"),
+    ],
+)
+def test_policy_names(policy, is_pyramid, selector):
+    read = CompressionConfig.from_dict({"policy": policy})
+    assert (read.enabled, read.is_pyramid, read.selector) == (True, is_pyramid, selector)
+
+
+def test_skip_layers_are_a_set():
+    assert config(skip_layers=[3, 0, 3]).skip_layers == (0, 3)
+    assert config(skip_layers=()).skip_layers == ()
+
+
+def test_options_of_the_policy_have_defaults(monkeypatch):
+    monkeypatch.setattr(Streaming, "options", {"color": "red"})
+    assert config().options == {"color": "red"}
+    assert config(color="blue").options == {"color": "blue"}
+    assert config(color="blue").to_dict()["color"] == "blue"
+    assert CompressionConfig.from_dict({"policy": "full"}).options == {}
+    with pytest.raises(ValueError, match=r"known are: .*budget, color, compress_prefill"):
+        config(colour="blue")
+
+
+@settings(deadline=None)
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "policy": st.sampled_from(["full", "streaming", "pyramidal", "pyramidal+streaming"]),
+            "budget": st.integers(1) | st.floats(1e-9, 1, exclude_max=True),
+            "num_sink_tokens": st.integers(0),
+            "recent_window": st.integers(0),
+            "pyramid_beta": st.floats(1, 1e6, exclude_max=True),
+            "min_budget": st.integers(1),
+            "compress_prefill": st.booleans(),
+            "skip_layers": st.lists(st.integers(0, 99)),
+            "tiers": st.integers(1),
+            "max_groups": st.integers(1),
+        },
+    )
+)
+def test_round_trip_through_json(values):
+    read = CompressionConfig.from_dict(values)
+    carried = json.loads(json.dumps(read.to_dict()))
+    assert CompressionConfig.from_dict(carried) == read
+    assert float(read.budget) == values.pop("budget", DEFAULT_BUDGET)
+    assert read.skip_layers == tuple(sorted(set(values.pop("skip_layers", []))))
+    assert {name: getattr(read, name) for name in values} == values
+
+
+# ---- the plan
+
+
+def make_plan(values: dict, num_layers: int = 30, full_layers: list[int] | None = None):
+    from paged_kv.vllm.plan import make_plan
+
+    full_layers = list(range(num_layers)) if full_layers is None else full_layers
+    return make_plan(CompressionConfig.from_dict(values), 32, num_layers, full_layers)
+
+
+def test_uniform_plan():
+    plan = make_plan({"policy": "streaming", "budget": 200, "skip_layers": [0, 1, 2, 29]}, 30)
+    assert plan.budgets == {layer: (200, 0, 1) for layer in range(3, 29)}
+    assert (plan.num_groups, plan.num_other_groups, plan.layers_per_page) == (7, 1, 4)
+    assert plan.schedule(0) is None
+    assert plan.schedule(3).budget(10_000) == 200
+
+
+def test_pyramid_plan():
+    plan = make_plan({"policy": "pyramidal", "budget": 256})
+    tiers = [(320, 0, 1)] * 10 + [(256, 0, 1)] * 10 + [(192, 0, 1)] * 10
+    assert plan.budgets == dict(enumerate(tiers))
+    assert (plan.num_groups, plan.num_other_groups, plan.layers_per_page) == (3, 0, 10)
+    assert plan.describe() == (
+        "layers 0-9: 320 entries; layers 10-19: 256 entries; layers 20-29: 192 entries"
+    )
+
+
+def test_pyramid_plan_of_a_fraction():
+    values = {"policy": "pyramidal", "budget": 0.5, "min_budget": 96, "compress_prefill": True}
+    plan = make_plan(values)
+    kept = [plan.schedule(layer).budget(91_000) for layer in (0, 10, 20)]
+    assert kept == [55_500, 45_500, 35_500]  # 111, 91 and 71 of 182: the pyramid of beta 2
+    assert plan.schedule(29).budget(100) == 96
+    assert plan.compress_prefill
+
+
+def test_hybrids_get_one_tier():
+    plan = make_plan({"policy": "pyramidal", "budget": 256}, 12, [5, 11])
+    assert plan.budgets == {5: (256, 0, 1), 11: (256, 0, 1)}
+    assert (plan.num_groups, plan.num_other_groups, plan.layers_per_page) == (1, 5, 2)
+
+
+def test_plan_round_trip():
+    from paged_kv.vllm.plan import Plan
+
+    plan = make_plan({"policy": "pyramidal", "budget": 0.3, "skip_layers": list(range(6))})
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"skip_layers": [3, 30, 40]}, r"skip_layers names \[30, 40\], but the layers .* 29\]"),
+        ({"skip_layers": list(range(30))}, r"skip_layers .* leaves no layer to compress"),
+        ({"budget": 60}, r"budget 60 is too small: it must be at least 68"),
+        (
+            {"policy": "pyramidal", "budget": 96, "pyramid_beta": 8},
+            r"budget 96 with pyramid_beta 8.0 and 3 tiers leaves the last layers 32 entries; they "
+            r"need 68 .*: raise budget or lower pyramid_beta",
+        ),
+        ({"skip_layers": [0]}, r"need 30 KV cache groups, more than max_groups 8: .* \[29, 1\]"),
+        ({"skip_layers": [0, 1], "max_groups": 14}, r"need 15 KV cache groups"),
+        ({"policy": "pyramidal", "tiers": 9}, r"need 9 KV cache groups, more than max_groups 8"),
+    ],
+)
+def test_plans_that_are_refused(values, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make_plan({"policy": "streaming", **values})
+    assert "\n" not in str(error.value)
+
+
+def test_skipping_a_sliding_layer_is_refused():
+    with pytest.raises(ValueError, match=r"names \[0\], but the layers with full .* \[5, 11\]"):
+        make_plan({"policy": "streaming", "skip_layers": [0]}, 12, [5, 11])
+
+
+def named_splits(message: str) -> list[tuple[int, int]]:
+    assert "Splits that work: " in message
+    found = re.findall(r"(\d+) skipped with tiers (\d+)", message)
+    return [(int(skipped), int(tiers)) for skipped, tiers in found]
+
+
+@settings(deadline=None)
+@given(
+    st.integers(4, 48),
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.integers(1, 10),
+    st.sampled_from(["streaming", "pyramidal"]),
+    st.sampled_from([1, 1.1, 2, 8]),
+    st.sampled_from([128, 256, 1000, 4096, 0.25, 0.9]),
+)
+def test_named_splits_work(num_layers, skipped, tiers, max_groups, policy, beta, budget):
+    """Whatever the refusal recommends is accepted, with everything else as it was."""
+    values = {"policy": policy, "tiers": tiers, "max_groups": max_groups, "budget": budget}
+    values |= {"pyramid_beta": beta, "skip_layers": list(range(min(skipped, num_layers - 1)))}
+    try:
+        make_plan(values, num_layers)
+    except ValueError as error:
+        if "KV cache groups" not in str(error):
+            return
+        for good_skipped, good_tiers in named_splits(str(error)):
+            split = {"skip_layers": list(range(good_skipped)), "tiers": good_tiers}
+            plan = make_plan(values | split, num_layers)
+            assert plan.num_groups + plan.num_other_groups <= max_groups
+
+
+def test_the_usual_split_is_named():
+    with pytest.raises(ValueError, match="Splits that work") as error:
+        make_plan({"policy": "pyramidal", "skip_layers": [0]})
+    assert (0, 3) in named_splits(str(error.value))
+
+
+def test_no_split_works():
+    """Five layers with a sliding window for each full one: six groups, whatever is skipped."""
+    with pytest.raises(ValueError, match="No split of this model works; raise max_groups"):
+        make_plan({"policy": "streaming", "max_groups": 5}, 12, [5, 11])
+    assert sum(num_groups([*tier_sizes(2, 1), 10])) == 6

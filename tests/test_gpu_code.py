@@ -1,0 +1,261 @@
+"""What runs on GPUs only, as far as it can be run without one: layouts, builders, the V2 runner.
+
+Not here: FlashInfer's builder unless it is installed, kernels, streams, CUDA graphs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import SimpleNamespace
+from typing import Any
+
+import engines  # noqa: F401  vLLM's environment
+import numpy as np
+import pytest
+import torch
+
+from paged_kv.core.schedule import Schedule
+from paged_kv.policies.streaming import Streaming
+from paged_kv.vllm.attention import wrap_backend
+from paged_kv.vllm.compaction import Compactor
+from paged_kv.vllm.spec import PagedSpec
+
+PAGE_SIZE, BUDGET, SINKS = 16, 48, 4
+NUM_PAGES, LAYERS = 24, ["layer.0", "layer.1", "layer.2"]
+SPEC = PagedSpec(
+    block_size=PAGE_SIZE,
+    num_kv_heads=2,
+    head_size=4,
+    dtype=torch.float32,
+    schedule=Schedule(PAGE_SIZE, BUDGET),
+)
+# Two sequences of one step: the last chunk of a prompt of 100, and a decode of a prompt of 60.
+PROMPT_LENS, BEFORE, AFTER = [100, 60], [70, 79], [100, 80]
+EVICTED_BEFORE, EVICTED_AFTER = [0, 16], [48, 32]
+
+
+class OnGpu(torch.Tensor):
+    """A CPU tensor that says it is on a GPU, so that the pages take the path of GPU backends."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda")
+
+
+def metadata(block_size: int = PAGE_SIZE, req_idx: Any = None) -> Any:
+    """The step above; page ids count down from the highest, sequence by sequence."""
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    width = -(-max(AFTER) // block_size)
+    last = NUM_PAGES * PAGE_SIZE // block_size - 1
+    table = last - torch.arange(2 * width, dtype=torch.int32).view(2, width)
+    starts = torch.tensor([0, 30, 31], dtype=torch.int32)
+    lens = torch.tensor(AFTER, dtype=torch.int32)
+    return CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=lens,
+        seq_lens_cpu_upper_bound=lens.clone(),
+        num_reqs=2,
+        num_actual_tokens=31,
+        max_query_len=30,
+        max_seq_len=max(AFTER),
+        block_table_tensor=table,
+        slot_mapping=torch.arange(31),
+        req_idx=req_idx,
+    )
+
+
+def v1_runner() -> Any:
+    lens = np.array([*PROMPT_LENS, 7, 7], dtype=np.int32)  # rows of absent requests follow
+    return SimpleNamespace(input_batch=SimpleNamespace(num_prompt_tokens=lens))
+
+
+def v2_runner() -> Any:
+    """Its table of requests is in another order than the batch."""
+    lens = np.array([7, PROMPT_LENS[1], 7, PROMPT_LENS[0]], dtype=np.int32)
+    return SimpleNamespace(req_states=SimpleNamespace(prompt_len=SimpleNamespace(np=lens)))
+
+
+RUNNERS = {"V1": (v1_runner, None), "V2": (v2_runner, np.array([3, 1]))}
+
+
+def caches(layout: str, kernel_page_size: int) -> list[torch.Tensor]:
+    """Views [pages, heads, page size, content] of vLLM's making, every number another one."""
+    from vllm.v1.kv_cache_interface import (
+        KVCacheTensor,
+        compute_layout_strides,
+        create_kv_cache_views,
+    )
+    from vllm.v1.kv_cache_layout import KVCacheLayout
+
+    member = KVCacheLayout[layout]
+    size = SPEC.page_size_bytes * NUM_PAGES * len(LAYERS)
+    raw = torch.randperm(size // 4, generator=torch.Generator().manual_seed(0)).float()
+    strides = compute_layout_strides(SPEC, NUM_PAGES, len(LAYERS), member)
+    tensor = KVCacheTensor(size, LAYERS, layer_stride=strides[0], block_stride=strides[1])
+    return create_kv_cache_views(
+        raw.view(torch.int8), SPEC, NUM_PAGES, member, tensor, kernel_page_size
+    )
+
+
+def entries(cache: torch.Tensor, table: torch.Tensor, row: int) -> torch.Tensor:
+    """[slots, heads, content] of a sequence, in logical order."""
+    pages = cache[table[row].long()]  # [pages, heads, page size, content]
+    return pages.transpose(1, 2).flatten(0, 1).clone()
+
+
+LAYOUTS = ["LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC"]
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize(
+    ("layout", "kernel_page_size"),
+    [*((layout, PAGE_SIZE) for layout in LAYOUTS), ("LBHNC", 8), ("LBNHC", 8)],
+)
+def test_compaction_in_every_layout(layout, kernel_page_size, runner):
+    """Sinks and the newest entries are what a read finds after the step, in every layer."""
+    make_runner, req_idx = RUNNERS[runner]
+    views = caches(layout, kernel_page_size)
+    layers = {
+        name: SimpleNamespace(kv_cache=view.as_subclass(OnGpu))
+        for name, view in zip(LAYERS, views, strict=True)
+    }
+    compactor = Compactor(make_runner(), Streaming(SINKS, 8), layers)
+    step = metadata(kernel_page_size, req_idx)
+    spec = SPEC.copy_with_new_block_size(kernel_page_size)
+    table = step.block_table_tensor
+    before = [[entries(view, table, row) for row in range(2)] for view in views]
+
+    with compactor.step():
+        shifted = compactor.shift(spec, LAYERS, step)
+    assert compactor.num_events == 2
+    assert shifted.seq_lens.tolist() == [a - e for a, e in zip(AFTER, EVICTED_BEFORE, strict=True)]
+
+    for view, rows in zip(views, before, strict=True):
+        for row, entry in enumerate(rows):
+            start, end = EVICTED_AFTER[row], AFTER[row]
+            # The second sequence was compacted before: its sinks lie where its pages began.
+            first = EVICTED_BEFORE[row]
+            expected = torch.cat([entry[first : first + SINKS], entry[start + SINKS : end]])
+            torch.testing.assert_close(entries(view, table, row)[start:end], expected)
+
+
+def test_a_step_of_dummy_data_is_left_alone():
+    """Profiling and graph capture build metadata outside of a step."""
+    compactor = Compactor(None, Streaming(SINKS, 8), {})
+    step = metadata()
+    assert compactor.shift(SPEC, LAYERS, step) is step
+
+
+BACKENDS = {
+    "flash_attn": "FlashAttentionBackend",
+    "flashinfer": "FlashInferBackend",
+    "triton_attn": "TritonAttentionBackend",
+    "flex_attention": "FlexAttentionBackend",
+    "rocm_attn": "RocmAttentionBackend",
+    "rocm_aiter_fa": "AiterFlashAttentionBackend",
+    "cpu_attn": "CPUAttentionBackend",
+}
+
+
+def backend(module: str) -> Any:
+    try:
+        loaded = importlib.import_module(f"vllm.v1.attention.backends.{module}")
+    except ImportError as error:
+        pytest.skip(f"{module}: {error}")
+    return getattr(loaded, BACKENDS[module])
+
+
+@pytest.mark.parametrize("module", BACKENDS)
+def test_builders_get_shifted_metadata(monkeypatch, module):
+    """The builder's own build, which needs its kernels, is replaced by one that keeps what it gets."""
+    from vllm.v1.attention.backend import AttentionCGSupport
+
+    stock = backend(module)
+    compactor = Compactor(v1_runner(), Streaming(SINKS, 8), {})
+    wrapped = wrap_backend(stock, compactor)
+    assert issubclass(wrapped, stock)
+    assert wrapped.get_impl_cls() is stock.get_impl_cls()
+
+    builder_class = wrapped.get_builder_cls()
+    assert issubclass(builder_class, stock.get_builder_cls())
+    assert builder_class.supports_update_block_table is False
+    assert builder_class.get_cudagraph_support(None, None) is AttentionCGSupport.NEVER
+    assert stock.get_builder_cls().get_cudagraph_support is not builder_class.get_cudagraph_support
+
+    seen = {}
+
+    def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
+        seen.update(metadata=common_attn_metadata, fast_build=fast_build)
+        return "built"
+
+    monkeypatch.setattr(stock.get_builder_cls(), "build", build)
+    builder = builder_class.__new__(builder_class)
+    builder.kv_cache_spec, builder.layer_names = SPEC, LAYERS
+    step = metadata()
+    monkeypatch.setattr(compactor, "_compact", lambda pending: None)
+    with compactor.step():
+        assert builder.build(0, step, fast_build=True) == "built"
+
+    got = seen["metadata"]
+    assert seen["fast_build"] is True
+    assert got.seq_lens.tolist() == got.seq_lens_cpu_upper_bound.tolist() == [100, 64]
+    assert got.max_seq_len == 100
+    table = step.block_table_tensor
+    assert got.block_table_tensor[0].tolist() == table[0].tolist()
+    assert got.block_table_tensor[1, :4].tolist() == table[1, 1:5].tolist()
+    assert step.seq_lens.tolist() == AFTER, "the groups share it"
+
+
+def test_graphs_stay_piecewise():
+    """vLLM's default on GPUs is FULL_AND_PIECEWISE; a full graph would skip the compaction."""
+    from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
+    from vllm.v1.attention.backend import AttentionCGSupport
+
+    def resolve(mode: CUDAGraphMode, compiled: CompilationMode) -> CUDAGraphMode:
+        config = CompilationConfig(mode=compiled, cudagraph_mode=mode)
+        config.splitting_ops = list(CompilationConfig._attention_ops)
+        return config.resolve_cudagraph_mode_and_sizes(AttentionCGSupport.NEVER, "PagedKV")
+
+    compiled = CompilationMode.VLLM_COMPILE
+    assert resolve(CUDAGraphMode.FULL_AND_PIECEWISE, compiled) is CUDAGraphMode.PIECEWISE
+    assert resolve(CUDAGraphMode.FULL_DECODE_ONLY, compiled) is CUDAGraphMode.PIECEWISE
+    assert resolve(CUDAGraphMode.PIECEWISE, compiled) is CUDAGraphMode.PIECEWISE
+    assert resolve(CUDAGraphMode.FULL_AND_PIECEWISE, CompilationMode.NONE) is CUDAGraphMode.NONE
+    with pytest.raises(ValueError, match="FULL is not supported"):
+        resolve(CUDAGraphMode.FULL, compiled)
+
+
+def test_the_gpu_worker_is_vllms_with_our_mixin():
+    from vllm.v1.worker.gpu_worker import Worker
+
+    from paged_kv.vllm import worker
+
+    assert worker.PagedGPUWorker.__mro__[1:3] == (worker.PagedWorkerMixin, Worker)
+    assert worker.PagedGPUWorker is worker.PagedGPUWorker
+    with pytest.raises(AttributeError, match="PagedTPUWorker"):
+        worker.PagedTPUWorker  # noqa: B018
+
+
+def test_asynchronous_scheduling_gets_the_asynchronous_scheduler():
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from paged_kv.vllm import options
+    from paged_kv.vllm.scheduler import PagedAsyncScheduler, PagedScheduler
+
+    def installed(asynchronous: bool) -> str:
+        config = SimpleNamespace(
+            parallel_config=SimpleNamespace(worker_cls="vllm.v1.worker.gpu_worker.Worker"),
+            scheduler_config=SimpleNamespace(async_scheduling=asynchronous, scheduler_cls=None),
+        )
+        options._install(config)
+        assert config.parallel_config.worker_cls == "paged_kv.vllm.worker.PagedGPUWorker"
+        return config.scheduler_config.scheduler_cls
+
+    assert installed(True) == "paged_kv.vllm.scheduler.PagedAsyncScheduler"
+    assert installed(False) == "paged_kv.vllm.scheduler.PagedScheduler"
+    assert issubclass(PagedAsyncScheduler, AsyncScheduler)
+    assert issubclass(PagedScheduler, Scheduler)
+    assert not issubclass(PagedScheduler, AsyncScheduler)

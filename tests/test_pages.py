@@ -1,0 +1,211 @@
+"""Pages in a running engine: freed when the schedule says, all back in the end, and what fits."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import tiny_models
+from engines import block_pool, engine, engine_core, generate, scheduler, worker
+
+from paged_kv.core.schedule import Schedule, cdiv
+
+pytestmark = pytest.mark.vllm
+
+BUDGET = 96
+STREAMING = {"policy": "streaming", "budget": BUDGET}
+SCHEDULE = Schedule(page_size=32, minimum=BUDGET)
+PROMPT = [token % 250 + 3 for token in range(200)]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_models.saved("llama", tmp_path_factory.mktemp("model"), tokenizer=True)
+
+
+@pytest.fixture(scope="module")
+def llm(tiny: str) -> Iterator[Any]:
+    with engine(tiny, STREAMING, kv_cache_memory_bytes=16 << 20) as llm:
+        yield llm
+        assert_all_back(llm)
+
+
+def num_free(llm: Any) -> int:
+    return block_pool(llm).get_num_free_blocks()
+
+
+def assert_all_back(llm: Any) -> None:
+    """All pages but vLLM's null page are free, and nobody remembers a request."""
+    assert num_free(llm) == block_pool(llm).num_gpu_blocks - 1
+    assert all(block.ref_cnt == 0 for block in block_pool(llm).blocks if not block.is_null)
+    assert not scheduler(llm).requests
+    for manager in scheduler(llm).paged_managers:
+        assert not manager.req_to_blocks
+        assert not manager._sequences
+        assert not manager._to_be_written
+    assert not worker(llm).compactor._pending
+
+
+def add(llm: Any, name: str, prompt: list[int], max_tokens: int, **sampling: Any) -> None:
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        **{"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True, **sampling}
+    )
+    llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, params)
+
+
+def drain(llm: Any) -> dict[str, Any]:
+    """Steps until all is done; the finished outputs by request."""
+    finished = {}
+    while llm.llm_engine.has_unfinished_requests():
+        for output in llm.llm_engine.step():
+            if output.finished:
+                finished[output.request_id] = output
+    return finished
+
+
+def test_free_pages_follow_the_schedule(llm):
+    total = num_free(llm)
+    add(llm, "a", PROMPT, 80)
+    llm.llm_engine.step()
+    assert total - num_free(llm) == cdiv(200, 32), "the prompt is held whole"
+    for num_tokens in range(201, 279):
+        llm.llm_engine.step()
+        evicted = SCHEDULE.evicted(num_tokens - 1, 200)  # freed by this step
+        assert total - num_free(llm) == cdiv(num_tokens, 32) - evicted // 32
+    drain(llm)
+    assert num_free(llm) == total
+    assert_all_back(llm)
+
+
+def test_waves_of_requests_leave_nothing_behind(llm):
+    for wave in range(5):
+        prompts = [PROMPT[: 7 + 13 * wave + 31 * index] for index in range(5)]
+        assert [len(tokens) for tokens in generate(llm, prompts, 40 + wave)] == [40 + wave] * 5
+        assert_all_back(llm)
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 2, 20])
+def test_abort(llm, num_steps):
+    alone = generate(llm, [PROMPT], 60)[0]
+    scheduler(llm).reset_prefix_cache()
+    add(llm, "kept", PROMPT, 60)
+    add(llm, "aborted", [9, *PROMPT], 100)
+    add(llm, "same", PROMPT, 100)
+    for _ in range(num_steps):
+        llm.llm_engine.step()
+    llm.llm_engine.abort_request(["aborted", "same"])
+    assert list(drain(llm)["kept"].outputs[0].token_ids) == alone
+    assert_all_back(llm)
+
+
+@pytest.mark.parametrize(("prompt_len", "max_tokens"), [(1, 1), (1, 120), (200, 1), (96, 1)])
+def test_smallest_requests(llm, prompt_len, max_tokens):
+    tokens = generate(llm, [PROMPT[:prompt_len]] * 2, max_tokens)
+    assert tokens[0] == tokens[1]
+    assert len(tokens[0]) == max_tokens
+    assert_all_back(llm)
+
+
+def test_several_outputs_of_a_prompt(llm):
+    from vllm import SamplingParams
+
+    best = SamplingParams(n=2, top_k=1, max_tokens=100, ignore_eos=True)  # vLLM wants no greedy n
+    sampled = SamplingParams(n=3, temperature=1.0, seed=3, max_tokens=100, ignore_eos=True)
+    prompt = {"prompt_token_ids": PROMPT}
+    results = [llm.generate([prompt], p, use_tqdm=False)[0].outputs for p in (best, sampled)]
+    first, second = (list(output.token_ids) for output in results[0])
+    assert first == second == generate(llm, [PROMPT], 100)[0]
+    assert len({tuple(output.token_ids) for output in results[1]}) == 3
+    again = llm.generate([prompt], sampled, use_tqdm=False)[0].outputs
+    assert [o.token_ids for o in again] == [o.token_ids for o in results[1]]
+    assert_all_back(llm)
+
+
+def test_stop_string(llm):
+    full = generate(llm, [PROMPT], 60)[0]
+    stop = f"t{full[40]}"
+    first = next(index for index, token in enumerate(full) if token == full[40])
+    add(llm, "stops", PROMPT, 60, stop=[stop], include_stop_str_in_output=True)
+    add(llm, "goes on", PROMPT, 60)
+    done = drain(llm)
+    assert done["stops"].outputs[0].finish_reason == "stop"
+    assert list(done["stops"].outputs[0].token_ids) == full[: first + 1]
+    assert list(done["goes on"].outputs[0].token_ids) == full
+    assert_all_back(llm)
+
+
+# What fits
+
+
+@pytest.fixture(scope="module")
+def small(tiny: str) -> Iterator[Any]:
+    """Ten pages of use: 320 tokens."""
+    with engine(tiny, STREAMING, num_gpu_blocks_override=11) as llm:
+        yield llm
+
+
+def test_pool_may_be_smaller_than_max_model_len(small):
+    assert block_pool(small).num_gpu_blocks == 11
+    assert len(generate(small, [PROMPT], 1000)[0]) == 1000
+    assert num_free(small) == 10
+
+
+def test_prompt_longer_than_the_pool_is_refused_and_others_go_on(small):
+    from vllm.exceptions import VLLMValidationError
+
+    add(small, "first", PROMPT, 50)
+    with pytest.raises(VLLMValidationError, match=r"321 tokens, .* at most 320 \(10 pages"):
+        add(small, "long", [5] * 321, 1)
+    with pytest.raises(VLLMValidationError, match="compress_prefill"):
+        small.generate([{"prompt_token_ids": [5] * 500}], use_tqdm=False)
+    add(small, "just fits", [5] * 320, 50)
+    assert {len(o.outputs[0].token_ids) for o in drain(small).values()} == {50}
+    assert num_free(small) == 10
+
+
+def test_resumable_requests_are_refused(small):
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    processor = small.llm_engine.input_processor
+    with pytest.raises(VLLMValidationError, match="resumable"):
+        processor.process_inputs(
+            "session", {"prompt_token_ids": [3, 4]}, SamplingParams(), ("generate",), resumable=True
+        )
+    assert not engine_core(small).scheduler.requests
+
+
+def test_request_longer_than_the_pool_with_compress_prefill(tiny):
+    kv = {**STREAMING, "compress_prefill": True}
+    settings = {"num_gpu_blocks_override": 12, "max_num_batched_tokens": 128}
+    with engine(tiny, kv, **settings) as llm:
+        prompts = [[token % 250 + 3 for token in range(n)] for n in (1500, 700, 40)]
+        assert [len(tokens) for tokens in generate(llm, prompts, 300)] == [300] * 3
+        assert_all_back(llm)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(("compress_prefill", "capacity"), [(True, 135_540), (False, 23_296)])
+def test_reported_capacity(smollm2_dir, compress_prefill, capacity):
+    """Plain vLLM reports 23,296 tokens."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    log = logging.getLogger("vllm.paged_kv.vllm.scheduler")
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    kv = {"policy": "streaming", "budget": 128, "compress_prefill": compress_prefill}
+    try:
+        with engine(str(smollm2_dir), kv, max_model_len=4096, kv_cache_memory_bytes=1 << 30) as llm:
+            cache_config = llm.llm_engine.vllm_config.cache_config
+            assert cache_config.kv_cache_size_tokens == capacity
+    finally:
+        log.removeHandler(handler)
+    line = next(r.getMessage() for r in records if "decode capacity" in r.getMessage())
+    # 728 pages in all, one of them vLLM's own; a sequence decodes in (128 + 32) / 32 = 5.
+    assert "145.40 sequences of 4,096 tokens" in line
+    assert "longest prompt: any" in line

@@ -1,0 +1,163 @@
+"""Budgets by layer of the whole model: what pipeline-parallel ranks, which hold a part, make of it.
+
+vLLM 0.32 cannot run a pipeline on CPUs, so its own functions are given the specs of two ranks.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+
+import engines  # noqa: F401  vLLM's environment
+from paged_kv.config import CompressionConfig
+from paged_kv.vllm.plan import Plan, make_plan
+
+NUM_LAYERS = 30
+PYRAMID = {"policy": "pyramidal", "budget": 256}
+
+
+def plan(num_layers: int = NUM_LAYERS, full: list[int] | None = None, **options: Any) -> Plan:
+    full = list(range(num_layers)) if full is None else full
+    return make_plan(CompressionConfig.from_dict({**PYRAMID, **options}), 32, num_layers, full)
+
+
+def test_tiers_are_runs_of_layers():
+    made = plan()
+    budgets = [made.budgets[layer][0] for layer in range(NUM_LAYERS)]
+    assert budgets == sorted(budgets, reverse=True)
+    assert [budgets.count(value) for value in sorted(set(budgets), reverse=True)] == [10, 10, 10]
+    assert sum(budgets) <= 256 * NUM_LAYERS
+    assert (made.num_groups, made.num_other_groups, made.layers_per_page) == (3, 0, 10)
+
+
+def test_json_keeps_everything():
+    import json
+
+    for made in (plan(), plan(budget=0.5, compress_prefill=True), plan(policy="streaming")):
+        assert Plan.from_json(json.loads(json.dumps(made.to_json()))) == made
+
+
+def test_skipped_layers_have_no_schedule():
+    skipped = list(range(15))
+    made = plan(policy="streaming", skip_layers=skipped)
+    assert [made.schedule(layer) is None for layer in range(30)] == [True] * 15 + [False] * 15
+    assert (made.num_groups, made.num_other_groups) == (1, 1)
+
+
+def test_a_hybrid_has_one_tier():
+    made = plan(num_layers=6, full=[1, 3, 5])
+    assert made.budgets == dict.fromkeys((1, 3, 5), (256, 0, 1))
+    assert (made.num_groups, made.num_other_groups) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"skip_layers": [0]}, "30 KV cache groups.*Splits that work: 0 skipped with tiers 1,"),
+        ({"skip_layers": [30]}, r"skip_layers names \[30\]"),
+        ({"skip_layers": list(range(30))}, "leaves no layer to compress"),
+        ({"budget": 96, "pyramid_beta": 8}, "raise budget or lower pyramid_beta"),
+    ],
+)
+def test_what_cannot_work_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        plan(**{"policy": "streaming"} | options if "skip_layers" in options else options)
+
+
+# ---- two ranks of a pipeline
+
+
+@pytest.fixture
+def vllm_config(tmp_path) -> Any:
+    from vllm import EngineArgs
+    from vllm.v1.kv_cache_layout import KVCacheLayout
+
+    config = EngineArgs(
+        model=tiny_models.config_only("llama-30-layers", tmp_path),
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        pipeline_parallel_size=2,
+        additional_config={"paged_kv": PYRAMID},
+    ).create_engine_config()
+    config.cache_config.kv_cache_layout = KVCacheLayout.LBHNC.name
+    return config
+
+
+class StockWorker:
+    """vLLM's worker of a rank that holds some of the layers."""
+
+    def __init__(self, vllm_config: Any, layers: range) -> None:
+        names = [f"model.layers.{layer}.self_attn.attn" for layer in layers]
+        context = {name: SimpleNamespace(attn_backend=None) for name in names}
+        compilation = SimpleNamespace(static_forward_context=context)
+        self.vllm_config = SimpleNamespace(
+            **{**vars(vllm_config), "compilation_config": compilation}
+        )
+
+    def get_kv_cache_spec(self) -> dict[str, Any]:
+        from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+        spec = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=32, dtype=torch.float32)
+        return dict.fromkeys(self.vllm_config.compilation_config.static_forward_context, spec)
+
+
+@pytest.fixture
+def ranks(vllm_config) -> list[Any]:
+    from paged_kv.vllm.worker import PagedWorkerMixin
+
+    class Worker(PagedWorkerMixin, StockWorker):
+        pass
+
+    return [Worker(vllm_config, range(15)), Worker(vllm_config, range(15, 30))]
+
+
+def test_a_rank_schedules_its_layers_by_their_place_in_the_model(vllm_config, ranks):
+    made = Plan.from_json(vllm_config.additional_config["paged_kv_plan"])
+    schedules = ranks[1]._schedules()
+    assert list(schedules) == [f"model.layers.{layer}.self_attn.attn" for layer in range(15, 30)]
+    budgets = [schedule.minimum for schedule in schedules.values()]
+    assert budgets == [made.budgets[layer][0] for layer in range(15, 30)]
+    assert len(set(budgets)) == 2
+    assert [s.minimum for s in ranks[0]._schedules().values()] == [
+        made.budgets[layer][0] for layer in range(15)
+    ]
+
+
+def test_groups_are_the_same_on_every_rank(vllm_config, ranks):
+    """A group's number means the same budget everywhere, also where it has no layer."""
+    from vllm.v1.core import kv_cache_utils
+
+    from paged_kv.vllm import spec
+
+    spec.register()
+    by_rank = [rank.get_kv_cache_spec() for rank in ranks]
+    together = by_rank[0] | by_rank[1]
+    groups = kv_cache_utils.get_kv_cache_groups(vllm_config, together)
+    projected = [
+        kv_cache_utils._project_kv_cache_groups_to_worker(groups, specs) for specs in by_rank
+    ]
+    assert len(groups) == 3
+    for rank in projected:
+        assert [group.kv_cache_spec for group in rank] == [g.kv_cache_spec for g in groups]
+    assert [[len(group.layer_names) for group in rank] for rank in projected] == [
+        [10, 5, 0],
+        [0, 5, 10],
+    ]
+    for rank, specs in zip(projected, by_rank, strict=True):
+        for group in rank:
+            assert all(specs[name] == group.kv_cache_spec for name in group.layer_names)
+
+
+def test_vllm_makes_one_pool_for_both_ranks(vllm_config, ranks):
+    from vllm.v1.core import kv_cache_utils
+
+    from paged_kv.vllm import spec
+
+    spec.register()
+    configs = kv_cache_utils.get_kv_cache_configs(
+        vllm_config, [rank.get_kv_cache_spec() for rank in ranks], [1 << 28, 1 << 28]
+    )
+    assert configs[0].num_blocks == configs[1].num_blocks > 0
+    assert [len(config.kv_cache_groups) for config in configs] == [3, 3]

@@ -1,0 +1,193 @@
+"""What is refused under a policy, before weights are read, and what vLLM says without one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+
+import engines  # noqa: F401  vLLM's environment
+
+POLICY = {"policy": "streaming", "budget": 128}
+
+
+@pytest.fixture(autouse=True)
+def in_process(monkeypatch):
+    """vLLM looks at a model's class in a process of its own, for CUDA's sake: 10 s each."""
+    from vllm.model_executor.models import registry
+
+    monkeypatch.setattr(registry, "_run_in_subprocess", lambda function: function())
+
+
+def engine_config(model: str, paged_kv: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+    from vllm import EngineArgs
+
+    additional = {"paged_kv": paged_kv} if paged_kv else {}
+    settings = {"skip_tokenizer_init": True, "enforce_eager": True, **kwargs}
+    return EngineArgs(model=model, additional_config=additional, **settings).create_engine_config()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return tiny_models.config_only("llama", tmp_path_factory.mktemp("models"))
+
+
+@pytest.mark.parametrize(
+    ("name", "refusal"),
+    [
+        ("deepseek-v2", "multi-head latent attention (MLA)"),
+        ("mamba", "a model without attention"),
+        ("jamba", "a model with Mamba or linear-attention layers"),
+        ("bert", "a pooling model"),
+        ("whisper", "an encoder-decoder model"),
+        ("mistral-sliding", "a model without full-attention layers (all have a sliding window)"),
+        ("gemma3-all-sliding", "a model without full-attention layers"),
+        ("gemma3n", "layers that share their KV cache"),
+        ("bloom", "ALiBi position biases"),
+        ("falcon-alibi", "ALiBi position biases"),
+        ("llama4", "chunked local attention"),
+    ],
+)
+def test_models_are_refused(tmp_path, name, refusal):
+    directory = tiny_models.config_only(name, tmp_path)
+    with pytest.raises(ValueError, match="^kv-policy does not support ") as error:
+        engine_config(directory, POLICY)
+    assert refusal in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "paged_kv" not in engine_config(directory).parallel_config.worker_cls
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize("policy", ["streaming", "pyramidal"])
+def test_models_are_taken(tmp_path, name, policy):
+    directory = tiny_models.config_only(name, tmp_path)
+    config = engine_config(directory, {"policy": policy, "budget": 256})
+    assert config.parallel_config.worker_cls == "paged_kv.vllm.worker.PagedCPUWorker"
+    assert config.scheduler_config.scheduler_cls == "paged_kv.vllm.scheduler.PagedScheduler"
+    assert config.cache_config.block_size == 32
+
+
+def test_gemma3_layers_with_a_window_are_not_in_the_plan(tmp_path):
+    directory = tiny_models.config_only("gemma3", tmp_path)
+    plan = engine_config(directory, {"policy": "pyramidal", "budget": 256}).additional_config
+    assert plan["paged_kv_plan"]["budgets"] == {str(k): [256, 0, 1] for k in (1, 3, 5)}
+
+
+SPECULATIVE = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+SCHEDULER = "vllm.v1.core.sched.scheduler.Scheduler"
+
+
+@pytest.mark.parametrize(
+    ("refusal", "kwargs"),
+    [
+        ("speculative decoding", {"speculative_config": SPECULATIVE}),
+        ("KV connectors", {"kv_transfer_config": CONNECTOR}),
+        ("KV connectors", {"kv_offloading_size": 1}),
+        ("--disable-hybrid-kv-cache-manager", {"disable_hybrid_kv_cache_manager": True}),
+        ("--kv-sharing-fast-prefill", {"kv_sharing_fast_prefill": True}),
+        (f"the scheduler class {SCHEDULER}", {"scheduler_cls": SCHEDULER}),
+        ("the worker class some.Worker", {"worker_cls": "some.Worker"}),
+        ("dual-batch overlap", {"enable_dbo": True}),
+        ("a pooling model", {"runner": "pooling"}),
+    ],
+)
+def test_features_are_refused(model, refusal, kwargs):
+    with pytest.raises(ValueError, match="^kv-policy does not support ") as error:
+        engine_config(model, POLICY, **kwargs)
+    assert refusal in str(error.value)
+    assert "paged_kv" not in engine_config(model, **kwargs).parallel_config.worker_cls
+
+
+def test_more_ranks_than_kv_heads_are_refused(tmp_path):
+    directory = tiny_models.config_only("llama-one-kv-head", tmp_path)
+    with pytest.raises(ValueError, match=r"not support more ranks \(2\) than KV heads \(1\)"):
+        engine_config(directory, POLICY, tensor_parallel_size=2)
+    assert engine_config(directory, tensor_parallel_size=2)
+
+
+def test_decode_context_parallelism_is_refused(tmp_path):
+    directory = tiny_models.config_only("llama-one-kv-head", tmp_path)
+    ranks = {"tensor_parallel_size": 2, "decode_context_parallel_size": 2}
+    with pytest.raises(ValueError, match="not support decode context parallelism"):
+        engine_config(directory, POLICY, **ranks)
+    assert engine_config(directory, **ranks)
+
+
+@pytest.mark.parametrize(
+    ("refusal", "kwargs"),
+    [
+        ("prefill context parallelism", {"prefill_context_parallel_size": 2}),
+        ("dual-batch overlap", {"ubatch_size": 2}),
+    ],
+)
+def test_refused_by_vllm_on_a_cpu_but_by_us_first(model, refusal, kwargs):
+    with pytest.raises(ValueError, match=f"^kv-policy does not support {refusal}$"):
+        engine_config(model, POLICY, **kwargs)
+    with pytest.raises(ValueError, match="(?i)does not support|only supports"):
+        engine_config(model, **kwargs)
+
+
+def test_dual_batch_overlap_is_refused_where_vllm_has_it(model):
+    from paged_kv.config import CompressionConfig
+    from paged_kv.vllm import support
+
+    config = engine_config(model)
+    config.parallel_config.ubatch_size = 2
+    with pytest.raises(ValueError, match="not support dual-batch overlap"):
+        support.check(config, CompressionConfig.from_dict(POLICY))
+
+
+@pytest.mark.parametrize(
+    ("paged_kv", "message"),
+    [
+        ({"policy": "nonsense"}, "unknown kv-policy 'nonsense'; known are: full, pyramidal, .*str"),
+        ({"policy": "streaming", "budget": 67}, "budget 67 is too small: .* at least 68 "),
+        ({"policy": "streaming", "budget": 1.5}, "budget must be .* not 1.5"),
+        ({"policy": "streaming", "budget": 0}, "budget must be .* not 0"),
+        ({"policy": "pyramidal", "pyramid_beta": 0.5}, "pyramid_beta must be a number >= 1"),
+        ({"policy": "streaming", "colour": 1}, "unknown paged_kv option colour"),
+        ({"policy": "streaming", "skip_layers": [99]}, r"skip_layers names \[99\]"),
+        ("streaming", "paged_kv must be a dict"),
+    ],
+)
+def test_mistakes_in_python_are_value_errors(model, paged_kv, message):
+    with pytest.raises(ValueError, match=message):
+        engine_config(model, paged_kv)
+
+
+def test_llm_raises_before_an_engine_starts(model):
+    from vllm import LLM
+
+    with pytest.raises(ValueError, match="unknown kv-policy 'nonsense'"):
+        LLM(model, additional_config={"paged_kv": {"policy": "nonsense"}}, skip_tokenizer_init=True)
+
+
+def test_a_directory_without_weights(tmp_path, model):
+    directory = tmp_path / "empty"
+    directory.mkdir()
+    (directory / "config.json").write_bytes((Path(model) / "config.json").read_bytes())
+    with pytest.raises(ValueError, match=r"holds no weights \(\*\.safetensors, "):
+        engine_config(str(directory), POLICY)
+    assert engine_config(str(directory), POLICY, load_format="dummy")
+
+
+def test_additional_config_of_others_is_left_alone(model):
+    from vllm import EngineArgs
+
+    class Hashed:
+        def compute_hash(self) -> str:
+            return "constant"
+
+    for other in ({"theirs": 1}, Hashed()):
+        args = EngineArgs(model=model, skip_tokenizer_init=True, additional_config=other)
+        config = args.create_engine_config()
+        assert config.additional_config == other
+        assert config.scheduler_config.scheduler_cls is None
+
+
+def test_the_plan_travels_in_the_hash(model):
+    """Ranks and caches of compiled graphs tell two policies apart by it."""
+    configs = [engine_config(model, {"policy": "streaming", "budget": n}) for n in (128, 160, 128)]
+    hashes = [config.compute_hash() for config in configs]
+    assert hashes[0] == hashes[2] != hashes[1]

@@ -1,0 +1,80 @@
+"""Two ranks on one CPU machine give the tokens of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+
+import engines
+
+POLICIES: dict[str, dict[str, Any]] = {
+    "streaming": {"policy": "streaming", "budget": 96},
+    "pyramidal": {"policy": "pyramidal", "budget": 128, "pyramid_beta": 1.5},
+}
+SETTINGS: dict[str, Any] = {
+    "skip_tokenizer_init": True,
+    "max_model_len": 1024,
+    "max_num_batched_tokens": 256,
+    "kv_cache_memory_bytes": 64 << 20,
+}
+MAX_TOKENS = 200
+
+# Multi-process, one core for each rank.
+TWO_RANKS = """
+import json, sys
+import engines
+
+if __name__ == "__main__":  # the ranks are spawned: they import this file
+    for model, paged_kv, settings, prompts, max_tokens in json.load(open(sys.argv[1])):
+        with engines.engine(model, paged_kv, tensor_parallel_size=2, **settings) as llm:
+            print(json.dumps(engines.generate(llm, prompts, max_tokens)), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return tiny_models.saved("llama", tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    rng = random.Random(0)
+    return [[rng.randrange(3, tiny_models.VOCAB_SIZE) for _ in range(n)] for n in (300, 40)]
+
+
+@pytest.fixture(scope="module")
+def of_two_ranks(tmp_path_factory, model, prompts) -> dict[str, Any]:
+    """Tokens by policy."""
+    path = tmp_path_factory.mktemp("two_ranks")
+    cases = [[model, paged_kv, SETTINGS, prompts, MAX_TOKENS] for paged_kv in POLICIES.values()]
+    (path / "cases.json").write_text(json.dumps(cases))
+    (path / "two_ranks.py").write_text(TWO_RANKS)
+    places = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+        "PYTHONPATH": os.pathsep.join(filter(None, places)),
+    }
+    line = [sys.executable, str(path / "two_ranks.py"), str(path / "cases.json")]
+    done = subprocess.run(line, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    tokens = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[[")]
+    return dict(zip(POLICIES, tokens, strict=True))
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", POLICIES)
+def test_two_ranks_give_the_tokens_of_one(model, prompts, of_two_ranks, policy):
+    with engines.engine(model, POLICIES[policy], **SETTINGS) as llm:
+        tokens = engines.generate(llm, prompts, MAX_TOKENS)
+        assert engines.worker(llm).compactor.num_events > 0
+    assert len(set(tokens[0])) > 20, "the model repeats itself: a difference would not show"
+    assert tokens == of_two_ranks[policy]
