@@ -11,7 +11,7 @@ it can compute the chunks between two droppings in one go: the same arithmetic, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
@@ -33,7 +33,6 @@ class Rule:
         num_sinks: first entries, never dropped.
         min_budget: least that a fraction comes to.
         compress_prefill: drop before the end of the prompt too.
-        store: what the cache makes of keys and values (a quantization).
     """
 
     budgets: Sequence[int | Fraction | None]
@@ -41,7 +40,6 @@ class Rule:
     num_sinks: int = 4
     min_budget: int = 1
     compress_prefill: bool = False
-    store: Callable[[torch.Tensor], torch.Tensor] = lambda entries: entries
 
     def num_evicted(self, layer: int, num_tokens: int, prompt_len: int) -> int:
         """Entries that are gone after num_tokens tokens."""
@@ -128,8 +126,8 @@ class Sequence_:
             return projection(hidden).view(num_new, -1, module.head_dim).transpose(0, 1)
 
         query = rotate(heads(module.q_proj), cos, sin)
-        new_keys = self.rule.store(rotate(heads(module.k_proj), cos, sin))
-        new_values = self.rule.store(heads(module.v_proj))
+        new_keys = rotate(heads(module.k_proj), cos, sin)
+        new_values = heads(module.v_proj)
         self.keys[index] = keys = torch.cat([self.keys[index], new_keys], 1)
         self.values[index] = values = torch.cat([self.values[index], new_values], 1)
         group = len(query) // len(keys)  # query heads per KV head
@@ -253,7 +251,7 @@ def complete_and_check(
     prompts: list[Tokens],
     rule: Rule,
     max_tokens: int = 256,
-    tolerance: float = 1e-3,
+    tolerance: float = 2e-4,  # float32 alone comes to 3e-5; a lost entry to 1e-3 or more
 ) -> list[list[Chunk]]:
     """All prompts in one batch, each token compared with the reference. Returns the chunks."""
     with recorded_chunks(llm) as recorded:

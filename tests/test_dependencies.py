@@ -1,4 +1,7 @@
-"""Dependencies go one way: cli -> bench, eval -> vllm | hf -> policies, quant, tiers -> kernels -> core."""
+"""Dependencies go one way.
+
+cli -> bench, eval -> vllm | hf -> policies, quant, tiers -> kernels -> core
+"""
 
 import ast
 from collections.abc import Iterator
@@ -50,9 +53,7 @@ def imports(file: Path) -> Iterator[tuple[str, bool]]:
             yield from ((alias.name, node not in inside) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{file}: relative import"
-            yield from (
-                (f"{node.module}.{alias.name}", node not in inside) for alias in node.names
-            )
+            yield from ((f"{node.module}.{alias.name}", node not in inside) for alias in node.names)
 
 
 def part(file: Path) -> str:

@@ -118,7 +118,7 @@ CASES = {
     "streaming, compress_prefill, no sinks": Case(
         {"policy": "streaming", "budget": 128, "num_sink_tokens": 0, "compress_prefill": True},
         Rule([128] * 30, num_sinks=0, compress_prefill=True),
-        LENGTHS,
+        [77, 128, 131, 333],
         engine=CHUNKS,
     ),
     "streaming, a quarter, sinks larger than a page": Case(
@@ -146,7 +146,10 @@ CASES = {
         max_tokens=128,
     ),
     "pyramidal": Case(
-        {"policy": "pyramidal", "budget": 256}, Rule(PYRAMID_256), LENGTHS[1:], engine=CHUNKS
+        {"policy": "pyramidal", "budget": 256},
+        Rule(PYRAMID_256),
+        [60, 192, 300, 420],
+        engine=CHUNKS,
     ),
     "pyramidal, half, compress_prefill, skipped layers": Case(
         {"policy": "pyramidal", "budget": 0.5, "min_budget": 96, "compress_prefill": True}

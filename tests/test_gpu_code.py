@@ -169,7 +169,7 @@ def backend(module: str) -> Any:
 
 @pytest.mark.parametrize("module", BACKENDS)
 def test_builders_get_shifted_metadata(monkeypatch, module):
-    """The builder's own build, which needs its kernels, is replaced by one that keeps what it gets."""
+    """The builder's own build needs its kernels: one that keeps what it gets takes its place."""
     from vllm.v1.attention.backend import AttentionCGSupport
 
     stock = backend(module)

@@ -40,7 +40,7 @@ args = parser.parse_args(["--model", *sys.argv[2:]])
 llm = LLM.from_engine_args(EngineArgs.from_cli_args(args))
 scheduler = engines.scheduler(llm)
 prompt = json.loads(sys.argv[1])
-tokens = engines.generate(llm, [prompt], 200)
+tokens = engines.generate(llm, [prompt], 100)
 try:
     engines.generate(llm, [prompt * 7], 4)
 except VLLMValidationError as error:
@@ -101,7 +101,7 @@ def test_a_patched_vllm_is_not_wrapped(tmp_path, patched):
     result = generate(model, patched)
     settings = {"skip_tokenizer_init": True, "max_model_len": 1024, "num_gpu_blocks_override": 20}
     with engines.engine(model, {"policy": "streaming", "budget": 96}, **settings) as llm:
-        expected = engines.generate(llm, [PROMPT], 200)
+        expected = engines.generate(llm, [PROMPT], 100)
         assert engines.scheduler(llm).need_mamba_block_aligned_split, "nothing to compare with"
 
     assert result.pop("events") > 0

@@ -6,11 +6,11 @@ vLLM 0.32 cannot run a pipeline on CPUs, so its own functions are given the spec
 from types import SimpleNamespace
 from typing import Any
 
+import engines  # noqa: F401  vLLM's environment
 import pytest
 import tiny_models
 import torch
 
-import engines  # noqa: F401  vLLM's environment
 from paged_kv.config import CompressionConfig
 from paged_kv.vllm.plan import Plan, make_plan
 
@@ -90,7 +90,7 @@ class StockWorker:
 
     def __init__(self, vllm_config: Any, layers: range) -> None:
         names = [f"model.layers.{layer}.self_attn.attn" for layer in layers]
-        context = {name: SimpleNamespace(attn_backend=None) for name in names}
+        context = {name: SimpleNamespace(attn_backend=None, impl=None) for name in names}
         compilation = SimpleNamespace(static_forward_context=context)
         self.vllm_config = SimpleNamespace(
             **{**vars(vllm_config), "compilation_config": compilation}
@@ -161,3 +161,10 @@ def test_vllm_makes_one_pool_for_both_ranks(vllm_config, ranks):
     )
     assert configs[0].num_blocks == configs[1].num_blocks > 0
     assert [len(config.kv_cache_groups) for config in configs] == [3, 3]
+
+
+def test_a_layer_with_position_biases_is_refused_whatever_the_config_says(ranks):
+    name, layer = next(iter(ranks[0].vllm_config.compilation_config.static_forward_context.items()))
+    layer.impl = SimpleNamespace(alibi_slopes=torch.ones(4))
+    with pytest.raises(ValueError, match=f"not support ALiBi position biases .layer {name}."):
+        ranks[0].get_kv_cache_spec()

@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import engines  # noqa: F401  vLLM's environment
 import pytest
 import tiny_models
-
-import engines  # noqa: F401  vLLM's environment
 
 POLICY = {"policy": "streaming", "budget": 128}
 
@@ -50,7 +49,7 @@ def model(tmp_path_factory) -> str:
 )
 def test_models_are_refused(tmp_path, name, refusal):
     directory = tiny_models.config_only(name, tmp_path)
-    with pytest.raises(ValueError, match="^kv-policy does not support ") as error:
+    with pytest.raises(ValueError, match=r"^kv-policy does not support ") as error:
         engine_config(directory, POLICY)
     assert refusal in str(error.value)
     assert "\n" not in str(error.value)
@@ -93,7 +92,7 @@ SCHEDULER = "vllm.v1.core.sched.scheduler.Scheduler"
     ],
 )
 def test_features_are_refused(model, refusal, kwargs):
-    with pytest.raises(ValueError, match="^kv-policy does not support ") as error:
+    with pytest.raises(ValueError, match=r"^kv-policy does not support ") as error:
         engine_config(model, POLICY, **kwargs)
     assert refusal in str(error.value)
     assert "paged_kv" not in engine_config(model, **kwargs).parallel_config.worker_cls
@@ -124,7 +123,7 @@ def test_decode_context_parallelism_is_refused(tmp_path):
 def test_refused_by_vllm_on_a_cpu_but_by_us_first(model, refusal, kwargs):
     with pytest.raises(ValueError, match=f"^kv-policy does not support {refusal}$"):
         engine_config(model, POLICY, **kwargs)
-    with pytest.raises(ValueError, match="(?i)does not support|only supports"):
+    with pytest.raises(ValueError, match=r"(?i)does not support|only supports"):
         engine_config(model, **kwargs)
 
 

@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import engines
 import pytest
 import tiny_models
-
-import engines
 
 POLICIES: dict[str, dict[str, Any]] = {
     "streaming": {"policy": "streaming", "budget": 96},
@@ -25,7 +24,7 @@ SETTINGS: dict[str, Any] = {
     "max_num_batched_tokens": 256,
     "kv_cache_memory_bytes": 64 << 20,
 }
-MAX_TOKENS = 200
+MAX_TOKENS = 100
 
 # Multi-process, one core for each rank.
 TWO_RANKS = """

@@ -192,13 +192,14 @@ def saved(name: str, path: Path, tokenizer: bool = False) -> str:
 
 
 def _spread(model: Any) -> None:
-    """Larger weights than transformers' initial ones: tokens that depend on the context."""
+    """Weights that make tokens depend on the context; tied embeddings would echo the last token."""
     import torch
 
+    of_embedding = 0.02 if model.config.tie_word_embeddings else 0.5
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() > 1:
-                weight.normal_(0.0, 0.5 if "embed" in name else weight.shape[-1] ** -0.5 * 2)
+                weight.normal_(0, of_embedding if "embed" in name else 2 / weight.shape[-1] ** 0.5)
 
 
 def save_tokenizer(directory: Path) -> None:

@@ -52,7 +52,11 @@ class PagedWorkerMixin:
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """The model's specs, with a schedule for every compressed layer."""
         specs = super().get_kv_cache_spec()  # type: ignore[misc]
+        layers = self.vllm_config.compilation_config.static_forward_context
         for name, schedule in self._schedules().items():
+            if getattr(layers[name].impl, "alibi_slopes", None) is not None:
+                # Slots are not positions any more. Not every such model's config says so.
+                raise ValueError(f"kv-policy does not support ALiBi position biases (layer {name})")
             if type(specs.get(name)) is not FullAttentionSpec:
                 raise ValueError(
                     f"kv-policy: layer {name} has no plain full attention: {specs.get(name)}"
