@@ -90,13 +90,27 @@ def test_hit_on_pages_that_only_the_hitter_will_rewrite_is_copied():
     w.check_empty()
 
 
-def test_pages_rewritten_before_their_owner_left_are_not_hit():
+def test_pages_that_their_owner_rewrote_are_hit_as_raw_copies():
     w = world()
     w.add(PROMPT, 1)
     w.run(5)
     hitter = w.add(PROMPT, 10)
     w.step()
-    assert w.hits[hitter] == 20
+    assert w.hits[hitter] == 28
+    assert w.worker.num_snapshots == 2, "pages 5 and 6, once"
+    w.run(20)
+    w.check_empty()
+
+
+def test_without_pages_to_spare_nothing_is_copied_for_the_cache():
+    w = world(num_pages=10)
+    w.add(PROMPT, 1)
+    w.run(5)
+    hitter = w.add(PROMPT, 10)
+    w.step()
+    assert w.hits[hitter] == 20, "pages 0 to 4, which nobody rewrites"
+    w.run(20)
+    w.check_empty()
 
 
 def test_pages_lose_their_hashes_with_the_first_compaction():
@@ -113,7 +127,7 @@ def test_pages_lose_their_hashes_with_the_first_compaction():
     assert w.held(name)[0] == [page_of(w, name, i) for i in (1, 2, 3)], "page 0 is free"
     late = w.add(PROMPT[:9], 30)
     w.step()
-    assert w.hits[late] == 4, "page 0 is cached though it is free"
+    assert w.hits[late] == 8, "page 0 is cached though it is free, of page 1 a copy"
     w.run(60)
     w.check_empty()
 
@@ -124,7 +138,7 @@ def test_owner_may_compact_while_its_shared_pages_are_read():
     w.step()
     hitter = w.add([*PROMPT, 7], 20)
     w.step()
-    assert w.hits[hitter] == 12  # what the group with the larger budget never writes
+    assert w.hits[hitter] == 28
     # Both go on; the worker compares each read with a private run.
     w.run(60)
     assert w.worker.num_events >= 4
@@ -143,7 +157,7 @@ def test_output_of_an_earlier_turn_is_a_hit_as_far_as_it_is_raw():
     w.run(60)
     third = w.add([*w.requests[second].all_token_ids[:60], 42], 2)
     w.step()
-    assert w.hits[third] == 16, "of the first turn, whose pages the second has copied"
+    assert w.hits[third] == 28, "what was raw at the second turn's first eviction"
     w.run(10)
     w.check_empty()
 

@@ -201,13 +201,14 @@ class Worker:
     reads: dict[str, list[list[int]]] = field(default_factory=dict)  # last: page ids by group
     num_events: int = 0
     num_copies: int = 0
+    num_snapshots: int = 0
     num_runs: int = 0
 
     def __post_init__(self) -> None:
         self.pages = [[None] * self.page_size for _ in self.pool.blocks]
 
     def execute(self, output: Any, hashed_before: set[int]) -> ModelRunnerOutput:
-        """One step, in the order of the runner: copies, writes of all, reads of all, compactions.
+        """One step, in the order of the runner: copies, writes, reads, snapshots, compactions.
 
         Args:
             output: what the scheduler wants.
@@ -225,6 +226,10 @@ class Worker:
                 self._write(group, request_id, start, end, hashed_before)
             for request_id, (start, end) in chunks.items():
                 self._read(group, request_id, start, end)
+        for source, target in output.paged_kv_snapshots:
+            self.pages[target] = list(self.pages[source])
+            self.num_snapshots += 1
+        for group in range(len(self.schedules)):
             for request_id, (start, end) in chunks.items():
                 self._compact(group, request_id, start, end)
         return self._sample(chunks)
@@ -418,6 +423,7 @@ class World:
         for manager in self.scheduler.paged_managers:
             assert not manager._sequences
             assert not manager._to_be_written
+            assert not manager.snapshots._in_flight
 
     @property
     def _managers(self) -> Any:
@@ -446,6 +452,9 @@ class World:
             for blocks in manager.req_to_blocks.values():
                 for block in blocks:
                     counts[block.block_id] += not block.is_null
+        for manager in self.scheduler.paged_managers:  # copies that are under way
+            for snapshot in manager.snapshots._in_flight:
+                counts[snapshot.copy.block_id] += 1
         found = [block.ref_cnt if not block.is_null else 0 for block in self.pool.blocks]
         assert found == counts
         num_held = sum(count > 0 for count in counts)

@@ -43,14 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", default="smollm2", help="smollm2 (the default), a directory or a hub name")
     add("--policy", default="pyramidal", help="what to compare plain vLLM with (default pyramidal)")
     add("--budget", default="256", help="entries kept per sequence and layer (default 256)")
-    add("--requests", type=positive, default=48, metavar="N", help="default 48")
+    add("--requests", type=positive, default=40, metavar="N", help="default 40")
     add("--max-tokens", type=positive, default=640, metavar="N", help="output length, default 640")
     add(
         "--pool-tokens",
         type=positive,
-        default=10240,
+        default=12288,
         metavar="N",
-        help="tokens that fit into the KV cache uncompressed (default 10240)",
+        help="tokens that fit into the KV cache uncompressed (default 12288)",
     )
     add("--prompts", type=Path, metavar="FILE", help="one prompt per line, instead of ours")
     add("--out", type=Path, default=Path("results"), metavar="DIR", help="default results/")

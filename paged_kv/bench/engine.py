@@ -11,6 +11,7 @@ import gc
 import os
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from paged_kv.bench.settings import EngineInfo, EngineSettings, RunResult, Step, Tokens, Workload
@@ -24,14 +25,25 @@ def engine_environment() -> dict[str, str]:
     after some tens of microseconds, which costs a quiet machine nothing.
     """
     defaults = {
-        "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+        "OMP_NUM_THREADS": str(usable_cores()),
         "GOMP_SPINCOUNT": "10000",
         "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
         "VLLM_NO_USAGE_STATS": "1",
     }
     return {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | {
         name: os.environ.get(name, value) for name, value in defaults.items()
     }
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: a container can see more than its quota allows."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
 class _Recorder:

@@ -8,7 +8,7 @@ All decisions are host arithmetic on numbers that vLLM keeps on the host: nothin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
+from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
 
 from paged_kv.kernels.reference import move_entries
 from paged_kv.policies.base import Events, Int64s, Policy
@@ -64,12 +66,19 @@ class Compactor:
         self._pages.clear()
 
     @contextmanager
-    def step(self) -> Iterator[None]:
-        """Around the execution of a real step; compacts at its end. Dummy runs stay outside."""
+    def step(self, snapshots: Sequence[KVCacheBlockCopy] = ()) -> Iterator[None]:
+        """Around the execution of a real step; compacts at its end. Dummy runs stay outside.
+
+        Args:
+            snapshots: pages to copy before the compaction, for the prefix cache.
+        """
         self._in_step = True
         self._pending.clear()
         try:
             yield
+            if snapshots:
+                num_pages = self.runner.kv_cache_config.num_blocks
+                copy_kv_cache_blocks_inplace(self.runner.kv_caches, num_pages, snapshots)
             for pending in self._pending:
                 self._compact(pending)
         finally:

@@ -9,7 +9,7 @@ compactions, so nobody may read them through the prefix cache once that has begu
 
 * A hit on a page that this request, or its present owner, will rewrite is copied at admission.
 * When the step that ends in the first compaction is scheduled, the pages above first_write lose
-  their hashes. Shared or hashed pages are never written; _freeze asserts it.
+  their hashes to copies (snapshots.py). Shared or hashed pages are never written: see _freeze.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.request import Request
 
 from paged_kv.core.schedule import Schedule, cdiv
+from paged_kv.vllm.snapshots import Snapshots
 from paged_kv.vllm.spec import PagedSpec
 
 
@@ -35,12 +36,14 @@ class _Sequence:
         prompt_len: tokens of the prompt; a preempted request brings its output along, not in here.
         first_write: first page that a compaction may write; None if it cannot get that long.
         frozen: pages kept in the prefix cache once compactions began; None before.
+        raw_pages: full pages at the first compaction, to be copied for the prefix cache.
         copies: prefix hits that must become private pages.
     """
 
     prompt_len: int
     first_write: int | None
     frozen: int | None = None
+    raw_pages: int = 0
     copies: list[int] = field(default_factory=list)
 
 
@@ -52,6 +55,8 @@ class PagedManager(SingleTypeKVCacheManager):
         self.schedule: Schedule = kv_cache_spec.schedule
         assert self.block_size == self.schedule.page_size
         self.max_chunk = 1  # tokens past the prompt that can be in flight; set by the scheduler
+        self.num_groups = 1  # of compressed layers; set by the scheduler
+        self.snapshots = Snapshots(self.block_pool, self.kv_cache_group_id, self.block_size)
         self._sequences: dict[str, _Sequence] = {}
         self._hashed_in_step: set[int] = set()  # page ids; not computed before the next step
         self._to_be_written: set[int] = set()  # ids of hashed pages that their owner will rewrite
@@ -131,6 +136,7 @@ class PagedManager(SingleTypeKVCacheManager):
         if evicted and sequence.frozen is None:
             private = {block.block_id for block in copied}
             self._freeze(request_id, sequence, evicted // self.block_size, private)
+            sequence.raw_pages = num_tokens // self.block_size
         return copied + new
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
@@ -150,6 +156,8 @@ class PagedManager(SingleTypeKVCacheManager):
             self._hashed_in_step.add(blocks[index].block_id)
             if first_write is not None and index >= first_write:
                 self._to_be_written.add(blocks[index].block_id)
+        if sequence.raw_pages:
+            self._take_snapshots(request, sequence)
 
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
@@ -161,6 +169,7 @@ class PagedManager(SingleTypeKVCacheManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """The request ends or is preempted: nobody will rewrite its pages now."""
+        self.snapshots.cancel(request_id)
         blocks = super().pop_blocks_for_free(request_id)
         self._to_be_written.difference_update(block.block_id for block in blocks)
         if request_id in self._sequences:
@@ -216,6 +225,18 @@ class PagedManager(SingleTypeKVCacheManager):
             self._apply_cow(request_id, index, blocks[index], block)
         sequence.copies = []
         return private
+
+    def _take_snapshots(self, request: Request, sequence: _Sequence) -> None:
+        """Has the raw pages copied at the end of this step, if the pool has pages to spare."""
+        hashes = resolve_block_hashes(
+            request.block_hashes, self.block_pool.hash_block_size, self.block_size
+        )
+        blocks = self.req_to_blocks[request.request_id][: sequence.raw_pages]
+        assert sequence.frozen is not None
+        # What every running request may need in the next steps stays free.
+        reserve = 2 * self.num_groups * len(self.req_to_blocks)
+        self.snapshots.take(request.request_id, blocks, hashes, sequence.frozen, reserve)
+        sequence.raw_pages = 0
 
     def _freeze(
         self, request_id: str, sequence: _Sequence, first_kept: int, copied: set[int]

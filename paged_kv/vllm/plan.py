@@ -116,8 +116,9 @@ def _tier_budgets(
     needed = config.num_sink_tokens + config.recent_window + page_size
     if min(pages) * page_size < needed:
         raise ValueError(
-            f"budget {config.budget} with pyramid_beta {config.pyramid_beta} and {len(sizes)} tiers "
-            f"leaves the last layers {min(pages) * page_size} entries; they need {needed} "
+            f"budget {config.budget} with pyramid_beta {config.pyramid_beta} and "
+            f"{len(sizes)} tiers leaves the last layers {min(pages) * page_size} entries; they "
+            f"need {needed} "
             "(num_sink_tokens + recent_window + one page): raise budget or lower pyramid_beta"
         )
     return [(count * page_size, 0, 1) for count in pages]

@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
@@ -47,7 +48,21 @@ class _PagedMixin(Scheduler):
             compress = manager.schedule.compress_prefill
             in_flight = self.vllm_config.max_in_flight_tokens
             manager.max_chunk = in_flight if compress else self._resume_chunk * batches
+            manager.num_groups = len(self.paged_managers)
         self._log_capacity()
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """One step; tells the worker which raw pages to copy before it compacts."""
+        output = super().schedule(*args, **kwargs)
+        copies = [copy for manager in self.paged_managers for copy in manager.snapshots.drain()]
+        output.paged_kv_snapshots = copies  # an attribute more: travels with the pickled output
+        return output
+
+    def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
+        """A step is done: its copies can be hit."""
+        for manager in self.paged_managers:
+            manager.snapshots.publish()
+        return super().update_from_output(*args, **kwargs)
 
     def add_request(self, request: Request) -> None:
         """Registers the request with the managers.

@@ -1,8 +1,9 @@
 """Keeps the raw pages of a prompt in the prefix cache when its owner is about to rewrite them.
 
-At its first compaction a request stops being a source of prefix hits for the pages that it rewrites.
-Without more, a shared prefix shorter than the budget would be computed anew for every request. So a
-page is copied once per distinct prefix, at the end of that step, just before the compaction:
+At its first compaction a request stops being a source of prefix hits for the pages that it
+rewrites. Without more, a shared prefix shorter than the budget would be computed anew for every
+request. So a page is copied once per distinct prefix, at the end of that step, just before the
+compaction:
 
     schedule      take a page for the copy
     run           forward pass, copy, compaction
@@ -75,7 +76,9 @@ class Snapshots:
         copies = self.block_pool.get_new_blocks(len(missing))
         for index, copy in zip(missing, copies, strict=True):
             length = (index + 1) * self.page_size
-            self._taken.append(_Snapshot(request_id, block_hashes[index], length, blocks[index], copy))
+            self._taken.append(
+                _Snapshot(request_id, block_hashes[index], length, blocks[index], copy)
+            )
 
     def drain(self) -> list[KVCacheBlockCopy]:
         """What the worker has to copy at the end of the step that has just been scheduled."""

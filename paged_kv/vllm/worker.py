@@ -71,7 +71,7 @@ class PagedWorkerMixin:
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """One step, then its compactions, in stream order."""
-        with self.compactor.step():
+        with self.compactor.step(getattr(scheduler_output, "paged_kv_snapshots", ())):
             return super().execute_model(scheduler_output)  # type: ignore[misc]
 
     def _schedules(self) -> dict[str, Any]:
