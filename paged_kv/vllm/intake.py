@@ -14,7 +14,12 @@ _MARK = "_paged_kv_wrapped"
 
 
 def install() -> None:
-    """Wraps InputProcessor.process_inputs; engines without a policy pass through. Idempotent."""
+    """Has InputProcessor check requests; engines without a policy pass through. Idempotent."""
+    validators = getattr(InputProcessor, "validators", None)  # vLLM with our source patch
+    if validators is not None:
+        if _check not in validators:
+            validators.append(_check)
+        return
     if getattr(InputProcessor, _MARK, False):
         return
     setattr(InputProcessor, _MARK, True)
@@ -23,14 +28,15 @@ def install() -> None:
     @functools.wraps(process_inputs)
     def checked(self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
         request = process_inputs(self, *args, **kwargs)
-        if limits.PLAN_KEY in (self.vllm_config.additional_config or {}):
-            _check(self.vllm_config, request)
+        _check(self.vllm_config, request)
         return request
 
     InputProcessor.process_inputs = checked
 
 
 def _check(vllm_config: Any, request: Any) -> None:
+    if limits.PLAN_KEY not in (vllm_config.additional_config or {}):
+        return
     num_pages = vllm_config.cache_config.num_gpu_blocks  # of all engines, under data parallelism
     engines = max(1, vllm_config.parallel_config.data_parallel_size)
     try:

@@ -40,8 +40,9 @@ class _PagedMixin(Scheduler):
             if not isinstance(m, PagedManager)
         )
         assert not self.need_mamba_block_aligned_split, "Mamba hybrids are refused at start-up"
-        # vLLM's one hook where a chunk's length can be cut before pages are allocated for it.
-        self.need_mamba_block_aligned_split = True
+        # vLLM's one hook where a chunk's length can be cut before pages are allocated for it,
+        # unless it carries our source patch (see patches/), which has _clip_chunk.
+        self.need_mamba_block_aligned_split = not hasattr(Scheduler, "_clip_chunk")
         self._resume_chunk = self._max_resume_chunk()
         batches = self.vllm_config.max_concurrent_batches
         for manager in self.paged_managers:
@@ -118,7 +119,7 @@ class _PagedMixin(Scheduler):
         )
         return needed <= self.kv_cache_manager.block_pool.get_num_free_blocks()
 
-    def _mamba_block_aligned_split(
+    def _clip_chunk(
         self,
         request: Request,
         num_new_tokens: int,
@@ -131,6 +132,8 @@ class _PagedMixin(Scheduler):
         left = request.num_prompt_tokens - start
         num_tokens = min(num_new_tokens, left if left > 0 else self._resume_chunk)
         return 0 if self._awaits_pages(request, start + num_tokens) else num_tokens
+
+    _mamba_block_aligned_split = _clip_chunk
 
     def _awaits_pages(self, request: Request, num_tokens: int) -> bool:
         """Whether to let a running request wait: num_tokens need pages that it will free itself.
