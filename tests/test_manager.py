@@ -197,17 +197,52 @@ def test_copies_that_do_not_fit_are_computed_instead():
     w.check_empty()
 
 
+def preempt(w: World) -> None:
+    """The newest running request, as vLLM does for want of pages."""
+    w.scheduler._preempt_request(w.scheduler.running.pop(), 0.0)
+    w.scheduler.prev_step_scheduled_req_ids.clear()
+
+
 def test_preempted_before_its_first_compaction_hits_its_own_raw_pages():
     w = world(num_pages=40, budgets=((16, 0, 1),), batch=12)
     name = w.add(PROMPT, 10)
     w.step()
     w.step()  # 24 of 30
-    w.scheduler._preempt_request(w.scheduler.running.pop(), 0.0)
-    w.scheduler.prev_step_scheduled_req_ids.clear()  # as reset_prefix_cache does
+    preempt(w)
     w.step()
     assert w.hits[name] == 24
     assert w.worker.num_copies == 6 - 3, "evicted(30) is 12: pages 3, 4 and 5 are rewritten"
     w.run(50)
+    w.check_empty()
+
+
+def test_resumed_request_takes_no_hit_beyond_its_prompt():
+    """Raw pages of a longer prompt with the same tokens: it has evicted some of these itself."""
+    w = world()
+    name = w.add(PROMPT[:8], 50)
+    for _ in range(25):
+        w.step()
+    other = w.add(list(w.requests[name].all_token_ids[:30]), 1)
+    w.step()
+    w.step()
+    assert other not in w.scheduler.requests
+    preempt(w)
+    w.step()
+    assert w.hits[name] == 4
+    w.run(100)
+    w.check_empty()
+
+
+def test_preempted_request_is_raw_again():
+    w = world(budgets=((16, 0, 1),))
+    name = w.add(PROMPT[:10], 50)
+    while w.requests[name].num_computed_tokens < 21:
+        w.step()
+    assert not all(hashed(w, name)[:2]), "rewritten"
+    w.scheduler.reset_prefix_cache(reset_running_requests=True)
+    w.step()
+    assert hashed(w, name) == [True, True, False]
+    w.run(60)
     w.check_empty()
 
 

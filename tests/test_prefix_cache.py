@@ -126,6 +126,7 @@ def llm(tiny: str, policy: str, uncached: Any) -> Iterator[Any]:
         yield llm
         for manager in scheduler(llm).paged_managers:
             assert not manager._to_be_written
+            assert not manager._sequences
 
 
 def run(llm: Any, batch: list[Tokens], max_tokens: int = MAX_TOKENS) -> list[Any]:
@@ -169,7 +170,11 @@ def test_hits_change_nothing(llm, uncached, policy, model, name):
         assert watch.num_compared > 0
     prefix = len(LONG) if "long" in name else len(SHORT)
     assert hits[0] == 0
-    assert all(hit >= min(prefix // 32 * 32, never_written(policy, prefix)) for hit in hits[1:])
+    # In one step, a request shares only what neither will rewrite; later, all whole pages.
+    expected_hit = prefix // 32 * 32
+    if "at once" in name:
+        expected_hit = min(expected_hit, never_written(policy, prefix))
+    assert all(hit >= expected_hit for hit in hits[1:])
 
 
 def test_short_prompt_is_hit_up_to_its_last_page_while_raw(llm):
