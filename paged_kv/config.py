@@ -74,7 +74,7 @@ class CompressionConfig:
         registry.check(policy)
         declared = registry.load(registry.split(policy)[1]).options if policy != "full" else {}
         own = {f.name for f in fields(cls)} - {"options"}
-        unknown = sorted(set(values) - own - set(declared))
+        unknown = sorted(map(str, set(values) - own - set(declared)))
         if unknown:
             known = ", ".join(sorted(own | set(declared)))
             raise ValueError(f"unknown paged_kv option {', '.join(unknown)}; known are: {known}")

@@ -29,10 +29,10 @@ def _locations() -> dict[str, str]:
 
 def split(policy: str) -> tuple[str | None, str]:
     """(budget shape or None, name of the policy that picks the survivors)."""
-    shape, _, name = policy.rpartition("+")
-    if name == PYRAMIDAL and not shape:
+    if policy == PYRAMIDAL:
         return PYRAMIDAL, DEFAULT_SELECTOR
-    return shape or None, name
+    shape, plus, name = policy.rpartition("+")
+    return (shape if plus else None), name
 
 
 def check(policy: object) -> None:

@@ -1,10 +1,18 @@
-"""What several test files share: the directory of the real test model."""
+"""What several test files share: the real test model's directory, and settings for all."""
 
+import os
 from pathlib import Path
 
+# Before torch is imported: threads that spin while they wait slow down a busy machine 20 times.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
+from hypothesis import settings
 
 from paged_kv import models
+
+settings.register_profile("paged_kv", deadline=None)  # the machine may be busy
+settings.load_profile("paged_kv")
 
 
 @pytest.fixture(scope="session")

@@ -10,14 +10,12 @@ from contextlib import contextmanager
 from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # or threads wait for busy neighbours, spinning
 os.environ.setdefault("VLLM_CPU_CI_ENV", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 # Threads that spin while they wait make a step 20 times as slow when the cores are shared. Read
 # when torch is loaded: import this module before it.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 Tokens = list[int]
 

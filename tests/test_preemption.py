@@ -11,6 +11,7 @@ import tiny_models
 import torch
 from engines import Tokens, block_pool, engine, recorded_chunks, scheduler
 from reference_loop import Rule, check_output, load_model
+from test_prefix_cache import watched_pages
 
 pytestmark = pytest.mark.vllm
 
@@ -90,7 +91,9 @@ def test_small_pool(tiny, model, kv, rule, num_pages, caching):
         assert num_restarts(chunks) >= 2
         check(llm, model, rule, prompts, chunks, outputs)
         # Once more: hits on what is left of the first time, and resets.
-        chunks, outputs = run(llm, prompts, 120, reset_at=(50, 51, 110))
+        with watched_pages(llm) as watch:
+            chunks, outputs = run(llm, prompts, 120, reset_at=(50, 51, 110))
+        assert (watch.num_compared > 0) == caching
         assert num_restarts(chunks) >= 6
         check(llm, model, rule, prompts, chunks, outputs)
 

@@ -51,16 +51,7 @@ def demo(
             drawn = {"color": color, "label": name, "drawstyle": "steps-post"}
             memory.plot(line["seconds"], line["used_mb"], **drawn)
             sequences.plot(line["seconds"], line["running"], **drawn)
-        memory.axhline(pool_mb, color="#b22222", linewidth=1, linestyle="--")
-        memory.annotate(
-            f"pool: {pool_mb:.0f} MB",
-            (1, pool_mb),
-            xycoords=("axes fraction", "data"),
-            xytext=(0, 3),
-            textcoords="offset points",
-            ha="right",
-            color="#b22222",
-        )
+        _line(memory, pool_mb, f"pool: {pool_mb:.0f} MB", "#b22222")
         memory.set(title="KV cache in use (MB)", ylim=(0, pool_mb * 1.15))
         memory.tick_params(labelbottom=False)
         sequences.set(title="Running sequences", xlabel="seconds")
@@ -78,16 +69,7 @@ def ratios(path: Path, title: str, lines: Mapping[str, Sequence[tuple[float, flo
         figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
         for color, (name, points) in zip(COLORS[1:], lines.items(), strict=False):
             axes.plot(*zip(*sorted(points), strict=True), "o-", color=color, label=name)
-        axes.axhline(1, color=COLORS[0], linewidth=1, linestyle="--")
-        axes.annotate(
-            "plain vLLM",
-            (1, 1),
-            xycoords=("axes fraction", "data"),
-            xytext=(0, 3),
-            textcoords="offset points",
-            ha="right",
-            color=COLORS[0],
-        )
+        _line(axes, 1, "plain vLLM", COLORS[0])
         axes.invert_xaxis()
         axes.set(xlabel="pool / what all requests need uncompressed  (ample → tight)")
         axes.set(ylabel="output tokens/s, relative to plain vLLM", title=title)
@@ -95,6 +77,20 @@ def ratios(path: Path, title: str, lines: Mapping[str, Sequence[tuple[float, flo
         axes.legend()
         figure.savefig(path, dpi=130)
         plt.close(figure)
+
+
+def _line(axes: Any, height: float, text: str, color: str) -> None:
+    """A dashed line across, with its meaning at the right end."""
+    axes.axhline(height, color=color, linewidth=1, linestyle="--")
+    axes.annotate(
+        text,
+        (1, height),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha="right",
+        color=color,
+    )
 
 
 def _bars(axes: Any, title: str, values: Mapping[str, float]) -> None:

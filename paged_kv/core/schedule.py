@@ -63,7 +63,7 @@ class Schedule:
         return surplus * (surplus > 0) * started
 
     def first_evicted(self, prompt_len: int) -> int:
-        """The least that the first eviction of a sequence can drop."""
+        """The least that the first eviction from the prompt's end on can drop."""
         evicted: int = self.evicted(prompt_len, prompt_len)
         return max(evicted, self.page_size)
 

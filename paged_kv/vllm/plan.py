@@ -99,7 +99,7 @@ def make_plan(
         zip(layers, [b for b, n in zip(tiers, sizes, strict=True) for _ in range(n)], strict=True)
     )
     others = [len(config.skip_layers), num_layers - len(full_layers)]
-    groups = _check_groups(config, list(Counter(by_layer.values()).values()), others)
+    groups = _check_groups(config, page_size, _bucket_sizes(tiers, sizes), others)
     return Plan(page_size, config.compress_prefill, by_layer, *groups)
 
 
@@ -124,8 +124,16 @@ def _tier_budgets(
     return [(count * page_size, 0, 1) for count in pages]
 
 
+def _bucket_sizes(tiers: list[tuple[int, int, int]], sizes: list[int]) -> list[int]:
+    """Layers of each distinct budget: tiers can come to the same."""
+    counts: Counter[tuple[int, int, int]] = Counter()
+    for budget, size in zip(tiers, sizes, strict=True):
+        counts[budget] += size
+    return list(counts.values())
+
+
 def _check_groups(
-    config: CompressionConfig, tiers: list[int], others: list[int]
+    config: CompressionConfig, page_size: int, tiers: list[int], others: list[int]
 ) -> tuple[int, int, int]:
     """num_groups, num_other_groups and layers_per_page of Plan. Raises ValueError: too many."""
     buckets = tiers + [size for size in others if size]
@@ -137,22 +145,26 @@ def _check_groups(
         f"these options need {sum(groups)} KV cache groups, more than max_groups "
         f"{config.max_groups}: vLLM makes groups as small as the smallest set of layers with equal "
         f"budgets, and the sets have {buckets} layers. "
-        f"{_working_splits(config, sum(tiers) + others[0], others[1])}"
+        f"{_working_splits(config, page_size, sum(tiers) + others[0], others[1])}"
     )
 
 
-def _working_splits(config: CompressionConfig, num_full: int, num_sliding: int) -> str:
+def _working_splits(
+    config: CompressionConfig, page_size: int, num_full: int, num_sliding: int
+) -> str:
     """Names (skipped layers, tiers) that stay within max_groups."""
     works = []
+    most_tiers = config.max_groups if config.is_pyramid and not num_sliding else 1
     for skipped in range(num_full):
-        for tiers in range(
-            1, config.max_groups + 1 if config.is_pyramid and not num_sliding else 2
-        ):
-            if tiers > num_full - skipped:
+        for num_tiers in range(1, min(most_tiers, num_full - skipped) + 1):
+            sizes = budgets.tier_sizes(num_full - skipped, num_tiers)
+            try:
+                tiers = _bucket_sizes(_tier_budgets(config, page_size, sizes), sizes)
+            except ValueError:  # too small for the last tier
                 continue
-            buckets = [*budgets.tier_sizes(num_full - skipped, tiers), skipped, num_sliding]
-            if sum(budgets.num_groups([size for size in buckets if size])) <= config.max_groups:
-                works.append((skipped, tiers))
+            buckets = [size for size in [*tiers, skipped, num_sliding] if size]
+            if sum(budgets.num_groups(buckets)) <= config.max_groups:
+                works.append((skipped, num_tiers))
     shown = ", ".join(f"{skipped} skipped with tiers {tiers}" for skipped, tiers in works[:12])
     return (
         f"Splits that work: {shown}" if works else "No split of this model works; raise max_groups"
