@@ -12,9 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 from paged_kv.bench import script
-from paged_kv.bench.engine import Engine, engine_environment
-from paged_kv.bench.settings import EngineSettings, Workload, kv_bytes_per_token, random_prompts
+from paged_kv.bench.settings import kv_bytes_per_token, random_prompts
 from paged_kv.config import DEFAULT_PAGE_SIZE
+from paged_kv.vllm.engine import Engine, engine_environment
+from paged_kv.vllm.workload import EngineSettings, Workload
 
 PARTS = {"shift": "shift", "compact": "_compact"}  # methods of paged_kv.vllm.compaction.Compactor
 

@@ -1,4 +1,4 @@
-"""One vLLM engine inside this process, stepped by hand. The only file of bench that uses vLLM.
+"""One vLLM engine inside this process, stepped by hand: what the demo and benchmarks run.
 
 vLLM's own choice on CPU, three processes that talk by shared memory, costs more on two cores than
 it gives: the front end, the scheduler and the worker wait for each other actively. In one process
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from paged_kv.bench.settings import EngineInfo, EngineSettings, RunResult, Step, Tokens, Workload
+from paged_kv.vllm.workload import EngineInfo, EngineSettings, RunResult, Step, Tokens, Workload
 
 
 def engine_environment() -> dict[str, str]:
