@@ -14,8 +14,6 @@ os.environ.setdefault("VLLM_CPU_CI_ENV", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-# Threads that spin while they wait make a step 20 times as slow when the cores are shared. Read
-# when torch is loaded: import this module before it.
 
 Tokens = list[int]
 

@@ -206,6 +206,9 @@ def merge(chunks: list[Chunk], rule: Rule, prompt_len: int, num_tokens: int) -> 
     yield run
 
 
+FLOAT_NOISE = 3e-5  # of float32 logits, between two orders of the same sums
+
+
 def check_output(
     model: Any, prompt: Tokens, output: Any, chunks: list[Chunk], rule: Rule, tolerance: float
 ) -> str | None:
@@ -232,7 +235,8 @@ def check_output(
             index, token = end - len(prompt), known[end]
             logprob = output.logprobs[index][token].logprob
             error = abs(row.log_softmax(-1)[token] - logprob)
-            if row.argmax() != token or error > tolerance:
+            # Two tokens this close are one choice: which comes out first depends on the CPU.
+            if row.max() - row[token] > FLOAT_NOISE or error > tolerance:
                 return f"{describe(index, token, row)}; its logprob is {error:.2e} off"
     return None
 
