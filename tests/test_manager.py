@@ -48,15 +48,29 @@ def hashed(world: World, name: str) -> list[bool]:
     return [world.pool.blocks[page].block_hash is not None for page in world.held(name)[0]]
 
 
-def test_same_prompt_at_once_shares_what_is_never_written():
+def test_same_prompt_at_once_waits_a_step_instead_of_being_computed_twice():
     w = world()
     first, second = w.add(PROMPT, 10), w.add(PROMPT, 10)
     w.step()
-    # Pages 5 and 6 will be rewritten: the second request computes its own.
-    assert w.hits[second] == 20
-    assert w.held(first)[0][:5] == w.held(second)[0][:5]
-    assert not set(w.held(first)[0][5:]) & set(w.held(second)[0][5:])
-    assert w.worker.num_copies == 0
+    shared = w.held(first)[0][:5]
+    assert second not in w.hits
+    w.step()
+    assert w.hits[second] == 28
+    assert w.held(second)[0][:5] == shared, "these are never written"
+    assert not set(w.held(first)[0]) & set(w.held(second)[0][5:])
+    assert w.worker.num_copies == 2, "pages 5 and 6"
+    w.run(30)
+    w.check_empty()
+
+
+def test_a_page_is_not_worth_a_step():
+    w = world()
+    w.add(PROMPT[:25], 10)
+    second = w.add([*PROMPT[:21], 7, 7, 7, 7], 10)  # shares pages 0 to 4, of which 4 is rewritten
+    w.step()
+    assert w.hits[second] == 16
+    w.run(30)
+    w.check_empty()
 
 
 def test_hit_on_pages_that_the_owner_will_rewrite_is_copied():

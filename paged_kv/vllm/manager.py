@@ -86,6 +86,17 @@ class PagedManager(SingleTypeKVCacheManager):
                 break
         return limit * self.block_size
 
+    def pages_soon(self, request: Request, num_pages: int) -> int:
+        """Pages of the prompt after the first num_pages that can be hit when this step is done."""
+        hashes = self._block_hashes(request)[: (request.num_prompt_tokens - 1) // self.block_size]
+        soon = self.snapshots.block_hashes()
+        for index in range(num_pages, len(hashes)):
+            cached = self.block_pool.get_cached_block(hashes[index], [self.kv_cache_group_id])
+            in_step = cached is not None and cached[0].block_id in self._hashed_in_step
+            if not in_step and hashes[index] not in soon:
+                return index - num_pages
+        return max(0, len(hashes) - num_pages)
+
     def pages_between(self, request_id: str, num_tokens: int, later: int) -> int:
         """Pages that compactions empty between two lengths of the request."""
         prompt_len = self._sequences[request_id].prompt_len
@@ -115,6 +126,8 @@ class PagedManager(SingleTypeKVCacheManager):
         needed = super().get_num_blocks_to_allocate(
             request_id, num_tokens, new_computed_blocks, *args, **kwargs
         )
+        if not new_computed_blocks:
+            return needed
         return needed + len(self._pages_to_copy(sequence, new_computed_blocks))
 
     def add_local_computed_blocks(
@@ -130,10 +143,12 @@ class PagedManager(SingleTypeKVCacheManager):
     ) -> list[KVCacheBlock]:
         """Pages up to num_tokens, the length after this step."""
         sequence = self._sequences[request_id]
-        copied = self._copy(request_id, sequence)
+        copied = self._copy(request_id, sequence) if sequence.copies else []
         new = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+        if sequence.frozen is not None:
+            return copied + new
         evicted = self.schedule.evicted(num_tokens, sequence.prompt_len)
-        if evicted and sequence.frozen is None:
+        if evicted:
             private = {block.block_id for block in copied}
             self._freeze(request_id, sequence, evicted // self.block_size, private)
             sequence.raw_pages = num_tokens // self.block_size
@@ -226,11 +241,14 @@ class PagedManager(SingleTypeKVCacheManager):
         sequence.copies = []
         return private
 
-    def _take_snapshots(self, request: Request, sequence: _Sequence) -> None:
-        """Has the raw pages copied at the end of this step, if the pool has pages to spare."""
-        hashes = resolve_block_hashes(
+    def _block_hashes(self, request: Request) -> Any:
+        return resolve_block_hashes(
             request.block_hashes, self.block_pool.hash_block_size, self.block_size
         )
+
+    def _take_snapshots(self, request: Request, sequence: _Sequence) -> None:
+        """Has the raw pages copied at the end of this step, if the pool has pages to spare."""
+        hashes = self._block_hashes(request)
         blocks = self.req_to_blocks[request.request_id][: sequence.raw_pages]
         assert sequence.frozen is not None
         # What every running request may need in the next steps stays free.

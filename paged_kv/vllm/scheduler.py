@@ -21,6 +21,9 @@ from paged_kv.vllm.manager import PagedManager
 
 logger = init_logger(f"vllm.{__name__}")
 
+PAGES_WORTH_A_STEP = 2
+"""Computing as much again takes longer than waiting for the step that is being scheduled."""
+
 
 class _PagedMixin(Scheduler):
     """Overrides shared by the synchronous and the asynchronous scheduler."""
@@ -50,6 +53,7 @@ class _PagedMixin(Scheduler):
             in_flight = self.vllm_config.max_in_flight_tokens
             manager.max_chunk = in_flight if compress else self._resume_chunk * batches
             manager.num_groups = len(self.paged_managers)
+        self._held_back: Request | None = None
         self._log_capacity()
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
@@ -92,6 +96,9 @@ class _PagedMixin(Scheduler):
             )
             blocks = self.kv_cache_manager.create_kv_cache_blocks(found)
             boundary = 0
+        pages = num_tokens // self.paged_managers[0].block_size
+        soon = min(manager.pages_soon(request, pages) for manager in self.paged_managers)
+        self._held_back = request if soon >= PAGES_WORTH_A_STEP else None
         return blocks, num_tokens, boundary, diverged
 
     def _usable_hit(self, request: Request, blocks: Any) -> int:
@@ -126,7 +133,12 @@ class _PagedMixin(Scheduler):
         num_new_local_computed_tokens: int = 0,
         num_external_computed_tokens: int = 0,
     ) -> int:
-        """Ends a chunk at the prompt's end; cuts what a resumed request recomputes after it."""
+        """Ends a chunk at the prompt's end; cuts what a resumed request recomputes after it.
+
+        Nothing of a request that can hit more of its prompt when this step is done.
+        """
+        if request is self._held_back:
+            return 0
         hits = num_new_local_computed_tokens + num_external_computed_tokens
         start = request.num_computed_tokens + hits
         left = request.num_prompt_tokens - start
@@ -159,7 +171,7 @@ class _PagedMixin(Scheduler):
         )
         return needed > self.kv_cache_manager.block_pool.get_num_free_blocks()
 
-    def _pages_per_sequence(self) -> int:
+    def pages_per_sequence(self) -> int:
         """Pages of a sequence of max_model_len between two compactions, in all groups."""
         return self._num_other_pages + sum(
             cdiv(
@@ -191,7 +203,7 @@ class _PagedMixin(Scheduler):
         return next((chunk for chunk in range(budget, 0, -page_size) if fits(chunk)), 1)
 
     def _log_capacity(self) -> None:
-        pages = self._pages_per_sequence()
+        pages = self.pages_per_sequence()
         sequences = (self.kv_cache_config.num_blocks - 1) / pages
         longest = limits.max_prompt_len(self.vllm_config, self.kv_cache_config.num_blocks)
         logger.info(

@@ -80,6 +80,10 @@ class Snapshots:
                 _Snapshot(request_id, block_hashes[index], length, blocks[index], copy)
             )
 
+    def block_hashes(self) -> set[BlockHash]:
+        """Of the pages that the step being scheduled copies."""
+        return {snapshot.block_hash for snapshot in self._taken}
+
     def drain(self) -> list[KVCacheBlockCopy]:
         """What the worker has to copy at the end of the step that has just been scheduled."""
         drained, self._taken = self._taken, []
