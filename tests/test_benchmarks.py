@@ -50,6 +50,11 @@ SCRIPTS = {
         ["pyramidal", "pyramidal"],
         COST | {"budget", "batch", "step_ms", "share"},
     ),
+    "same_process": (
+        "--rounds 1 --requests 2 --prompt-len 16 --output-len 8",
+        ["streaming"],
+        {"ratio", "ratios"},
+    ),
 }
 
 
