@@ -55,6 +55,16 @@ COMMANDS = {
         from_module("paged_kv.bench.demo"),
         "vllm-cpu,bench",
     ),
+    "eval": Command(
+        "measure what a policy costs in quality",
+        from_module("paged_kv.eval.commands"),
+        "hf,bench",
+    ),
+    "train-learned": Command(
+        "train the policy `learned` for a model",
+        from_module("paged_kv.eval.train_learned"),
+        "hf,bench",
+    ),
 }
 
 

@@ -6,9 +6,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from paged_kv import registry
+from paged_kv.core import options as opt
+
+if TYPE_CHECKING:
+    from paged_kv.policies.base import Policy
 
 DEFAULT_PAGE_SIZE = 32
 DEFAULT_BUDGET = 1024
@@ -72,15 +76,21 @@ class CompressionConfig:
             raise ValueError(f"paged_kv must be a dict of options, not {values!r}")
         policy = values.get("policy", "full")
         registry.check(policy)
-        declared = registry.load(registry.split(policy)[1]).options if policy != "full" else {}
+        declared = registry.declared(registry.split(policy)[1], values) if policy != "full" else {}
         own = {f.name for f in fields(cls)} - {"options"}
         unknown = sorted(map(str, set(values) - own - set(declared)))
         if unknown:
             known = ", ".join(sorted(own | set(declared)))
             raise ValueError(f"unknown paged_kv option {', '.join(unknown)}; known are: {known}")
         settings = {key: _READERS[key](key, values[key]) for key in own if key in values}
-        options = {key: values.get(key, default) for key, default in declared.items()}
-        return cls(**settings, options=options)
+        options = {
+            key: option.read(key, values[key]) if key in values else option.default
+            for key, option in declared.items()
+        }
+        config = cls(**settings, options=options)
+        if config.enabled:
+            config.create_policy()  # it may refuse what it is given
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """The flat dict again, in values that JSON can carry."""
@@ -91,17 +101,34 @@ class CompressionConfig:
             result["budget"] = str(float(self.budget))
         return result
 
+    def create_policy(self) -> Policy:
+        """What picks the survivors. Raises ValueError: the policy refuses an option's value."""
+        return registry.create(
+            self.selector, self.num_sink_tokens, self.recent_window, self.options
+        )
+
+    def min_entries(self, page_size: int) -> int:
+        """The least budget that leaves a page to evict."""
+        return self.create_policy().num_protected + page_size
+
     def check_page_size(self, page_size: int) -> None:
         """Refuses budgets that leave no page to evict. Raises ValueError."""
-        needed = self.num_sink_tokens + self.recent_window + page_size
+        needed = self.min_entries(page_size)
         name = "budget" if isinstance(self.budget, int) else "min_budget"
         value = self.budget if isinstance(self.budget, int) else self.min_budget
         if value < needed:
             raise ValueError(
-                f"{name} {value} is too small: it must be at least {needed} (num_sink_tokens "
-                f"{self.num_sink_tokens} + recent_window {self.recent_window} + one page of "
-                f"{page_size})"
+                f"{name} {value} is too small: it must be at least {needed} "
+                f"({self.describe_minimum(page_size)})"
             )
+
+    def describe_minimum(self, page_size: int) -> str:
+        """Where min_entries comes from."""
+        recent = self.min_entries(page_size) - page_size - self.num_sink_tokens
+        which = "recent_window" if recent == self.recent_window else "newest entries that stay"
+        return (
+            f"num_sink_tokens {self.num_sink_tokens} + {which} {recent} + one page of {page_size}"
+        )
 
 
 def parse_budget(name: str, value: Any) -> int | Fraction:
@@ -120,30 +147,15 @@ def parse_budget(name: str, value: Any) -> int | Fraction:
     return budget
 
 
-def parse_json(text: str) -> dict[str, Any]:
-    """The object in --kv-policy-config. Raises ValueError."""
+def parse_json(text: str, name: str = "kv-policy-config") -> dict[str, Any]:
+    """The object in the option of that name. Raises ValueError."""
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"kv-policy-config is not JSON: {error} in {text!r}") from None
+        raise ValueError(f"{name} is not JSON: {error} in {text!r}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"kv-policy-config must be a JSON object, not {text!r}")
+        raise ValueError(f"{name} must be a JSON object, not {text!r}")
     return values
-
-
-def _integer(least: int) -> Any:
-    def read(name: str, value: Any) -> int:
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} must be an integer >= {least}, not {value!r}")
-        return value
-
-    return read
-
-
-def _bool(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be true or false, not {value!r}")
-    return value
 
 
 def _beta(name: str, value: Any) -> float:
@@ -155,7 +167,7 @@ def _beta(name: str, value: Any) -> float:
 def _layers(name: str, value: Any) -> tuple[int, ...]:
     if not isinstance(value, (list, tuple)):
         raise ValueError(f"{name} must be a list of layer indices, not {value!r}")
-    return tuple(sorted({_integer(0)(name, index) for index in value}))
+    return tuple(sorted({opt.integer(0).read(name, index) for index in value}))
 
 
 def _policy(name: str, value: Any) -> str:
@@ -165,12 +177,12 @@ def _policy(name: str, value: Any) -> str:
 _READERS: dict[str, Any] = {
     "policy": _policy,
     "budget": parse_budget,
-    "num_sink_tokens": _integer(0),
-    "recent_window": _integer(0),
+    "num_sink_tokens": opt.integer(0).read,
+    "recent_window": opt.integer(0).read,
     "pyramid_beta": _beta,
-    "min_budget": _integer(1),
-    "compress_prefill": _bool,
+    "min_budget": opt.integer(1, least=1).read,
+    "compress_prefill": opt.boolean(False).read,
     "skip_layers": _layers,
-    "tiers": _integer(1),
-    "max_groups": _integer(1),
+    "tiers": opt.integer(1, least=1).read,
+    "max_groups": opt.integer(1, least=1).read,
 }

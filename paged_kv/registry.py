@@ -5,20 +5,44 @@ A name is ``full``, ``NAME`` or ``pyramidal+NAME``; ``pyramidal`` alone means th
 
 from __future__ import annotations
 
-import importlib
+import ast
+import importlib.util
+from collections.abc import Mapping
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from paged_kv.core.options import Option
     from paged_kv.policies.base import Policy
 
 FULL = "full"
 PYRAMIDAL = "pyramidal"
 DEFAULT_SELECTOR = "streaming"
 ENTRY_POINT_GROUP = "paged_kv.policies"
+WRAPPED = "of"  # the option that makes a policy a wrapper
 
 _BUILT_IN = {
-    "streaming": "paged_kv.policies.streaming:Streaming",
+    name: f"paged_kv.policies.{name}:{attribute}"
+    for name, attribute in {
+        "attention": "Attention",
+        "cluster": "Cluster",
+        "expected_attention": "ExpectedAttention",
+        "h2o": "H2O",
+        "hybrid": "Hybrid",
+        "keydiff": "KeyDiff",
+        "knorm": "KNorm",
+        "learned": "Learned",
+        "lru": "LRU",
+        "pooling": "Pooling",
+        "random": "Random",
+        "residual": "Residual",
+        "snapkv": "SnapKV",
+        "streaming": "Streaming",
+        "tova": "TOVA",
+        "value_merge": "ValueMerge",
+        "window": "Window",
+    }.items()
 }
 
 
@@ -53,12 +77,70 @@ def load(name: str) -> type[Policy]:
     return policy
 
 
+def declared(name: str, values: Mapping[str, Any]) -> dict[str, Option]:
+    """The options of a policy; of a wrapper, also those of the policy that it wraps.
+
+    Raises:
+        ValueError: values["of"] names no policy that can be wrapped.
+    """
+    from paged_kv.policies.base import ScoringPolicy, Wrapper
+
+    options = dict(load(name).options)
+    if not issubclass(load(name), Wrapper):
+        return options
+    inner = values.get(WRAPPED, options[WRAPPED].default)
+    evicting = [other for other in _locations() if issubclass(load(other), ScoringPolicy)]
+    if inner not in evicting:
+        allowed = ", ".join(sorted(evicting))
+        raise ValueError(f"{WRAPPED} must be one of {allowed}, not {inner!r}")
+    return dict(load(inner).options) | options
+
+
+def create(
+    name: str, num_sink_tokens: int, recent_window: int, options: Mapping[str, Any]
+) -> Policy:
+    """The policy; a wrapper around the one that its option `of` names.
+
+    An option that both declare is the wrapper's; the other has its default.
+
+    Args:
+        name: see load.
+        num_sink_tokens: see Policy.
+        recent_window: see Policy.
+        options: values of what the policy declares; see declared.
+
+    Raises:
+        ValueError: an option's value is not allowed.
+    """
+    from paged_kv.policies.base import ScoringPolicy, Wrapper
+
+    policy = load(name)
+    own = {key: options[key] for key in policy.options if key in options}
+    if not issubclass(policy, Wrapper):
+        return policy(num_sink_tokens, recent_window, own)
+    of = own.get(WRAPPED, policy.options[WRAPPED].default)
+    others = {key: value for key, value in options.items() if key not in policy.options}
+    inner = create(of, num_sink_tokens, recent_window, others)
+    assert isinstance(inner, ScoringPolicy), f"{of} does not evict: see declared"
+    return policy(inner, own)
+
+
 def available() -> dict[str, str]:
     """Every name with one line about it."""
     lines = {
         FULL: "keeps everything: vLLM as it is",
         PYRAMIDAL: f"larger budgets for the first layers; picks survivors by {DEFAULT_SELECTOR}",
     }
-    for name in sorted(_locations()):
-        lines[name] = (load(name).__doc__ or "").strip().splitlines()[0].rstrip(".")
-    return lines
+    return lines | {name: _summary(place) for name, place in sorted(_locations().items())}
+
+
+def _summary(location: str) -> str:
+    """First line of a class's docstring. Importing it would import torch, which takes seconds."""
+    module, _, attribute = location.partition(":")
+    spec = importlib.util.find_spec(module)
+    assert spec is not None, f"{module}: not installed"
+    assert spec.origin is not None, f"{module}: no file"
+    for node in ast.parse(Path(spec.origin).read_text()).body:
+        if isinstance(node, ast.ClassDef) and node.name == attribute:
+            return (ast.get_docstring(node) or "").partition("\n")[0].rstrip(".")
+    return ""

@@ -87,9 +87,16 @@ class Sequence_:
             normed = layer.input_layernorm(hidden)
             hidden = hidden + self._attention(index, layer.self_attn, normed, cos[0], sin[0])
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-            self.positions[index] += positions.tolist()
+            self.add(index, positions.tolist())
         self.num_tokens += len(tokens)
         return model.norm(hidden)
+
+    def add(self, layer: int, positions: list[int]) -> None:
+        """Tokens at these positions have come into a layer."""
+        self.positions[layer] += positions
+
+    def see(self, layer: int, query: torch.Tensor, weights: torch.Tensor) -> None:
+        """Queries [heads, tokens, dim] and what they gave to the entries [heads, tokens, kept]."""
 
     def drop(self) -> None:
         """Drops what the rule says must be gone after the tokens so far."""
@@ -136,6 +143,7 @@ class Sequence_:
         num_held = keys.shape[1] - num_new
         hidden_from = torch.ones(num_new, keys.shape[1], dtype=torch.bool).triu(num_held + 1)
         weights = scores.masked_fill(hidden_from, -math.inf).softmax(-1)
+        self.see(index, query, weights)
         output = weights @ values.repeat_interleave(group, 0)
         return module.o_proj(output.transpose(0, 1).reshape(num_new, -1))
 
@@ -210,22 +218,20 @@ FLOAT_NOISE = 3e-5  # of float32 logits, between two orders of the same sums
 
 
 def check_output(
-    model: Any, prompt: Tokens, output: Any, chunks: list[Chunk], rule: Rule, tolerance: float
+    sequence: Sequence_, prompt: Tokens, output: Any, chunks: list[Chunk], tolerance: float
 ) -> str | None:
     """None if each token is the reference's choice after those before it, else what differs.
 
     Args:
-        model: see load_model.
+        sequence: the reference, with nothing in it.
         prompt: its tokens.
         output: vLLM's CompletionOutput, with logprobs.
         chunks: the tokens of each step.
-        rule: what is dropped.
         tolerance: how far a token's logprob may be from the reference's. Text that repeats itself
             would hide a lost entry from a look at the tokens alone.
     """
     known = [*prompt, *output.token_ids]
-    sequence = Sequence_(model, rule, len(prompt))
-    for run in merge(chunks, rule, len(prompt), len(output.token_ids)):
+    for run in merge(chunks, sequence.rule, len(prompt), len(output.token_ids)):
         if run.start != sequence.num_tokens:
             sequence.restart(known[: run.start])
         hidden = sequence.process(known[run.start : run.end])
@@ -265,7 +271,8 @@ def complete_and_check(
     differences = {}
     for prompt, output, own in zip(prompts, outputs, chunks, strict=True):
         assert len(output.token_ids) == max_tokens
-        if difference := check_output(model, prompt, output, own, rule, tolerance):
+        sequence = Sequence_(model, rule, len(prompt))
+        if difference := check_output(sequence, prompt, output, own, tolerance):
             differences[f"prompt of {len(prompt)}"] = difference
     assert not differences
     return chunks

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from paged_kv.config import DEFAULT_BUDGET, CompressionConfig, parse_budget, parse_json
 from paged_kv.core.budgets import num_groups, tier_sizes
+from paged_kv.core.options import text
 from paged_kv.policies.streaming import Streaming
 
 
@@ -174,7 +175,7 @@ def test_skip_layers_are_a_set():
 
 
 def test_options_of_the_policy_have_defaults(monkeypatch):
-    monkeypatch.setattr(Streaming, "options", {"color": "red"})
+    monkeypatch.setattr(Streaming, "options", {"color": text("red")})
     assert config().options == {"color": "red"}
     assert config(color="blue").options == {"color": "blue"}
     assert config(color="blue").to_dict()["color"] == "blue"
@@ -214,7 +215,7 @@ def test_round_trip_through_json(values):
 
 
 def make_plan(values: dict, num_layers: int = 30, full_layers: list[int] | None = None):
-    from paged_kv.vllm.plan import make_plan
+    from paged_kv.plan import make_plan
 
     full_layers = list(range(num_layers)) if full_layers is None else full_layers
     return make_plan(CompressionConfig.from_dict(values), 32, num_layers, full_layers)
@@ -254,7 +255,7 @@ def test_hybrids_get_one_tier():
 
 
 def test_plan_round_trip():
-    from paged_kv.vllm.plan import Plan
+    from paged_kv.plan import Plan
 
     plan = make_plan({"policy": "pyramidal", "budget": 0.3, "skip_layers": list(range(6))})
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan

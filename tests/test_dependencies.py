@@ -25,10 +25,15 @@ LEVELS = {
     "eval": 5,
     "cli": 6,
 }
-# Modules beside the folders: policies' names and options, which the engines read.
-LEVELS |= {"registry": 3, "config": 3}
+# Modules beside the folders: policies' names, options and budgets, which the engines read.
+LEVELS |= {"registry": 3, "config": 3, "plan": 3}
 LEVELS |= {"models": 0, "directory_cache": 0, "__init__": 0}  # not part of the chain
-SAME_LEVEL = {("config", "registry"), ("models", "directory_cache"), ("eval", "bench")}
+SAME_LEVEL = {
+    ("config", "registry"),
+    ("plan", "config"),
+    ("models", "directory_cache"),
+    ("eval", "bench"),
+}
 
 
 def imports(file: Path) -> Iterator[tuple[str, bool]]:

@@ -12,7 +12,7 @@ import tiny_models
 import torch
 
 from paged_kv.config import CompressionConfig
-from paged_kv.vllm.plan import Plan, make_plan
+from paged_kv.plan import Plan, make_plan
 
 NUM_LAYERS = 30
 PYRAMID = {"policy": "pyramidal", "budget": 256}

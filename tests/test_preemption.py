@@ -10,7 +10,7 @@ import pytest
 import tiny_models
 import torch
 from engines import Tokens, block_pool, engine, recorded_chunks, scheduler
-from reference_loop import Rule, check_output, load_model
+from reference_loop import Rule, Sequence_, check_output, load_model
 from test_prefix_cache import watched_pages
 
 pytestmark = pytest.mark.vllm
@@ -66,7 +66,7 @@ def num_restarts(chunks: list[list[tuple[int, int]]]) -> int:
 
 def check(llm: Any, model: Any, rule: Rule, prompts: list[Tokens], chunks: Any, outputs: Any):
     for prompt, own, output in zip(prompts, chunks, outputs, strict=True):
-        assert not check_output(model, prompt, output, own, rule, TOLERANCE)
+        assert not check_output(Sequence_(model, rule, len(prompt)), prompt, output, own, TOLERANCE)
     pool = block_pool(llm)
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
     for manager in scheduler(llm).paged_managers:

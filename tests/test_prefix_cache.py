@@ -11,7 +11,7 @@ import pytest
 import tiny_models
 import torch
 from engines import Tokens, block_pool, engine, engine_core, recorded_chunks, scheduler, worker
-from reference_loop import Rule, check_output, load_model
+from reference_loop import Rule, Sequence_, check_output, load_model
 
 pytestmark = pytest.mark.vllm
 
@@ -146,7 +146,8 @@ def tokens_of(output: Any) -> Tokens:
 def difference(model: Any, output: Any, chunks: Any, policy: str) -> str | None:
     """From the reference's tokens; their logprobs may be off by what float32 makes of them."""
     prompt = output.prompt_token_ids
-    return check_output(model, prompt, output.outputs[0], chunks, RULES[policy], tolerance=1e-3)
+    sequence = Sequence_(model, RULES[policy], len(prompt))
+    return check_output(sequence, prompt, output.outputs[0], chunks, tolerance=1e-3)
 
 
 def never_written(policy: str, prompt_len: int) -> int:

@@ -36,9 +36,9 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from paged_kv.core.schedule import Schedule, cdiv
-from paged_kv.policies.base import Events, Moves, Policy
+from paged_kv.plan import Plan
+from paged_kv.policies.base import Events, Moves, PositionalPolicy, Region
 from paged_kv.vllm import limits
-from paged_kv.vllm.plan import Plan
 from paged_kv.vllm.scheduler import PagedAsyncScheduler, PagedScheduler
 from paged_kv.vllm.spec import PagedSpec, register
 
@@ -81,8 +81,11 @@ class Rules:
         return [*compressed, *[None] * self.full_groups]
 
 
-class Scattering(Policy):
+class Scattering(PositionalPolicy):
     """Survivors all over the region: every page that a compaction may write is written."""
+
+    def score(self, region: Region) -> torch.Tensor:
+        raise NotImplementedError("labels have no tensors")
 
     def moves(self, events: Events) -> Moves:
         """As many as fit: whatever else the region holds is lost."""
@@ -194,7 +197,7 @@ class Worker:
     schedules: list[Schedule | None]
     pool: Any
     page_size: int
-    policy: Policy
+    policy: PositionalPolicy
     pages: list[list[Label | None]] = field(init=False)
     rows: dict[str, _Row] = field(default_factory=dict)
     prompt_lens: dict[str, int] = field(default_factory=dict)  # as in V1's input batch
@@ -337,7 +340,7 @@ def next_token(tokens: Sequence[int]) -> int:
 class World:
     """A scheduler, a worker, and the requests that were sent to them."""
 
-    def __init__(self, rules: Rules, policy: Policy | None = None) -> None:
+    def __init__(self, rules: Rules, policy: PositionalPolicy | None = None) -> None:
         self.rules = rules
         self.scheduler = make_scheduler(rules)
         self.manager = self.scheduler.kv_cache_manager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+CACHED_NUMBERS = 1 << 19  # float32 numbers that a core's own cache holds
+
 
 def move_entries(
     pages: torch.Tensor,
@@ -28,3 +30,132 @@ def move_entries(
     read = source_page[:, None], elements[source_offset]
     write = target_page[:, None], elements[target_offset]
     pages[:, write[0], :, write[1]] = pages[:, read[0], :, read[1]]
+
+
+def attention_probabilities(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    query_positions: torch.Tensor,
+    key_positions: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What each query gives to each entry: float32 [..., kv_heads, group, queries, entries].
+
+    Args:
+        queries: float32 [..., kv_heads, group, queries, head_dim], after RoPE.
+        keys: float32 [..., kv_heads, entries, head_dim].
+        query_positions: int64, broadcasts to [..., kv_heads, group, queries]; -1 for no query.
+        key_positions: int64, broadcasts to [..., kv_heads, entries]; a query does not see larger
+            ones than its own.
+        scale: factor of the logits.
+        softcap: logits become softcap * tanh(logit / softcap); 0 for none.
+        sinks: float32 [..., kv_heads, group], logits that take part in the softmax and get nothing.
+    """
+    # One product per KV head: expanding the keys over their group would copy them.
+    group, num_queries = queries.shape[-3:-1]
+    logits = (queries * scale).flatten(-3, -2) @ keys.transpose(-1, -2)
+    logits = logits.unflatten(-2, (group, num_queries))
+    if softcap:
+        logits = torch.tanh(logits / softcap) * softcap
+    visible = key_positions[..., None, None, :] <= query_positions[..., None]
+    logits = logits.masked_fill_(~visible, -torch.inf)
+    if sinks is not None:
+        column = sinks[..., None, None].expand(*logits.shape[:-1], 1)
+        logits = torch.cat([logits, column], -1)
+    weights = logits.softmax(-1)
+    if sinks is not None:
+        weights = weights[..., :-1]
+    return weights.nan_to_num_(0.0)  # a query that sees nothing
+
+
+def attention_mass(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    query_positions: torch.Tensor,
+    key_positions: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """attention_probabilities summed over the group and the queries: [..., kv_heads, entries].
+
+    A few heads at a time, so that probabilities stay in a CPU's cache: twice as fast.
+    """
+    lead = queries.shape[:-3]
+    states = queries.flatten(0, -4)
+    entries = keys.expand(*lead, *keys.shape[-2:]).flatten(0, -3)
+    asked = query_positions.expand(*lead, *queries.shape[-3:-1]).flatten(0, -3)
+    held = key_positions.expand(*lead, -1).flatten(0, -2)
+    extra = None if sinks is None else sinks.expand(*lead, -1).flatten(0, -2)
+    limit = CACHED_NUMBERS if queries.device.type == "cpu" else 64 * CACHED_NUMBERS
+    at_once = max(1, limit // (asked[0].numel() * held.shape[-1]))
+    result = torch.empty(held.shape, dtype=queries.dtype, device=queries.device)
+    for start in range(0, len(states), at_once):
+        part = slice(start, start + at_once)
+        terms = scale, softcap, None if extra is None else extra[part]
+        probabilities = attention_probabilities(
+            states[part], entries[part], asked[part], held[part], *terms
+        )
+        torch.sum(probabilities, (-3, -2), out=result[part])
+    return result.unflatten(0, lead)
+
+
+def lowest(
+    scores: torch.Tensor,
+    positions: torch.Tensor,
+    keep: torch.Tensor,
+    count: torch.Tensor,
+    limit: int,
+) -> torch.Tensor:
+    """bool [..., m]: the entries with the lowest (score, position), `count` of each row.
+
+    Args:
+        scores: float32 [..., m].
+        positions: int64 [..., m], below 2**31 where keep is False; distinct in a row.
+        keep: bool [..., m], entries that cannot be chosen.
+        count: int64, broadcasts to [...]: how many to choose; never more than may be.
+        limit: the largest count, known on the host.
+    """
+    # Floats as integers of the same order, with the position below them: one exact comparison.
+    bits = (scores.float() + 0.0).view(torch.int32)  # + 0.0: there is only one zero
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    order = (ordered.long() << 32) | positions
+    order = order.masked_fill(keep, torch.iinfo(torch.int64).max)
+    lowest = order.topk(limit, dim=-1, largest=False, sorted=True).indices
+    chosen = torch.arange(limit, device=scores.device) < count[..., None]
+    result = torch.zeros_like(keep.expand(order.shape), memory_format=torch.contiguous_format)
+    return result.scatter_(-1, lowest, chosen.expand(lowest.shape))
+
+
+def pair_moves(
+    losers: torch.Tensor, num_freed: torch.Tensor, limit: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which entries drop into which holes: (source, target), int64 [..., limit] each.
+
+    Survivors below num_freed go, in their order, to the losers' places from num_freed on. A row
+    with fewer than `limit` moves repeats one of them; one without any moves its last entry onto
+    itself. Nothing depends on values, so a GPU need not be waited for.
+
+    Args:
+        losers: bool [..., m]; num_freed of each row.
+        num_freed: int64, broadcasts to [...]: leading entries whose places are freed.
+        limit: the largest num_freed.
+    """
+    size = losers.shape[-1]
+    freed = torch.arange(size, device=losers.device) < num_freed[..., None]
+    source = first_places(freed & ~losers, limit)
+    target = first_places(losers & ~freed, limit)
+    none = source[..., :1] == size
+    spare_source = torch.where(none, size - 1, source[..., :1])
+    spare_target = torch.where(none, size - 1, target[..., :1])
+    missing = source == size
+    return torch.where(missing, spare_source, source), torch.where(missing, spare_target, target)
+
+
+def first_places(mask: torch.Tensor, limit: int) -> torch.Tensor:
+    """int64 [..., limit]: the first indices where mask [..., m] holds, in order, then m."""
+    size = mask.shape[-1]
+    places = torch.arange(size, device=mask.device).masked_fill(~mask, size)
+    return places.topk(limit, dim=-1, largest=False, sorted=True).values

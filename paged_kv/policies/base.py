@@ -1,15 +1,16 @@
-"""What a policy is: given the rows of a batch that must give up pages, where do the survivors go?
+"""What a policy is: given what must give up entries, which survive, and what becomes of the rest?
 
-The schedule has already fixed *how many* entries go: evicted rises from `evicted_before` to
-`evicted_after`. The newest entries stay where they are. A policy names the losers; survivors of the
-leading pages drop into the holes that losers left behind:
+The schedule has already fixed *how many* go. Of a sequence's region, the m entries it holds, a
+policy names per KV head the losers, num_losers of them. The newest entries stay where they are;
+survivors of the leading pages drop into the holes that losers left behind:
 
     slots    evicted_before     evicted_after                    num_tokens
     before   | s s . x | . x . . | x . . x | . o o o |      s sink  x survivor  . loser  o newest
     after      freed     freed   | s s x x | x o o o |
 
 Order inside the cache does not matter: keys carry the rotation of their true positions, and every
-entry is visible to every later query.
+entry is visible to every later query. A merging policy also says what the survivors hold from now
+on. Nobody outside this folder knows more of a policy than this file says.
 """
 
 from __future__ import annotations
@@ -17,12 +18,212 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
+
+from paged_kv.core.options import Option
+from paged_kv.kernels import reference
+from paged_kv.kernels.rotary import Rotary
 
 Int64s = npt.NDArray[np.int64]
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Queries:
+    """The last queries of each sequence, the observation window; after RoPE.
+
+    Args:
+        states: float32 [layers, events, kv_heads, group, window, head_dim]; group is the number of
+            query heads that share a KV head.
+        positions: int64 [events, window], in any order; -1 where a sequence has had fewer queries.
+        scale: factor of the logits.
+        softcap: logits become softcap * tanh(logit / softcap); 0 for none.
+        sinks: float32 [layers, 1, kv_heads, group], logits of attention sinks (gpt-oss), or None.
+    """
+
+    states: Tensor
+    positions: Tensor
+    scale: float
+    softcap: float = 0.0
+    sinks: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Region:
+    """What sequences that compact in one step hold, in some layers with equal budgets.
+
+    Tensors lead with [layers, events, kv_heads], an event being one sequence. m is the size of the
+    largest region; the others are padded at the end. Entries are in the order of their slots: by
+    position until the first compaction, then in no order. Only what the policy says it reads is
+    there (see Policy.reads); the rest is None.
+
+    Args:
+        num_tokens: int64 [events], tokens seen so far.
+        num_entries: int64 [events], size of each region.
+        num_losers: int64 [events], entries that must go, per layer and KV head.
+        max_losers: the largest of num_losers, known on the host.
+        layers: int64 [layers], index of each layer in the model.
+        heads: int64 [kv_heads], index of each KV head in the model (a rank has some of them).
+        positions: int64 [..., m], position of the token; a merged entry has its slot's. Padding has
+            the largest int64.
+        keys: float32 [..., m, head_dim], after RoPE.
+        values: float32 [..., m, head_dim].
+        weights: float32 [..., m], tokens that an entry stands for; padding 0.
+        scores: float32 [..., m], what Policy.accumulate made of the attention so far.
+        queries: the observation window.
+        rotary: the model's RoPE.
+    """
+
+    num_tokens: Tensor
+    num_entries: Tensor
+    num_losers: Tensor
+    max_losers: int
+    layers: Tensor
+    heads: Tensor
+    positions: Tensor
+    keys: Any = None
+    values: Any = None
+    weights: Any = None
+    scores: Any = None
+    queries: Any = None
+    rotary: Rotary | None = None
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """bool [events, 1, m]: False for padding."""
+        index = torch.arange(self.positions.shape[-1], device=self.positions.device)
+        return index < self.num_entries[:, None, None]
+
+    @cached_property
+    def attention(self) -> Tensor:
+        """Probabilities of the observation window over the region: [..., group, window, m].
+
+        float32; a query does not see later positions. All 0 for a query that is missing.
+        """
+        return reference.attention_probabilities(*self._attention_terms())
+
+    @cached_property
+    def attention_mass(self) -> Tensor:
+        """attention, summed over group and window: [..., m]. Much faster than attention."""
+        return reference.attention_mass(*self._attention_terms())
+
+    def _attention_terms(self) -> tuple[Any, ...]:
+        queries: Queries = self.queries
+        positions = queries.positions[:, None, None, :]
+        terms = (queries.scale, queries.softcap, queries.sinks)
+        return queries.states, self.keys, positions, self.positions, *terms
+
+
+class Compaction(NamedTuple):
+    """What a policy decided.
+
+    Args:
+        losers: bool [layers, events, kv_heads, m]; num_losers of each row, none of them padding.
+        keys: float32 [..., m, head_dim], what survivors hold from now on; None if unchanged.
+        values: the same for values.
+        weights: float32 [..., m], tokens that survivors stand for from now on; None if unchanged.
+        changed: bool [..., m], survivors whose keys, values or weights changed; no more of them in
+            a row than losers plus one.
+    """
+
+    losers: Tensor
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    weights: Tensor | None = None
+    changed: Tensor | None = None
+
+
+class Policy(ABC):
+    """Picks survivors. Stateless: all it may remember is in the pages.
+
+    Args:
+        num_sink_tokens: first entries of a sequence, never dropped.
+        recent_window: newest entries, never dropped.
+        options: values for what the class declares in `options`.
+    """
+
+    options: ClassVar[Mapping[str, Option]] = {}
+    """The policy's own options by name."""
+
+    reads: frozenset[str] = frozenset()
+    """What a region must carry besides positions: keys, values, weights, scores, rotary."""
+
+    merges: bool = False
+    """Whether survivors change. Then `reads` has weights, and whatever changes."""
+
+    def __init__(
+        self, num_sink_tokens: int, recent_window: int, options: Mapping[str, Any] | None = None
+    ) -> None:
+        self.num_sink_tokens = num_sink_tokens
+        self.recent_window = recent_window
+        defaults = {name: option.default for name, option in self.options.items()}
+        self.settings = {**defaults, **(options or {})}
+
+    @property
+    def observation_window(self) -> int:
+        """How many of the last queries the policy looks at before a compaction; 0 for none."""
+        return 0
+
+    @property
+    def num_protected(self) -> int:
+        """Entries that no compaction may drop: a budget must be larger."""
+        return self.num_sink_tokens + self.recent_window
+
+    @abstractmethod
+    def compact(self, region: Region) -> Compaction:
+        """Which entries go, and what the others become."""
+
+    def accumulate(self, scores: Tensor, probabilities: Tensor, positions: Tensor) -> Tensor:
+        """Scores after some more queries; called in every step if `reads` has scores.
+
+        Args:
+            scores: float32 [sequences, kv_heads, m]; 0 for an entry that has just been written.
+            probabilities: float32 [sequences, kv_heads, group, queries, m], attention to each
+                entry; 0 for entries that a query does not see and for padding.
+            positions: int64 [sequences, queries] of the queries.
+        """
+        raise NotImplementedError(f"{type(self).__name__} reads scores but accumulates none")
+
+    def protected(self, region: Region) -> Tensor:
+        """bool [..., m]: sinks, recent entries and padding."""
+        first_recent = (region.num_tokens - self.recent_window)[:, None, None]
+        positions = region.positions
+        return (positions < self.num_sink_tokens) | (positions >= first_recent) | ~region.valid
+
+
+class ScoringPolicy(Policy):
+    """Evicts: drops the entries with the lowest scores; of equal ones the oldest."""
+
+    @abstractmethod
+    def score(self, region: Region) -> Tensor:
+        """float32 [layers, events, kv_heads, m]: what is worth keeping has a high score.
+
+        Leading dimensions may be 1. Values at padding, sinks and recent entries do not matter.
+        """
+
+    def compact(self, region: Region) -> Compaction:
+        """num_losers of each head go."""
+        return Compaction(self.losers(region, region.num_losers[:, None]))
+
+    def losers(self, region: Region, count: Tensor, spared: Tensor | None = None) -> Tensor:
+        """bool [..., m]: the `count` entries to go.
+
+        Args:
+            region: see Region.
+            count: int64, broadcasts to [layers, events, kv_heads]; at most max_losers + 1.
+            spared: bool [..., m], further entries that stay.
+        """
+        keep = self.protected(region)
+        if spared is not None:
+            keep = keep | spared
+        scores = self.score(region).expand(region.positions.shape)
+        limit = min(region.max_losers + 1, scores.shape[-1])
+        return reference.lowest(scores, region.positions, keep, count, limit)
 
 
 @dataclass(frozen=True)
@@ -45,25 +246,34 @@ class Moves(NamedTuple):
     target: Int64s  # logical slot, >= evicted_after
 
 
-class Policy(ABC):
-    """Picks survivors. Stateless: all it may remember is in the pages.
-
-    Args:
-        num_sink_tokens: first entries of a sequence, never dropped.
-        recent_window: newest entries, never dropped.
-        options: values for what the class declares in `options`.
-    """
-
-    options: ClassVar[Mapping[str, Any]] = {}
-    """Names and defaults of the policy's own options."""
-
-    def __init__(
-        self, num_sink_tokens: int, recent_window: int, options: Mapping[str, Any] | None = None
-    ) -> None:
-        self.num_sink_tokens = num_sink_tokens
-        self.recent_window = recent_window
-        self.settings = {**self.options, **(options or {})}
+class PositionalPolicy(ScoringPolicy):
+    """Decides by position alone, the same in all layers and heads: moves are host arithmetic."""
 
     @abstractmethod
     def moves(self, events: Events) -> Moves:
         """Where the survivors of the pages that will be freed go."""
+
+
+class Wrapper(Policy):
+    """A policy around an evicting one, which its option `of` names.
+
+    A subclass declares `of` and adds to `reads` what it reads itself.
+
+    Args:
+        inner: says what goes.
+        options: see Policy.
+    """
+
+    def __init__(self, inner: ScoringPolicy, options: Mapping[str, Any] | None = None) -> None:
+        super().__init__(inner.num_sink_tokens, inner.recent_window, options)
+        self.inner = inner
+        self.reads = type(self).reads | inner.reads
+
+    @property
+    def observation_window(self) -> int:
+        """The inner policy's."""
+        return self.inner.observation_window
+
+    def accumulate(self, scores: Tensor, probabilities: Tensor, positions: Tensor) -> Tensor:
+        """The inner policy's."""
+        return self.inner.accumulate(scores, probabilities, positions)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
-from paged_kv.policies.base import Events, Moves, Policy
+from paged_kv.policies.base import Events, Moves, PositionalPolicy, Region
 
 
-class Streaming(Policy):
+class Streaming(PositionalPolicy):
     """The first tokens (attention sinks) and the newest.
 
     StreamingLLM: Xiao et al., "Efficient Streaming Language Models with Attention Sinks"
     (2309.17453); keys keep the rotation of their true positions, where the paper re-numbers them.
     """
+
+    def score(self, region: Region) -> torch.Tensor:
+        """The newer the better; equal where float32 cannot tell, and then the older goes first."""
+        return region.positions.float()
 
     def moves(self, events: Events) -> Moves:
         """The sinks lie at the head; the losers are the oldest entries after them.

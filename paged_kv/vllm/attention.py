@@ -1,9 +1,11 @@
-"""Wraps whichever attention backend vLLM selected, so that it reads what is retained."""
+"""Wraps whichever attention backend vLLM selected: it reads what is retained, and is observed."""
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -42,3 +44,23 @@ def wrap_backend(backend: type[AttentionBackend], compactor: Compactor) -> type[
             return super().build(common_prefix_len, shifted, *args, **kwargs)
 
     return subclass_attention_backend("PagedKV", backend, PagedMetadataBuilder)
+
+
+def observe_layer(layer: Any, name: str, compactor: Compactor) -> None:
+    """Has a layer's attention show its queries. Outside of graphs: vLLM splits them here."""
+    forward = layer.impl.forward
+
+    @functools.wraps(forward)
+    def observed(
+        self: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *args: Any,
+        **kw: Any,
+    ) -> Any:
+        output = forward(self, query, key, value, *args, **kw)
+        compactor.observe(name, query)
+        return output
+
+    layer.impl.forward = observed

@@ -2,26 +2,33 @@
 
 Per step and layer group: the metadata builder asks for shifted metadata (slots that earlier steps
 emptied are skipped), the events of this step are noted, and after the forward pass the survivors
-move.
-All decisions are host arithmetic on numbers that vLLM keeps on the host: nothing waits for a GPU.
+move. A policy that decides by position alone needs no more. Others get side data beside the pages,
+and may observe queries in each layer's forward pass.
+All decisions of when and how many are host arithmetic on numbers that vLLM keeps on the host:
+nothing waits for a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
 from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
 
 from paged_kv.kernels.reference import move_entries
-from paged_kv.policies.base import Events, Int64s, Policy
-from paged_kv.vllm.layout import probe_elements, stack_layers
+from paged_kv.kernels.rotary import Rotary
+from paged_kv.policies.base import Events, Int64s, Policy, PositionalPolicy
+from paged_kv.vllm import observation, regions
+from paged_kv.vllm.layer_group import Stack, caches_of, find_rotary, make_stacks
+from paged_kv.vllm.layout import stack_layers
+from paged_kv.vllm.observation import StepRows
+from paged_kv.vllm.requests import RequestRows
 from paged_kv.vllm.spec import PagedSpec
 
 
@@ -41,6 +48,16 @@ class _Pending:
     block_size: int  # of the kernel
     rows: Int64s  # [num_events], row of each event in block_table
     events: Events
+    ring: Int64s | None  # [num_events], row of each event's request in the query ring
+
+
+@dataclass
+class _Observed:
+    """What the forward pass of a builder's layers must note in this step."""
+
+    stacks: dict[str, tuple[Stack, int]]  # layer name -> its stack, its index there
+    ring: observation.RingWrite | None
+    batches: list[observation.QueryBatch]
 
 
 class Compactor:
@@ -50,40 +67,60 @@ class Compactor:
         runner: vLLM's model runner (V1 or V2).
         policy: picks the survivors.
         layers: Attention layers by name (vLLM's static forward context).
+        max_num_seqs: requests that can run at once.
     """
 
-    def __init__(self, runner: Any, policy: Policy, layers: dict[str, Any]) -> None:
+    def __init__(
+        self, runner: Any, policy: Policy, layers: dict[str, Any], max_num_seqs: int = 0
+    ) -> None:
         self.runner = runner
         self.policy = policy
         self.layers = layers
         self.num_events = 0
+        self.positional = isinstance(policy, PositionalPolicy)
+        self.requests = RequestRows(runner, max_num_seqs)
         self._in_step = False
         self._pending: list[_Pending] = []
+        self._observed: dict[str, _Observed] = {}  # by layer name
         self._pages: dict[tuple[str, ...], _Pages] = {}
+        self._stacks: dict[tuple[str, ...], list[Stack]] = {}
+
+    @property
+    def observes(self) -> bool:
+        """Whether the forward pass must show its queries."""
+        return self.policy.observation_window > 0 or "scores" in self.policy.reads
 
     def reset_pages(self) -> None:
         """Forgets the caches: they have been allocated anew."""
         self._pages.clear()
+        self._stacks.clear()
 
     @contextmanager
-    def step(self, snapshots: Sequence[KVCacheBlockCopy] = ()) -> Iterator[None]:
+    def step(self, scheduler_output: Any = None) -> Iterator[None]:
         """Around the execution of a real step; compacts at its end. Dummy runs stay outside.
 
         Args:
-            snapshots: pages to copy before the compaction, for the prefix cache.
+            scheduler_output: may name pages to copy before the compaction, for the prefix cache.
         """
         self._in_step = True
         self._pending.clear()
+        self._observed.clear()
+        if not self.positional:
+            self.requests.begin_step(scheduler_output)
         try:
             yield
+            snapshots = getattr(scheduler_output, "paged_kv_snapshots", ())
             if snapshots:
                 num_pages = self.runner.kv_cache_config.num_blocks
                 copy_kv_cache_blocks_inplace(self.runner.kv_caches, num_pages, snapshots)
-            for pending in self._pending:
-                self._compact(pending)
+            with torch.inference_mode():  # like the forward pass, in which side data is made
+                for pending in self._pending:
+                    self.num_events += len(pending.rows)
+                    self._compact(pending)
         finally:
             self._in_step = False
             self._pending.clear()
+            self._observed.clear()
 
     def shift(
         self, spec: PagedSpec, layer_names: list[str], metadata: CommonAttentionMetadata
@@ -93,16 +130,72 @@ class Compactor:
             return metadata
         after = metadata.seq_lens_cpu_upper_bound.numpy()[: metadata.num_reqs].astype(np.int64)
         starts = metadata.query_start_loc_cpu.numpy()[: metadata.num_reqs + 1].astype(np.int64)
+        count = np.diff(starts)
         prompt_lens = self._prompt_lens(metadata)
-        evicted = spec.schedule.evicted(after - np.diff(starts), prompt_lens)
+        evicted = spec.schedule.evicted(after - count, prompt_lens)
         evicted_after = spec.schedule.evicted(after, prompt_lens)
+        names = tuple(layer_names)
+        ring = None
+        if not self.positional:
+            ring, hits = self.requests.of_batch(metadata)
+            step = StepRows(starts[:-1], count, after, evicted, ring)
+            self._note_tokens(names, metadata, step, hits)
         rows = np.flatnonzero(evicted_after > evicted)
         if rows.size:
             events = Events(evicted[rows], evicted_after[rows], after[rows])
             table = metadata.block_table_tensor
-            names = tuple(layer_names)
-            self._pending.append(_Pending(names, table, spec.block_size, rows, events))
+            own = None if ring is None else ring[rows]
+            self._pending.append(_Pending(names, table, spec.block_size, rows, events, own))
         return _skip(metadata, evicted, spec.block_size) if evicted.any() else metadata
+
+    def observe(self, layer_name: str, query: torch.Tensor) -> None:
+        """After a layer's attention: notes its queries [tokens, heads, head_dim], after RoPE."""
+        if layer_name not in self._observed:
+            return
+        observed = self._observed[layer_name]
+        stack, layer = observed.stacks[layer_name]
+        query = query.view(len(query), -1, self.layers[layer_name].head_size)
+        if observed.ring is not None:
+            token, row, column = observed.ring
+            assert stack.ring is not None
+            stack.ring[layer][row, column] = query[token]
+        for batch in observed.batches:
+            observation.accumulate(self.policy, stack, layer, query, batch)
+
+    def _note_tokens(
+        self,
+        names: tuple[str, ...],
+        metadata: CommonAttentionMetadata,
+        step: StepRows,
+        hits: dict[int, int],
+    ) -> None:
+        """Slots that this step writes know nothing yet, nor do those of a prefix hit."""
+        table = metadata.block_table_tensor
+        stacks = self._stacks_of(names)
+        size = stacks[0].pages.page_size
+        rows, firsts, counts = np.arange(len(step.start)), step.after - step.num_new, step.num_new
+        if hits:  # once per request
+            rows = np.append(rows, list(hits))
+            counts = np.append(counts, list(hits.values()))
+            firsts = np.append(firsts, np.zeros(len(hits), dtype=np.int64))
+        sequence, offset = observation.ragged(counts)
+        positions = torch.from_numpy(firsts[sequence] + offset).to(table.device)
+        page = table[torch.from_numpy(rows[sequence]).to(table.device), positions // size].long()
+        for stack in stacks:
+            stack.side.reset(page, positions % size, positions)
+        if self.observes:
+            self._note_queries(names, table, step)
+
+    def _note_queries(self, names: tuple[str, ...], table: torch.Tensor, step: StepRows) -> None:
+        stacks = self._stacks_of(names)
+        window = self.policy.observation_window
+        ring = observation.last_queries(step, window, table.device) if window else None
+        batches: list[observation.QueryBatch] = []
+        if "scores" in self.policy.reads:
+            batches += observation.query_batches(step, table, stacks[0].pages.page_size)
+        places = [(stack, layer) for stack in stacks for layer in range(stack.pages.num_layers)]
+        observed = _Observed(dict(zip(names, places, strict=True)), ring, batches)
+        self._observed |= dict.fromkeys(names, observed)
 
     def _prompt_lens(self, metadata: CommonAttentionMetadata) -> Int64s:
         if metadata.req_idx is not None:  # V2 runner: rows are indices into its request table
@@ -112,8 +205,15 @@ class Compactor:
         return lens.astype(np.int64)
 
     def _compact(self, pending: _Pending) -> None:
+        if not isinstance(self.policy, PositionalPolicy):
+            assert pending.ring is not None
+            first = self.requests.first_token[pending.ring]
+            batch = regions.Batch(pending.rows, pending.ring, first, pending.events)
+            rotary = self._rotary if "rotary" in self.policy.reads else None
+            for stack in self._stacks_of(pending.layer_names):
+                regions.compact(self.policy, stack, pending.block_table, batch, rotary)
+            return
         moves = self.policy.moves(pending.events)
-        self.num_events += len(pending.rows)
         table = pending.block_table
         rows = torch.from_numpy(pending.rows[moves.event]).to(table.device, non_blocking=True)
         source, target = (
@@ -121,19 +221,26 @@ class Compactor:
             for slots in (moves.source, moves.target)
         )
         pages = self._pages_of(pending.layer_names)
-        for stack in pages.stacks:
-            move_entries(stack, source, target, pages.elements)
+        for cache in pages.stacks:
+            move_entries(cache, source, target, pages.elements)
 
     def _pages_of(self, layer_names: tuple[str, ...]) -> _Pages:
         if layer_names not in self._pages:
-            layers = [self.layers[name] for name in layer_names]
-            caches = [layer.kv_cache for layer in layers]
-            elements = None
-            if caches[0].device.type == "cpu":
-                elements = probe_elements(layers[0], caches[0])
-                caches = [cache.flatten(2) for cache in caches]
+            caches, elements = caches_of([self.layers[name] for name in layer_names])
             self._pages[layer_names] = _Pages(stack_layers(caches), elements)
         return self._pages[layer_names]
+
+    def _stacks_of(self, layer_names: tuple[str, ...]) -> list[Stack]:
+        if layer_names not in self._stacks:
+            num_rows = len(self.requests.first_token)
+            stacks = make_stacks(layer_names, self.layers, self.policy, num_rows)
+            self._stacks[layer_names] = stacks
+        return self._stacks[layer_names]
+
+    @cached_property
+    def _rotary(self) -> Rotary:
+        name = next(iter(self.layers))
+        return find_rotary(self.runner.get_model(), name, self.layers[name].kv_cache.device)
 
 
 def _physical(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from paged_kv.core.schedule import cdiv
-from paged_kv.vllm.plan import Plan
+from paged_kv.plan import Plan
 
 PLAN_KEY = "paged_kv_plan"
 

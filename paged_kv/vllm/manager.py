@@ -54,6 +54,8 @@ class PagedManager(SingleTypeKVCacheManager):
         super().__init__(kv_cache_spec, *args, **kwargs)
         self.schedule: Schedule = kv_cache_spec.schedule
         assert self.block_size == self.schedule.page_size
+        self._to_compute = max(1, kv_cache_spec.observation_window)  # of a prompt, whatever is hit
+        self._private_hits = kv_cache_spec.private_hits
         self.max_chunk = 1  # tokens past the prompt that can be in flight; set by the scheduler
         self.num_groups = 1  # of compressed layers; set by the scheduler
         self.snapshots = Snapshots(self.block_pool, self.kv_cache_group_id, self.block_size)
@@ -66,6 +68,8 @@ class PagedManager(SingleTypeKVCacheManager):
         first_write = None
         if self.schedule.evicted(max_len, prompt_len) > 0:
             first_write = self.schedule.first_evicted(prompt_len) // self.block_size
+            if self._private_hits:
+                first_write = 0
         self._sequences[request_id] = _Sequence(prompt_len, first_write)
 
     def end(self, request_id: str) -> None:
@@ -79,7 +83,7 @@ class PagedManager(SingleTypeKVCacheManager):
         page to be copied that is only computed in the step that would copy it, or if not copy.
         """
         sequence = self._sequences[request_id]
-        limit = (sequence.prompt_len - 1) // self.block_size
+        limit = self._max_hit_pages(sequence.prompt_len)
         for index in self._pages_to_copy(sequence, blocks[:limit]):
             if not copy or blocks[index].block_id in self._hashed_in_step:
                 limit = index
@@ -88,7 +92,7 @@ class PagedManager(SingleTypeKVCacheManager):
 
     def pages_soon(self, request: Request, num_pages: int) -> int:
         """Pages of the prompt after the first num_pages that can be hit when this step is done."""
-        hashes = self._block_hashes(request)[: (request.num_prompt_tokens - 1) // self.block_size]
+        hashes = self._block_hashes(request)[: self._max_hit_pages(request.num_prompt_tokens)]
         soon = self.snapshots.block_hashes()
         for index in range(num_pages, len(hashes)):
             cached = self.block_pool.get_cached_block(hashes[index], [self.kv_cache_group_id])
@@ -231,6 +235,9 @@ class PagedManager(SingleTypeKVCacheManager):
             for index, block in enumerate(blocks)
             if index >= first or block.block_id in self._to_be_written
         ]
+
+    def _max_hit_pages(self, prompt_len: int) -> int:
+        return max(0, prompt_len - self._to_compute) // self.block_size
 
     def _copy(self, request_id: str, sequence: _Sequence) -> list[KVCacheBlock]:
         """Replaces hits by private pages; the worker copies them before the step runs."""

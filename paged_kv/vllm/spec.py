@@ -25,16 +25,22 @@ class PagedSpec(AttentionSpec):
             attention kernel's, a divisor of it.
         max_prompt_len: the longest prompt that is admitted, where the pool holds less than
             max_model_len tokens (see PagedWorker.get_kv_cache_spec); None for no limit.
+        observation_window: last tokens of a prompt that are always computed: the policy looks at
+            their queries, which the prefix cache does not hold.
+        private_hits: whether a request gets pages of its own for a prefix hit, since the policy
+            keeps scores beside them that depend on the request's queries.
     """
 
     schedule: Schedule
     max_prompt_len: int | None = None
+    observation_window: int = 0
+    private_hits: bool = False
 
     @classmethod
-    def from_full(cls, spec: FullAttentionSpec, schedule: Schedule) -> PagedSpec:
-        """The same pages under a schedule."""
+    def from_full(cls, spec: FullAttentionSpec, schedule: Schedule, **more: Any) -> PagedSpec:
+        """The same pages under a schedule; more: the other fields."""
         values = {f.name: getattr(spec, f.name) for f in fields(AttentionSpec) if f.init}
-        return cls(**values, schedule=schedule)
+        return cls(**values, schedule=schedule, **more)
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         """What one request can hold: vLLM's start-up check and its reported concurrency."""

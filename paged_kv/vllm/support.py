@@ -11,7 +11,7 @@ from typing import Any
 from vllm.logger import init_logger
 
 from paged_kv.config import CompressionConfig
-from paged_kv.vllm.plan import Plan, make_plan
+from paged_kv.plan import Plan, make_plan
 from paged_kv.vllm.worker import WORKERS
 
 logger = init_logger(f"vllm.{__name__}")

@@ -13,11 +13,12 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
-from paged_kv import registry
 from paged_kv.config import CompressionConfig
-from paged_kv.vllm import limits
-from paged_kv.vllm.attention import wrap_backend
+from paged_kv.policies.base import Policy
+from paged_kv.vllm import limits, side_data
+from paged_kv.vllm.attention import observe_layer, wrap_backend
 from paged_kv.vllm.compaction import Compactor
+from paged_kv.vllm.layer_group import ring_bytes
 from paged_kv.vllm.spec import PagedSpec, register
 
 logger = init_logger(f"vllm.{__name__}")
@@ -40,19 +41,20 @@ class PagedWorkerMixin:
         """Loads, then wraps the attention backend of every compressed layer."""
         super().load_model(**kwargs)  # type: ignore[misc]
         register()
-        config = CompressionConfig.from_dict(self.vllm_config.additional_config["paged_kv"])
-        policy = registry.load(config.selector)(
-            config.num_sink_tokens, config.recent_window, config.options
-        )
-        layers = self.vllm_config.compilation_config.static_forward_context
-        self.compactor = Compactor(self.model_runner, policy, layers)
-        for name in self._schedules():
-            layers[name].attn_backend = wrap_backend(layers[name].attn_backend, self.compactor)
+        every = self.vllm_config.compilation_config.static_forward_context
+        layers = {name: every[name] for name in self._schedules()}
+        max_num_seqs = self.vllm_config.scheduler_config.max_num_seqs
+        self.compactor = Compactor(self.model_runner, self._policy(), layers, max_num_seqs)
+        for name, layer in layers.items():
+            layer.attn_backend = wrap_backend(layer.attn_backend, self.compactor)
+            if self.compactor.observes:
+                observe_layer(layer, name, self.compactor)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """The model's specs, with a schedule for every compressed layer."""
         specs = super().get_kv_cache_spec()  # type: ignore[misc]
         layers = self.vllm_config.compilation_config.static_forward_context
+        policy = self._policy()
         for name, schedule in self._schedules().items():
             if getattr(layers[name].impl, "alibi_slopes", None) is not None:
                 # Slots are not positions any more. Not every such model's config says so.
@@ -61,8 +63,21 @@ class PagedWorkerMixin:
                 raise ValueError(
                     f"kv-policy: layer {name} has no plain full attention: {specs.get(name)}"
                 )
-            specs[name] = PagedSpec.from_full(specs[name], schedule)
+            specs[name] = PagedSpec.from_full(
+                specs[name],
+                schedule,
+                observation_window=policy.observation_window,
+                private_hits="scores" in policy.reads,
+            )
         return self._limit_prompts(specs)
+
+    def determine_available_memory(self) -> int:
+        """What is left for pages: side data beside them and the query ring take their share.
+
+        Raises:
+            ValueError: nothing is left.
+        """
+        return self._for_pages(super().determine_available_memory())  # type: ignore[misc]
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """The caches are (re)allocated."""
@@ -71,8 +86,12 @@ class PagedWorkerMixin:
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """One step, then its compactions, in stream order."""
-        with self.compactor.step(getattr(scheduler_output, "paged_kv_snapshots", ())):
+        with self.compactor.step(scheduler_output):
             return super().execute_model(scheduler_output)  # type: ignore[misc]
+
+    def _policy(self) -> Policy:
+        values = self.vllm_config.additional_config["paged_kv"]
+        return CompressionConfig.from_dict(values).create_policy()
 
     def _schedules(self) -> dict[str, Any]:
         """Schedule by layer name, for the compressed layers on this rank."""
@@ -86,6 +105,28 @@ class PagedWorkerMixin:
                 result[name] = schedule
         return result
 
+    def _for_pages(self, memory: int) -> int:
+        """Of so many bytes for the KV cache, those for keys and values."""
+        policy = self.compactor.policy
+        if self.compactor.positional:
+            return memory
+        layers = list(self.compactor.layers.values())
+        ring = ring_bytes(layers, policy, len(self.compactor.requests.first_token))
+        spec = next(
+            s
+            for s in self.model_runner.get_kv_cache_spec().values()
+            if type(s) is FullAttentionSpec
+        )
+        beside = side_data.bytes_per_slot(policy) * spec.num_kv_heads * spec.block_size
+        left = (memory - ring) * spec.page_size_bytes // (spec.page_size_bytes + beside)
+        if left <= 0:
+            raise ValueError(
+                f"the queries that this kv-policy observes take {ring} bytes (observation_window "
+                f"{policy.observation_window}), more than the {memory} of the KV cache: lower "
+                "observation_window or max_num_seqs, or give the KV cache more memory"
+            )
+        return int(left)
+
     def _limit_prompts(self, specs: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
         """Lets vLLM start with a pool below max_model_len, where the pool's size is configured.
 
@@ -97,7 +138,7 @@ class PagedWorkerMixin:
         if num_pages is None and memory is not None:
             layers_per_page = limits.get_plan(self.vllm_config).layers_per_page
             page_bytes = max(spec.page_size_bytes for spec in specs.values())
-            num_pages = memory // (page_bytes * layers_per_page)
+            num_pages = self._for_pages(memory) // (page_bytes * layers_per_page)
         limit = None if num_pages is None else limits.max_prompt_len(self.vllm_config, num_pages)
         if limit is None:
             return specs

@@ -113,13 +113,13 @@ def _tier_budgets(
     if len(sizes) == 1:
         return [(config.budget, 0, 1)]
     pages = budgets.tier_pages(weights, sizes, Fraction(config.budget, page_size))
-    needed = config.num_sink_tokens + config.recent_window + page_size
+    needed = config.min_entries(page_size)
     if min(pages) * page_size < needed:
         raise ValueError(
             f"budget {config.budget} with pyramid_beta {config.pyramid_beta} and "
             f"{len(sizes)} tiers leaves the last layers {min(pages) * page_size} entries; they "
-            f"need {needed} "
-            "(num_sink_tokens + recent_window + one page): raise budget or lower pyramid_beta"
+            f"need {needed} ({config.describe_minimum(page_size)}): raise budget or lower "
+            "pyramid_beta"
         )
     return [(count * page_size, 0, 1) for count in pages]
 

@@ -1,0 +1,1 @@
+"""What a policy costs in quality: one harness for both engines. Knows no engine's insides."""

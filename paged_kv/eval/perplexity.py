@@ -1,0 +1,163 @@
+"""`paged-kv eval perplexity`: how well a model predicts a text from a compressed cache.
+
+Two protocols:
+
+prompt  the first N tokens (--prompt-tokens) are processed as one chunk and compressed to the budget
+        once; the next M (--score-tokens) are predicted from that in one pass, with their true
+        positions. The first target is token N + 1, predicted by token N: every prediction is made
+        by a token that saw the compressed cache only.
+stream  every token is processed by itself while the policy holds the budget from the first one on;
+        the M tokens after the first N are predicted.
+
+One line per policy and budget: nll is the mean over the targets of -log p, ppl its exponential;
+kept the entries held per layer (mean), right after the compression (prompt) or at the end (stream);
+bytes_per_token the bytes of their keys and values, in the dtype that was run, per token seen; side
+data of a policy is not counted. seconds: processing, compressing and scoring, without loading.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from paged_kv import models, registry
+from paged_kv.bench.script import positive
+from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig, parse_budget, parse_json
+from paged_kv.eval.task import Case, Outcome, Task, check_case, read_tokens
+
+DEFAULTS = {"prompt": (1024, 512), "stream": (1, 4095)}  # protocol -> (prompt, score) tokens
+FIXED = {  # options that the command line or the protocol decides on -> what to use
+    "policy": "--policy",
+    "budget": "--budget",
+    "compress_prefill": "--protocol",
+}
+
+
+class Row(NamedTuple):
+    """One line of the result."""
+
+    policy: str
+    budget: int | float | None  # None for the policy that ignores it
+    protocol: str
+    nll: float
+    ppl: float
+    kept: float
+    bytes_per_token: float
+    seconds: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `paged-kv eval perplexity`."""
+    add = parser.add_argument
+    add("--model", default="smollm2", help="smollm2 (the default), a directory or a hub name")
+    add("--text", type=Path, required=True, metavar="FILE", help="UTF-8")
+    add("--policy", required=True, metavar="P[,P...]", help=f"{', '.join(registry.available())}")
+    add("--budget", default="256", metavar="B[,B...]", help="entries kept per layer, or with a "
+        "point the fraction kept (default 256; ignored by full)")  # fmt: skip
+    add("--policy-config", metavar="JSON", help="more options, for all policies given")
+    add("--engine", choices=("reference", "vllm"), default="reference", help="default reference")
+    add("--protocol", choices=tuple(DEFAULTS), default="prompt", help="default prompt")
+    add("--offset", type=int, default=0, metavar="N", help="tokens of the text to skip")
+    add("--prompt-tokens", type=positive, metavar="N", help="default 1024 (prompt), 1 (stream)")
+    add("--score-tokens", type=positive, metavar="M", help="default 512 (prompt), 4095 (stream)")
+    add("--page-size", type=positive, default=DEFAULT_PAGE_SIZE, metavar="N",
+        help=f"whole pages are evicted (default {DEFAULT_PAGE_SIZE})")  # fmt: skip
+    add("--json", action="store_true", help="one JSON object per line instead of a table")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Runs and prints. Raises ValueError, before a model is loaded, for what the user got wrong."""
+    cases = read_cases(args)
+    task = make_task(args)
+    for case in cases:
+        check_case(case, task)
+    run = _engine(args.engine)
+    task = task.with_tokens(read_tokens(task, args.text, args.offset))
+    rows = []
+    with tqdm(total=len(cases) * task.num_tokens, unit="tok", file=sys.stderr) as bar:
+        for case, outcome in zip(cases, run(task, cases, bar), strict=True):
+            rows.append(_row(task, case, outcome))
+            if args.json:
+                bar.clear()
+                print(json.dumps(rows[-1]._asdict()), flush=True)
+    if not args.json:
+        _print_table(rows)
+
+
+def read_cases(args: argparse.Namespace) -> list[Case]:
+    """Every policy with every budget; `full` once. Raises ValueError."""
+    more = parse_json(args.policy_config, "policy-config") if args.policy_config else {}
+    for name in FIXED:
+        if name in more:
+            raise ValueError(f"policy-config must not have {name}: use {FIXED[name]}")
+    cases = []
+    budgets = [parse_budget("budget", text) for text in args.budget.split(",")]
+    for policy in args.policy.split(","):
+        registry.check(policy)
+        if policy == registry.FULL:
+            cases.append(Case(policy, None, CompressionConfig()))
+            continue
+        for budget in budgets:
+            options = {"policy": policy, "budget": budget, "compress_prefill": True}
+            cases.append(Case(policy, budget, CompressionConfig.from_dict({**more, **options})))
+    return cases
+
+
+def make_task(args: argparse.Namespace) -> Task:
+    """What to process and to score, still without the tokens. Raises ValueError."""
+    prompt, score = DEFAULTS[args.protocol]
+    num_prompt, num_scored = args.prompt_tokens or prompt, args.score_tokens or score
+    if args.offset < 0:
+        raise ValueError(f"offset must be an integer >= 0, not {args.offset}")
+    if args.engine == "vllm" and args.protocol == "prompt" and num_scored + 1 > num_prompt:
+        raise ValueError(
+            f"score-tokens {num_scored} with prompt-tokens {num_prompt}: engine vllm scores in one "
+            "chunk, which is as large as the prompt: score-tokens must be below prompt-tokens"
+        )
+    if not args.text.is_file():
+        raise ValueError(f"text {args.text}: no such file")
+    model = models.resolve(args.model)
+    return Task(model, args.protocol, num_prompt, num_scored, args.page_size)
+
+
+def _engine(name: str) -> Callable[[Task, list[Case], Any], Iterator[Outcome]]:
+    if name == "reference":
+        from paged_kv.eval.reference_runs import run_all
+
+        return run_all
+    from paged_kv.eval import vllm_runs
+
+    vllm_runs.prepare()
+    return vllm_runs.run_all
+
+
+def _row(task: Task, case: Case, outcome: Outcome) -> Row:
+    budget = float(case.budget) if isinstance(case.budget, Fraction) else case.budget
+    return Row(
+        policy=case.policy,
+        budget=budget,
+        protocol=task.protocol,
+        nll=round(outcome.nll, 6),
+        ppl=round(math.exp(outcome.nll), 4),
+        kept=round(outcome.kept, 2),
+        bytes_per_token=round(outcome.cache_bytes / task.num_seen, 2),
+        seconds=round(outcome.seconds, 2),
+    )
+
+
+def _print_table(rows: list[Row]) -> None:
+    shown = [["" if value is None else str(value) for value in row] for row in rows]
+    lines = [list(Row._fields), *shown]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = [f"{line[0]:{widths[0]}}"]
+        cells += [f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True)]
+        print("  ".join(cells))

@@ -1,0 +1,106 @@
+"""What is evaluated, for either engine: plain data, and the checks before a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+from paged_kv.bench.settings import model_config
+from paged_kv.config import CompressionConfig
+from paged_kv.core.schedule import Schedule
+from paged_kv.plan import make_plan
+
+
+@dataclass(frozen=True)
+class Task:
+    """A text to predict; see paged_kv.eval.perplexity for the protocols.
+
+    Args:
+        model: a model directory.
+        protocol: prompt or stream.
+        num_prompt: tokens N before the scored ones.
+        num_scored: targets M.
+        page_size: entries are dropped in multiples of it.
+        tokens: num_tokens of them.
+    """
+
+    model: Path
+    protocol: str
+    num_prompt: int
+    num_scored: int
+    page_size: int
+    tokens: Sequence[int] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the text that are needed. Of a prompt, token N has no target but itself."""
+        return self.num_prompt + self.num_scored + (self.protocol == "prompt")
+
+    @property
+    def num_seen(self) -> int:
+        """Tokens processed when the entries that are held are counted."""
+        return self.num_prompt if self.protocol == "prompt" else self.num_tokens
+
+    def with_tokens(self, tokens: Sequence[int]) -> Task:
+        """The same with its tokens."""
+        return replace(self, tokens=tokens)
+
+
+class Case(NamedTuple):
+    """One policy under one budget."""
+
+    policy: str
+    budget: int | Fraction | None
+    config: CompressionConfig
+
+
+class Outcome(NamedTuple):
+    """What an engine found."""
+
+    nll: float
+    kept: float
+    cache_bytes: int
+    seconds: float
+
+
+def check_case(case: Case, task: Task) -> list[Schedule | None]:
+    """The schedule of each layer, None for one that keeps everything.
+
+    Raises:
+        ValueError: the budget does not fit the model or the page size.
+    """
+    config = model_config(task.model)
+    config = config.get("text_config", config)
+    num_layers = config["num_hidden_layers"]
+    if not case.config.enabled:
+        return [None] * num_layers
+    full = full_layers(config.get("layer_types"), num_layers)
+    plan = make_plan(case.config, task.page_size, num_layers, full)
+    return [plan.schedule(layer) for layer in range(num_layers)]
+
+
+def full_layers(types: Sequence[str] | None, num_layers: int) -> list[int]:
+    """Layers with full attention; the engines check again what a model says in other ways."""
+    if types is None:
+        return list(range(num_layers))
+    return [layer for layer, kind in enumerate(types) if kind == "full_attention"]
+
+
+def read_tokens(task: Task, file: Path, offset: int) -> list[int]:
+    """The first tokens of a file after `offset`, task.num_tokens of them.
+
+    Raises:
+        ValueError: the text is too short.
+    """
+    from paged_kv.hf.loading import encode
+
+    tokens = encode(task.model, file.read_text(encoding="utf-8", errors="replace"))
+    if len(tokens) < offset + task.num_tokens:
+        raise ValueError(
+            f"text {file} has {len(tokens)} tokens; offset {offset}, prompt-tokens "
+            f"{task.num_prompt} and score-tokens {task.num_scored} need {offset + task.num_tokens}"
+        )
+    return tokens[offset : offset + task.num_tokens]

@@ -1,0 +1,1 @@
+"""transformers: the only folder, besides models.py, that imports it."""

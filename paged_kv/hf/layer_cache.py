@@ -1,0 +1,87 @@
+"""What one layer of one sequence holds, in contiguous buffers that grow."""
+
+from __future__ import annotations
+
+import torch
+
+Tensor = torch.Tensor
+
+
+class LayerCache:
+    """Fields by name (keys, values, positions, weights, scores), each [kv_heads, entries, ...].
+
+    Entries are in no order: a compaction closes the gaps, new ones come at the end.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._buffers: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A field's entries: a view."""
+        return self._buffers[name][:, : self.size]
+
+    def append(self, num_new: int, **fields: Tensor) -> None:
+        """Adds entries; every field, each broadcasting to [kv_heads, num_new, ...]."""
+        self._write(self.size, self.size + num_new, fields)
+
+    def replace(self, size: int, **fields: Tensor) -> None:
+        """Holds these entries instead, [kv_heads, size, ...] of every field."""
+        self._write(0, size, fields)
+
+    def _write(self, start: int, end: int, fields: dict[str, Tensor]) -> None:
+        if not self._buffers or end > next(iter(self._buffers.values())).shape[1]:
+            self._grow(end, fields)
+        for name, new in fields.items():
+            self._buffers[name][:, start:end] = new
+        self.size = end
+
+    def _grow(self, needed: int, fields: dict[str, Tensor]) -> None:
+        """Amortised: half as much again."""
+        heads = len(fields["keys"])
+        for name, new in fields.items():
+            buffer = new.new_empty(heads, needed + needed // 2, *new.shape[2:])
+            if name in self._buffers:
+                buffer[:, : self.size] = self[name]
+            self._buffers[name] = buffer
+
+    def copy(self) -> LayerCache:
+        """One that shares nothing with this."""
+        other = LayerCache()
+        other.size = self.size
+        other._buffers = {name: self[name].clone() for name in self._buffers}
+        return other
+
+
+class Window:
+    """The last queries of one layer: a ring.
+
+    Args:
+        size: how many.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._ring: Tensor | None = None
+
+    def append(self, queries: Tensor, start: int) -> None:
+        """Takes [heads, n, head_dim], at positions start, start + 1, ..."""
+        if not self.size:
+            return
+        heads, num_new, head_dim = queries.shape
+        if self._ring is None:
+            self._ring = queries.new_zeros(heads, self.size, head_dim)
+        last = min(num_new, self.size)
+        positions = torch.arange(start + num_new - last, start + num_new, device=queries.device)
+        self._ring[:, positions % self.size] = queries[:, num_new - last :]
+
+    def last(self, positions: Tensor) -> Tensor:
+        """Queries at these positions (int64 [w], of the last `size`): [heads, w, head_dim]."""
+        assert self._ring is not None, "no query yet"
+        return self._ring[:, positions % self.size]
+
+    def copy(self) -> Window:
+        """One that shares nothing with this."""
+        other = Window(self.size)
+        other._ring = None if self._ring is None else self._ring.clone()
+        return other

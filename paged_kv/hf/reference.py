@@ -1,0 +1,212 @@
+"""The reference engine: a causal LM of transformers over explicit, contiguous caches.
+
+Slow and plain, the definition that the engine on pages is compared with, and what evaluates
+policies without vLLM. One sequence; the policy is applied directly:
+
+    chunk of tokens -> attends to all that each layer holds and, causally, to itself
+                    -> layers that hold more than their schedule says compact
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from copy import copy
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig
+from paged_kv.core.schedule import Schedule
+from paged_kv.hf import attention, seams
+from paged_kv.hf.layer_cache import LayerCache, Window
+from paged_kv.hf.regions import Alike, Layer, apply, make_region
+from paged_kv.hf.seams import Terms
+from paged_kv.kernels.rotary import Rotary
+from paged_kv.plan import make_plan
+from paged_kv.policies.base import Policy, Region
+
+Tensor = torch.Tensor
+
+
+class ReferenceEngine:
+    """One sequence in a model under a policy.
+
+    Args:
+        model: a causal LM of transformers in float32. It is not changed.
+        config: what each layer keeps.
+        page_size: entries are dropped in multiples of it.
+        prompt_len: without compress_prefill nothing is dropped before so many tokens.
+        observe: last queries to remember, if more than the policy looks at: for forks.
+
+    Raises:
+        ValueError: the budgets do not fit the model or the page size; the model is unsupported.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: CompressionConfig,
+        page_size: int = DEFAULT_PAGE_SIZE,
+        prompt_len: int = 0,
+        observe: int = 0,
+    ) -> None:
+        text_config = model.config.get_text_config()
+        if getattr(text_config, "num_kv_shared_layers", 0):
+            raise ValueError("a model whose layers share their KV cache is not supported")
+        self.model = model
+        self.page_size = page_size
+        self.prompt_len = prompt_len
+        self.num_tokens = 0
+        self._configs = seams.attention_configs(model)
+        self._num_layers = text_config.num_hidden_layers
+        self._set_policy(config)
+        self._observed = max(observe, self.policy.observation_window if self.policy else 0)
+        self.layers = [Layer(index, Window(self._observed)) for index in range(self._num_layers)]
+
+    def _set_policy(self, config: CompressionConfig) -> None:
+        self.policy: Policy | None = None
+        self.schedules: list[Schedule | None] = [None] * self._num_layers
+        if config.enabled:
+            self.policy = config.create_policy()
+            full = seams.full_attention_layers(self.model.config.get_text_config())
+            plan = make_plan(config, self.page_size, self._num_layers, full)
+            self.schedules = [plan.schedule(layer) for layer in range(self._num_layers)]
+
+    @property
+    def _reads_scores(self) -> bool:
+        return self.policy is not None and "scores" in self.policy.reads
+
+    @property
+    def num_kept(self) -> list[int]:
+        """Entries held, by layer."""
+        return [layer.cache.size for layer in self.layers]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the keys and values held."""
+        fields = [layer.cache[name] for layer in self.layers for name in ("keys", "values")]
+        return sum(field.numel() * field.element_size() for field in fields)
+
+    def drops_at(self, num_tokens: int) -> bool:
+        """Whether any layer drops something when this many tokens are processed, one by one."""
+        before, after = num_tokens - 1, num_tokens
+        return any(
+            schedule.evicted(after, self.prompt_len) > schedule.evicted(before, self.prompt_len)
+            for schedule in set(self.schedules)
+            if schedule is not None
+        )
+
+    @torch.inference_mode()
+    def process(self, tokens: Sequence[int], compact: bool = True) -> Tensor:
+        """Takes the next chunk of tokens; then every layer whose schedule says so compacts.
+
+        Args:
+            tokens: at least one.
+            compact: False leaves it to a later call, or to `compact`.
+
+        Returns:
+            the last hidden states [tokens, hidden]; see logits.
+        """
+        device = self.model.device
+        ids = torch.tensor([list(tokens)], dtype=torch.int64, device=device)
+        end = self.num_tokens + len(tokens)
+        positions = torch.arange(self.num_tokens, end, device=device)[None]
+        before = self.num_kept
+        with seams.attention_by(self, self._configs):
+            output = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
+        if self.num_kept != [size + len(tokens) for size in before]:
+            raise ValueError(
+                f"{type(self.model).__name__} does not compute its attention through "
+                "transformers' AttentionInterface"
+            )
+        self.num_tokens = end
+        if compact:
+            self.compact()
+        return output.last_hidden_state[0]
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, vocabulary] of hidden states [n, hidden]."""
+        return seams.logits_of(self.model, hidden)
+
+    def fork(self, config: CompressionConfig) -> ReferenceEngine:
+        """A copy that goes on under another config: one prompt can serve many policies.
+
+        Raises:
+            ValueError: the new policy needs what this engine did not record (scores, queries).
+        """
+        other = copy(self)
+        other._set_policy(config)
+        other.layers = [layer.copy() for layer in self.layers]
+        new = other.policy
+        if self.num_tokens and new is not None:
+            if "scores" in new.reads and not _same_scores(self.policy, new):
+                raise ValueError(f"{config.policy} accumulates scores: it must see every token")
+            if new.observation_window > self._observed:
+                raise ValueError(
+                    f"{config.policy} looks at {new.observation_window} queries, but only "
+                    f"{self._observed} were recorded: raise observe"
+                )
+        return other
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> Tensor:
+        """Called by the model in each layer; see paged_kv.hf.seams.Attends."""
+        own = self.layers[layer]
+        own.terms, cache = terms, own.cache
+        num_new = query.shape[1]
+        positions = torch.arange(self.num_tokens, self.num_tokens + num_new, device=key.device)
+        one = key.new_ones(1, 1)
+        fields = {"positions": positions[None], "weights": one, "scores": one * 0}
+        cache.append(num_new, keys=key, values=value, **fields)
+        own.window.append(query, self.num_tokens)
+        if self._reads_scores or terms.softcap or terms.sinks is not None:
+            return self._explicit(cache, query, positions, terms)
+        return attention.fused(query, cache["keys"], cache["values"], terms)
+
+    def _explicit(
+        self, cache: LayerCache, query: Tensor, positions: Tensor, terms: Terms
+    ) -> Tensor:
+        """Attention by its probabilities, which the policy may want to accumulate."""
+        outputs = []
+        for start, chances in attention.probabilities(query, cache["keys"], terms):
+            outputs.append((chances @ cache["values"][:, None]).flatten(0, 1))
+            if self._reads_scores:
+                assert self.policy is not None
+                own = positions[None, start : start + chances.shape[2]]
+                scores = self.policy.accumulate(cache["scores"][None], chances[None], own)
+                cache["scores"].copy_(scores[0])
+        return torch.cat(outputs, 1)
+
+    @torch.inference_mode()
+    def compact(self) -> None:
+        """Every layer that holds more than its schedule says drops or merges the surplus."""
+        due: dict[Alike, list[Layer]] = defaultdict(list)
+        for layer, schedule in zip(self.layers, self.schedules, strict=True):
+            if schedule is None:
+                continue
+            evicted = schedule.evicted(self.num_tokens, self.prompt_len)
+            surplus = layer.cache.size - (self.num_tokens - evicted)
+            if surplus > 0:
+                due[layer.alike(surplus)].append(layer)
+        for alike, layers in due.items():
+            assert self.policy is not None
+            reads, window = self.policy.reads, self.policy.observation_window
+            region = self.region(layers, alike.num_losers, reads, window)
+            apply(layers, alike.num_losers, self.policy.compact(region))
+
+    def region(
+        self, layers: Sequence[Layer], num_losers: int, reads: frozenset[str], window: int = 0
+    ) -> Region:
+        """What these layers, which are alike, hold; see make_region."""
+        return make_region(layers, self.num_tokens, num_losers, reads, window, lambda: self._rotary)
+
+    @cached_property
+    def _rotary(self) -> Rotary:
+        return seams.rotary_of(self.model)
+
+
+def _same_scores(old: Policy | None, new: Policy) -> bool:
+    """Whether what one policy accumulated means the same to another."""
+    return old is not None and type(old) is type(new) and old.settings == new.settings

@@ -1,0 +1,140 @@
+"""How a model of transformers is entered: its attention function, its head, its RoPE.
+
+The attention function is registered under one name and finds its engine by a context variable.
+Nothing of a model stays changed: the name is set for the time of a forward pass only.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from transformers import AttentionInterface
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from paged_kv.kernels.rotary import Rotary
+
+NAME = "paged_kv_reference"
+Tensor = torch.Tensor
+
+
+class Terms(NamedTuple):
+    """How a layer computes its attention; see paged_kv.policies.base.Queries."""
+
+    scale: float
+    softcap: float = 0.0
+    sinks: Tensor | None = None  # float32 [heads]
+    sliding_window: int | None = None
+
+
+class Attends(Protocol):
+    """What takes over the attention of a model."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> Tensor:
+        """[heads, n, head_dim] from query of that shape and [kv_heads, n, head_dim] key, value."""
+
+
+_active: ContextVar[Attends] = ContextVar("paged_kv_reference_engine")
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """[1, n, heads, head_dim], of query [1, heads, n, head_dim]."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    sinks = None if s_aux is None else s_aux.float()
+    terms = Terms(scale, softcap or 0.0, sinks, sliding_window)
+    output = _active.get().attend(module.layer_idx, query[0], key[0], value[0], terms)
+    return output.transpose(0, 1)[None].contiguous(), None
+
+
+AttentionInterface.register(NAME, _attention)
+
+
+@contextmanager
+def attention_by(engine: Attends, configs: list[Any]) -> Iterator[None]:
+    """The engine computes the attention of the models that have these configs."""
+    before = [config._attn_implementation for config in configs]
+    token = _active.set(engine)
+    try:
+        for config in configs:
+            config._attn_implementation = NAME
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation = name
+        _active.reset(token)
+
+
+def attention_configs(model: Any) -> list[Any]:
+    """The config objects that the model's attention layers read."""
+    layers = [module for module in model.modules() if hasattr(module, "layer_idx")]
+    found = {id(layer.config): layer.config for layer in layers if hasattr(layer, "config")}
+    found[id(model.base_model.config)] = model.base_model.config  # decides on the mask
+    return list(found.values())
+
+
+def full_attention_layers(config: Any) -> list[int]:
+    """Layers without a sliding window."""
+    types = getattr(config, "layer_types", None)
+    if types is not None:
+        return [layer for layer, kind in enumerate(types) if kind == "full_attention"]
+    window = getattr(config, "sliding_window", None)
+    if window is not None and getattr(config, "use_sliding_window", True):
+        return []
+    return list(range(config.num_hidden_layers))
+
+
+def logits_of(model: Any, hidden: Tensor) -> Tensor:
+    """[n, vocabulary] of the last hidden states [n, hidden]: the model's own forward pass.
+
+    Whatever it does besides the head (scales, softcaps) is done too.
+    """
+    base = model.base_model
+    base.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=hidden[None])
+    try:
+        ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
+        return model(input_ids=ids, use_cache=False).logits[0]
+    finally:
+        del base.forward  # the class's again
+
+
+def rotary_of(model: Any) -> Rotary:
+    """RoPE tables of a model for all of its positions.
+
+    Raises:
+        ValueError: the model has no RoPE, or one of an unknown form.
+    """
+    base = model.base_model
+    embedding = getattr(base, "rotary_emb", None)
+    turn = getattr(sys.modules[type(embedding).__module__], "rotate_half", None)
+    if embedding is None or turn is None:
+        raise ValueError(f"{type(model).__name__} has no rotary position embeddings that we know")
+    turned = turn(torch.arange(1.0, 5.0)).tolist()
+    if turned not in ([-3, -4, 1, 2], [-2, 1, -4, 3]):
+        raise ValueError(f"{type(model).__name__} turns dimensions in an unknown order")
+    neox = turned[0] == -3
+    count = model.config.get_text_config().max_position_embeddings
+    positions = torch.arange(count, device=model.device)[None]
+    by_type = "layer_type" in inspect.signature(embedding.forward).parameters
+    like = torch.zeros(1, device=model.device)
+    with torch.no_grad():
+        cos, sin = embedding(like, positions, *(["full_attention"] if by_type else []))
+    half = cos.shape[-1] // 2
+    place = slice(0, half) if neox else slice(0, None, 2)
+    return Rotary(cos[0, :, place].contiguous(), sin[0, :, place].contiguous(), neox)

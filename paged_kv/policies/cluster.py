@@ -1,0 +1,131 @@
+"""Entries of a kind leave together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from paged_kv.core.options import choice, integer
+from paged_kv.kernels import reference
+from paged_kv.policies.base import Compaction, Policy, Region
+from paged_kv.policies.entries import put, ranks, take
+
+
+class Cluster(Policy):
+    """Clusters of similar keys; those with the least attention go, or merge into centroids.
+
+    After Liu et al., "ClusterKV: Manipulating LLM KV Cache in Semantic Space for Recallable
+    Compression" (2412.03213) and Hooper et al., "Squeezed Attention" (2411.09688), which look keys
+    up by cluster; here clusters are dropped. k-means with Euclidean distances runs over the entries
+    between the sinks and the recent window, starting from entries evenly spaced by position.
+
+    mode evict: entries leave cluster by cluster, those with the lowest mean attention of the last
+    queries first; within a cluster by their own attention, then the oldest first. centroid: the
+    same, but the last of each cluster stays, and those that leave merge into it: means of keys and
+    values, weighted by the tokens that each stands for.
+    """
+
+    options = {
+        "mode": choice("evict", "centroid"),
+        "num_clusters": integer(16, 1),
+        "iterations": integer(5, 1),
+        "observation_window": integer(32, 1),
+    }
+
+    def __init__(
+        self, num_sink_tokens: int, recent_window: int, options: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(num_sink_tokens, recent_window, options)
+        self.merges = self.settings["mode"] == "centroid"
+        side = {"values", "weights"} if self.merges else set()
+        self.reads = frozenset({"keys"} | side)
+
+    @property
+    def observation_window(self) -> int:
+        """The last queries."""
+        window: int = self.settings["observation_window"]
+        return window
+
+    def compact(self, region: Region) -> Compaction:
+        """In the order of clusters; carriers stay in mode centroid."""
+        free = ~self.protected(region)
+        num_free = free.sum(-1)
+        most = num_free - region.num_losers[:, None] if self.merges else num_free
+        member = self._members(region, free, most.clamp(1, self.settings["num_clusters"]))
+        place = _order(member, region.attention_mass, region.positions)
+        # The last of each cluster in that order: the best of it.
+        best = torch.where(member, place[..., None], -1).max(-2)
+        keep = ~free
+        if self.merges:
+            exists = best.values >= 0
+            keep = put(keep, best.indices, exists, exists)
+        count, limit = region.num_losers[:, None], min(region.max_losers, keep.shape[-1])
+        losers = reference.lowest(place.float(), region.positions, keep, count, limit)
+        if self.merges:
+            return self._merge(region, losers, member, best.indices)
+        return Compaction(losers)
+
+    def _members(self, region: Region, free: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        """bool [..., m, clusters]: which of its k [...] clusters each free entry is in."""
+        limit = min(self.settings["num_clusters"], free.shape[-1])
+        index = torch.arange(limit, device=free.device)
+        in_order = ranks(region.positions.masked_fill(~free, torch.iinfo(torch.int64).max))
+        slots = in_order.argsort(-1)
+        start = (index * free.sum(-1, keepdim=True) // k[..., None]).clamp_max(free.shape[-1] - 1)
+        keys = region.keys.where(region.valid[..., None], 0)
+        centers = take(keys, slots.gather(-1, start))
+        outside = index >= k[..., None]
+        for step in range(self.settings["iterations"] + 1):
+            near = keys @ centers.transpose(-1, -2) - centers.square().sum(-1)[..., None, :] / 2
+            near = near.masked_fill(outside[..., None, :], -torch.inf)
+            member = F.one_hot(near.argmax(-1), limit).bool() & free[..., None]
+            if step < self.settings["iterations"]:
+                size = member.sum(-2)[..., None]
+                sums = member.to(keys.dtype).transpose(-1, -2) @ keys
+                centers = torch.where(size > 0, sums / size.clamp_min(1), centers)
+        return member
+
+    def _merge(
+        self, region: Region, losers: torch.Tensor, member: torch.Tensor, carriers: torch.Tensor
+    ) -> Compaction:
+        """Losers fold into the carriers [..., clusters] of their clusters."""
+        slots = torch.arange(losers.shape[-1], device=losers.device)
+        gone = member & losers[..., None]
+        folded = gone | (member & (slots[:, None] == carriers[..., None, :]))
+        weights = folded * region.weights[..., None]
+        total = weights.sum(-2)
+        shares = (weights / total.clamp_min(1)[..., None, :]).transpose(-1, -2)
+        changed = gone.any(-2)
+        keys = region.keys.where(region.valid[..., None], 0)
+        values = region.values.where(region.valid[..., None], 0)
+        return Compaction(
+            losers=losers,
+            keys=put(region.keys, carriers, shares @ keys, changed),
+            values=put(region.values, carriers, shares @ values, changed),
+            weights=put(region.weights, carriers, total, changed),
+            changed=put(torch.zeros_like(losers), carriers, changed, changed),
+        )
+
+
+def _order(member: torch.Tensor, attention: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """int64 [..., m]: place of each entry by (attention of its cluster, its own, position)."""
+    inside = member.to(attention.dtype)
+    mean = (attention[..., None, :] @ inside).squeeze(-2) / inside.sum(-2).clamp_min(1)
+    cluster = _places(mean).gather(-1, member.byte().argmax(-1))
+    order = positions.argsort(stable=True)
+    for key in (attention, cluster):
+        order = order.gather(-1, key.gather(-1, order).argsort(stable=True))
+    return _inverse(order)
+
+
+def _places(x: torch.Tensor) -> torch.Tensor:
+    """Place of each element in its row; of equal ones the first comes first."""
+    return _inverse(x.argsort(stable=True))
+
+
+def _inverse(order: torch.Tensor) -> torch.Tensor:
+    """Places of the elements that are in this order."""
+    return order.argsort(-1)

@@ -1,0 +1,55 @@
+"""Entries by position, which slots do not tell after the first compaction, and by slot."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from paged_kv.policies.base import Region
+
+
+def ranks(positions: torch.Tensor) -> torch.Tensor:
+    """int64 [..., m]: place of each entry in the order of positions; padding comes last."""
+    order = positions.argsort(-1)
+    index = torch.arange(positions.shape[-1], device=positions.device)
+    return torch.empty_like(order).scatter_(-1, order, index.expand_as(order))
+
+
+def prefer_newest(scores: torch.Tensor, region: Region, share: float) -> torch.Tensor:
+    """Scores in which the newest `share` of the entries that stay beats all others.
+
+    Args:
+        scores: float32 [..., m].
+        region: see Region.
+        share: 0 to 1; the number of entries is rounded (half to even).
+    """
+    stay = region.num_entries - region.num_losers
+    newest = (stay.double() * share).round().long()
+    first = (region.num_entries - newest)[:, None, None]
+    return scores.masked_fill(ranks(region.positions) >= first, torch.finfo(scores.dtype).max)
+
+
+def take(entries: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """What lies in slots [..., n]: [..., n] of entries [..., m], [..., n, d] of [..., m, d]."""
+    if entries.ndim == slots.ndim:
+        return entries.gather(-1, slots)
+    return entries.gather(-2, slots[..., None].expand(*slots.shape, entries.shape[-1]))
+
+
+def put(
+    entries: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor, valid: torch.Tensor
+) -> torch.Tensor:
+    """A copy of entries with rows in slots.
+
+    Args:
+        entries: [..., m] or [..., m, d].
+        slots: int64 [..., n], distinct where valid.
+        rows: [..., n] or [..., n, d], like entries.
+        valid: bool [..., n]; other rows are not written.
+    """
+    size = entries.shape[slots.ndim - 1]
+    slots = slots.masked_fill(~valid, size)  # one more place, for what nobody wants
+    if entries.ndim == slots.ndim:
+        return F.pad(entries, (0, 1)).scatter_(-1, slots, rows)[..., :-1]
+    index = slots[..., None].expand(*slots.shape, entries.shape[-1])
+    return F.pad(entries, (0, 0, 0, 1)).scatter_(-2, index, rows)[..., :-1, :]

@@ -1,0 +1,156 @@
+"""Old entries pooled in windows, again and again."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from paged_kv.core.options import choice, integer
+from paged_kv.policies.base import Compaction, Policy, Region
+from paged_kv.policies.entries import put, take
+
+
+class Nodes(NamedTuple):
+    """The oldest entries that may change, in the order of positions: [..., n] or [..., n, d]."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    weights: torch.Tensor
+    slots: torch.Tensor  # int64; of a pooled node that of its newest member
+    attention: torch.Tensor  # zeros where nobody asks
+
+
+class Pooling(Policy):
+    """Merges the oldest entries in windows of neighbours; drops none.
+
+    The average pooling of the Compressive Transformer (Rae et al., 1911.05507), on KV caches. Of
+    the entries between the sinks and the recent window, the oldest `window` become one entry, then
+    the next ones, until enough are gone (the last window may be smaller); at the end it starts over
+    with the oldest. What stays of a window lies where its newest member lay.
+
+    mode mean: means of keys and values, weighted by the tokens that each stands for. max: the
+    largest of each coordinate. best: key and value of one member; by attention the one that the
+    last 32 queries give most; by coordinates the one whose key is the largest in absolute value in
+    most coordinates. Of equals the newest wins, in a coordinate and in a window.
+    """
+
+    options = {
+        "mode": choice("mean", "max", "best"),
+        "window": integer(2, 2),
+        "best_by": choice("attention", "coordinates"),
+    }
+    reads = frozenset({"keys", "values", "weights"})
+    merges = True
+
+    @property
+    def observation_window(self) -> int:
+        """The last queries, where attention decides."""
+        by_attention = self.settings["mode"] == "best" and self.settings["best_by"] == "attention"
+        return 32 if by_attention else 0
+
+    def compact(self, region: Region) -> Compaction:
+        """Rounds over the oldest entries; their number depends on shapes alone."""
+        nodes, first_count = self._oldest(region)
+        size = nodes.slots.shape[-1]
+        index = torch.arange(size, device=nodes.slots.device)
+        was = index < first_count[..., None]
+        first_slots = nodes.slots
+        count, left = first_count, region.num_losers[:, None].expand_as(first_count)
+        reached = 1
+        while reached < size:
+            nodes, count, left = self._round(nodes, count, left)
+            reached *= self.settings["window"]
+        valid = index < count[..., None]
+        weights = put(region.weights, nodes.slots, nodes.weights, valid)
+        gone = put(torch.zeros_like(region.valid.expand(weights.shape)), first_slots, was, was)
+        return Compaction(
+            losers=gone & ~put(torch.zeros_like(gone), nodes.slots, valid, valid),
+            keys=put(region.keys, nodes.slots, nodes.keys, valid),
+            values=put(region.values, nodes.slots, nodes.values, valid),
+            weights=weights,
+            changed=weights != region.weights,
+        )
+
+    def _oldest(self, region: Region) -> tuple[Nodes, torch.Tensor]:
+        """The nodes, and how many there are: [...]. Twice the losers are all that can change."""
+        protected = self.protected(region)
+        limit = min(protected.shape[-1], max(1, 2 * region.max_losers))
+        last = torch.iinfo(torch.int64).max
+        order = region.positions.masked_fill(protected, last)
+        slots = order.topk(limit, dim=-1, largest=False, sorted=True).indices
+        total = torch.zeros_like(region.weights)
+        if self.observation_window:
+            total = region.attention_mass
+        entries = (region.keys, region.values, region.weights)
+        keys, values, weights = (take(part, slots) for part in entries)
+        nodes = Nodes(keys, values, weights, slots, take(total, slots))
+        return nodes, (~protected).sum(-1).clamp_max(limit)
+
+    def _round(
+        self, nodes: Nodes, count: torch.Tensor, left: torch.Tensor
+    ) -> tuple[Nodes, torch.Tensor, torch.Tensor]:
+        """From the oldest to the end, or until none are `left` to vanish.
+
+        index   0 .. full * window      .. end           .. count
+                windows of `window`      a smaller one    nodes that stay as they are
+        """
+        window, size = self.settings["window"], nodes.slots.shape[-1]
+        full = torch.minimum(count // window, left // (window - 1))
+        part = torch.minimum(left - full * (window - 1) + 1, count - full * window)
+        part = part.masked_fill(part < 2, 0)
+        end = full * window + part
+        pooled = self._pool(nodes, end)
+        num_windows = pooled.slots.shape[-1]
+        num_pooled = full + (part > 0)
+        index = torch.arange(size, device=nodes.slots.device)
+        other = (index + (end - num_pooled)[..., None]).clamp_max(size - 1) + num_windows
+        source = torch.where(index < num_pooled[..., None], index, other)
+        both = (torch.cat(parts, end.ndim) for parts in zip(pooled, nodes, strict=True))
+        gone = end - num_pooled
+        return Nodes(*(take(part, source) for part in both)), count - gone, left - gone
+
+    def _pool(self, nodes: Nodes, end: torch.Tensor) -> Nodes:
+        """Each window of the nodes below `end` [...]; what lies past it means nothing."""
+        size = nodes.slots.shape[-1]
+        width = min(self.settings["window"], size)
+        inside = torch.arange(size, device=end.device) < end[..., None]
+        inside = _windows(inside, width, end.ndim)  # [..., windows, width(, d)] from here on
+        keys, values, weights, slots, attention = (_windows(x, width, end.ndim) for x in nodes)
+        newest = (inside * torch.arange(width, device=end.device)).argmax(-1, keepdim=True)
+        attention = attention.masked_fill(~inside, -1)
+        weights = weights * inside
+        total = weights.sum(-1)
+        outside = ~inside[..., None]
+        if self.settings["mode"] == "mean":
+            share = (weights / total.clamp_min(1)[..., None])[..., None]
+            keys = (keys.masked_fill(outside, 0) * share).sum(-2)
+            values = (values.masked_fill(outside, 0) * share).sum(-2)
+        elif self.settings["mode"] == "max":
+            keys = keys.masked_fill(outside, -torch.inf).amax(-2)
+            values = values.masked_fill(outside, -torch.inf).amax(-2)
+        else:
+            best = self._best(keys, attention, inside)[..., None]
+            keys, values = take(keys, best).squeeze(-2), take(values, best).squeeze(-2)
+        slots = slots.gather(-1, newest).squeeze(-1)
+        return Nodes(keys, values, total, slots, attention.amax(-1))
+
+    def _best(
+        self, keys: torch.Tensor, attention: torch.Tensor, inside: torch.Tensor
+    ) -> torch.Tensor:
+        """Which member of each window stays, int64 [..., windows]."""
+        width = inside.shape[-1]
+        merit = attention
+        if self.settings["best_by"] == "coordinates":
+            sizes = keys.abs().masked_fill(~inside[..., None], -1)
+            winners = width - 1 - sizes.flip(-2).argmax(-2)  # argmax takes the first of equals
+            merit = F.one_hot(winners, width).sum(-2)
+        return width - 1 - merit.flip(-1).argmax(-1)
+
+
+def _windows(part: torch.Tensor, width: int, dim: int) -> torch.Tensor:
+    """Splits dimension dim in two, (windows, width), padding its end."""
+    missing = -part.shape[dim] % width
+    padded = F.pad(part, [0, 0] * (part.ndim - 1 - dim) + [0, missing])
+    return padded.reshape(*part.shape[:dim], -1, width, *part.shape[dim + 1 :])

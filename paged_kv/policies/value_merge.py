@@ -1,0 +1,59 @@
+"""Values of what is dropped live on in the most similar survivor."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from paged_kv.core.options import number, text
+from paged_kv.policies.base import Compaction, Region, Wrapper
+from paged_kv.policies.entries import take
+
+BLOCK = 128  # losers looked at together: their similarities to all entries are held at once
+
+
+class ValueMerge(Wrapper):
+    """What another policy drops gives its values to the survivors with the most similar keys.
+
+    Zhang et al., "CaM: Cache Merging for Memory-efficient LLMs Inference" (ICML 2024); Wan et al.,
+    "D2O: Dynamic Discriminative Operations for Efficient Long-Context Inference" (2406.13035); Tian
+    et al., "KeepKV: Achieving Periodic Lossless KV Cache Compression" (2504.09936). What they share
+    is done here: a loser's value is averaged, weighted by the tokens that each stands for, into the
+    survivor whose key has the highest cosine similarity, if that is at least `threshold`; else it
+    is lost. Keys stay as they are. Sinks and recent entries take nothing.
+    """
+
+    options = {"of": text("snapkv"), "threshold": number(0.5, -1, 1)}
+    reads = frozenset({"keys", "values", "weights"})
+    merges = True
+
+    def compact(self, region: Region) -> Compaction:
+        """The inner policy's losers, some of them folded into survivors."""
+        losers = self.inner.compact(region).losers
+        takers = ~losers & ~self.protected(region)
+        valid = region.valid[..., None]
+        directions = F.normalize(region.keys.where(valid, 0), dim=-1)
+        before = region.values.where(valid, 0)
+        first = losers.byte().argsort(dim=-1, descending=True, stable=True)
+        first = first[..., : region.max_losers]
+        added = torch.zeros_like(region.weights)
+        values = torch.zeros_like(region.values)
+        for slots in torch.split(first, BLOCK, -1):
+            similarity = take(directions, slots) @ directions.transpose(-1, -2)
+            similarity = similarity.masked_fill(~takers[..., None, :], -torch.inf)
+            most, target = similarity.max(-1)
+            # The cosine of opposite keys is -1 but for the last bit; no taker at all is -inf.
+            near = (most.clamp_min(-1) >= self.settings["threshold"]) & most.isfinite()
+            weights = take(region.weights, slots) * (take(losers, slots) & near)
+            share = torch.zeros_like(similarity).scatter_(-1, target[..., None], weights[..., None])
+            added += share.sum(-2)
+            values += share.transpose(-1, -2) @ take(before, slots)
+        changed = added > 0
+        total = region.weights + added
+        mean = (before * region.weights[..., None] + values) / total.clamp_min(1)[..., None]
+        return Compaction(
+            losers=losers,
+            values=torch.where(changed[..., None], mean, region.values),
+            weights=total,
+            changed=changed,
+        )

@@ -1,0 +1,131 @@
+"""The layers of one metadata builder: their pages, and what is kept beside them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
+
+from paged_kv.kernels.pages import Number, Pages
+from paged_kv.kernels.rotary import Rotary
+from paged_kv.policies.base import Policy
+from paged_kv.vllm.layout import probe_elements, stack_layers
+from paged_kv.vllm.side_data import SideData
+
+
+class Stack:
+    """Equal layers whose pages lie evenly in memory: one index operation serves all.
+
+    Args:
+        names: of the layers.
+        layers: vLLM's Attention layers.
+        cache: [layers, pages, heads, page_size, content], or the last two flattened.
+        elements: see Pages.
+        policy: says what is kept beside the pages.
+        num_rows: requests that can run at once.
+    """
+
+    def __init__(
+        self,
+        names: list[str],
+        layers: list[Any],
+        cache: torch.Tensor,
+        elements: torch.Tensor | None,
+        policy: Policy,
+        num_rows: int,
+    ) -> None:
+        first, device = layers[0], cache.device
+        key, value = _number(first, "_k_scale_float"), _number(first, "_v_scale_float")
+        self.pages = Pages(cache, first.head_size, key, value, elements)
+        pages = self.pages
+        shape = (pages.num_layers, pages.num_pages, pages.num_heads, pages.page_size)
+        self.side = SideData(policy, shape, device)
+        self.ring = None  # [layers, rows, window, query heads, head_dim]: token t at t % window
+        if policy.observation_window:
+            size = (num_rows, policy.observation_window, first.num_heads, first.head_size)
+            self.ring = torch.zeros((len(layers), *size), dtype=first.dtype, device=device)
+        self.layer_ids = torch.tensor([extract_layer_index(name) for name in names], device=device)
+        first_head = get_tensor_model_parallel_rank() * pages.num_heads
+        self.head_ids = torch.arange(pages.num_heads, device=device) + first_head
+        impl = first.impl
+        self.scale = float(impl.scale)
+        self.softcap = float(getattr(impl, "logits_soft_cap", None) or 0.0)
+        self.sinks = _sinks(layers, pages.num_heads)
+
+    def grouped(self, queries: torch.Tensor) -> torch.Tensor:
+        """float32 [..., kv_heads, group, queries, head_dim] of [..., queries, heads, head_dim]."""
+        heads = queries.unflatten(-2, (self.pages.num_heads, -1)).float()
+        return heads.movedim(-4, -2)
+
+
+def make_stacks(
+    names: tuple[str, ...], layers: dict[str, Any], policy: Policy, num_rows: int
+) -> list[Stack]:
+    """The stacks of these layers; see Stack."""
+    chosen = [layers[name] for name in names]
+    caches, elements = caches_of(chosen)
+    stacks, start = [], 0
+    for cache in stack_layers(caches):
+        part = slice(start, start + len(cache))
+        start = part.stop
+        stacks.append(Stack(list(names[part]), chosen[part], cache, elements, policy, num_rows))
+    return stacks
+
+
+def caches_of(layers: list[Any]) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """Caches as Pages takes them, and where an entry lies in a page (None: see Pages)."""
+    caches = [layer.kv_cache for layer in layers]
+    if caches[0].device.type != "cpu":
+        return caches, None
+    return [cache.flatten(2) for cache in caches], probe_elements(layers[0], caches[0])
+
+
+def ring_bytes(layers: list[Any], policy: Policy, num_rows: int) -> int:
+    """Memory of the rings of these layers."""
+    return sum(
+        num_rows
+        * policy.observation_window
+        * layer.num_heads
+        * layer.head_size
+        * layer.dtype.itemsize
+        for layer in layers
+    )
+
+
+def find_rotary(model: torch.nn.Module, name: str, device: torch.device) -> Rotary:
+    """The RoPE of an attention layer.
+
+    Raises:
+        ValueError: the model's attention has no rotary embedding of the plain kind.
+    """
+    module = model.get_submodule(name.rpartition(".")[0])
+    rope: Any = getattr(module, "rotary_emb", None)
+    table = getattr(rope, "cos_sin_cache", None)
+    if table is None or hasattr(rope, "mrope_section"):
+        raise ValueError(
+            f"this kv-policy needs to undo RoPE, but layer {name} has no plain rotary embedding "
+            f"({type(rope).__name__})"
+        )
+    cos, sin = table.to(device).float().chunk(2, -1)
+    return Rotary(cos, sin, bool(rope.is_neox_style))
+
+
+def _number(layer: Any, scale: str) -> Number:
+    """What the elements of a layer's cache mean."""
+    dtype = layer.kv_cache.dtype
+    name = layer.kv_cache_dtype
+    if not is_quantized_kv_cache(name):
+        return Number(dtype)
+    eight_bits = torch.float8_e5m2 if name == "fp8_e5m2" else current_platform.fp8_dtype()
+    return Number(eight_bits, float(getattr(layer, scale)))
+
+
+def _sinks(layers: list[Any], num_kv_heads: int) -> torch.Tensor | None:
+    sinks: list[Any] = [getattr(layer.impl, "sinks", None) for layer in layers]
+    if sinks[0] is None:
+        return None
+    return torch.stack(sinks).float().unflatten(1, (num_kv_heads, -1))[:, None]

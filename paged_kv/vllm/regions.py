@@ -1,0 +1,173 @@
+"""A compaction that looks at entries: gathers regions, asks the policy, writes back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from paged_kv.kernels.pages import region_index, slot_index
+from paged_kv.kernels.reference import first_places, pair_moves
+from paged_kv.kernels.rotary import Rotary
+from paged_kv.policies.base import Compaction, Events, Int64s, Policy, Queries, Region
+from paged_kv.vllm.layer_group import Stack
+from paged_kv.vllm.observation import page_ids
+
+MAX_NUMBERS = 1 << 21  # of keys, gathered at once
+_PADDING = torch.iinfo(torch.int64).max
+
+
+class Batch(NamedTuple):
+    """Sequences that compact together; host arrays of shape [events].
+
+    Args:
+        rows: of the block table.
+        ring: rows of the query ring.
+        first_query: first token whose query the ring has seen.
+        events: see Events.
+    """
+
+    rows: Int64s
+    ring: Int64s
+    first_query: Int64s
+    events: Events
+
+    def take(self, chosen: Int64s) -> Batch:
+        """Some of the sequences."""
+        events = Events(*(array[chosen] for array in vars(self.events).values()))
+        return Batch(self.rows[chosen], self.ring[chosen], self.first_query[chosen], events)
+
+
+def compact(
+    policy: Policy, stack: Stack, table: torch.Tensor, batch: Batch, rotary: Rotary | None
+) -> None:
+    """Compacts sequences in all layers of a stack.
+
+    Args:
+        policy: decides.
+        stack: the layers.
+        table: [rows, pages], page ids.
+        batch: see Batch.
+        rotary: the model's RoPE, if the policy reads it.
+    """
+    for similar in _of_similar_size(batch, stack.pages.page_size):
+        events = similar.events
+        first, end = events.evicted_before, events.num_tokens
+        pages = page_ids(table, similar.rows, first, end, stack.pages.page_size)
+        # A layer's keys, values and copies of them can be large: a few layers at a time.
+        numbers = pages.numel() * stack.pages.page_size * stack.pages.num_heads
+        at_once = max(1, MAX_NUMBERS // (numbers * stack.pages.keys.stack.shape[-1]))
+        layers = torch.arange(stack.pages.num_layers, device=pages.device)
+        for chosen in layers.split(at_once):
+            region = _gather(policy, stack, chosen, pages, similar, rotary)
+            decided = policy.compact(region)
+            _apply(stack, chosen, pages, region, decided)
+
+
+def _of_similar_size(batch: Batch, page_size: int) -> Iterator[Batch]:
+    """Batches whose largest region has less than twice the pages of its smallest."""
+    events = batch.events
+    pages = -(-(events.num_tokens - events.evicted_before) // page_size)
+    size = np.frexp(pages)[1]
+    for one in np.unique(size):
+        yield batch.take(np.flatnonzero(size == one))
+
+
+def _gather(
+    policy: Policy,
+    stack: Stack,
+    layers: torch.Tensor,
+    pages: torch.Tensor,
+    batch: Batch,
+    rotary: Rotary | None,
+) -> Region:
+    device, events = pages.device, batch.events
+    index = region_index(layers, pages, stack.pages.num_heads, stack.pages.page_size)
+    num_tokens, num_entries, num_losers = (
+        torch.from_numpy(array).to(device, non_blocking=True)
+        for array in (
+            events.num_tokens,
+            events.num_tokens - events.evicted_before,
+            events.evicted_after - events.evicted_before,
+        )
+    )
+
+    def part(name: str) -> torch.Tensor | None:
+        source = getattr(stack.pages, name)
+        needed = name in policy.reads or (name == "keys" and policy.observation_window)
+        return source.decode(source.read(index)).flatten(-3, -2) if needed else None
+
+    def side(name: str, padding: float) -> torch.Tensor | None:
+        values = stack.side.read(name, index)
+        return None if values is None else values.flatten(-2).masked_fill(~valid, padding)
+
+    valid = torch.arange(pages.shape[1] * stack.pages.page_size, device=device)
+    valid = valid < num_entries[:, None, None]
+    positions = side("positions", _PADDING)
+    assert positions is not None
+    return Region(
+        num_tokens=num_tokens,
+        num_entries=num_entries,
+        num_losers=num_losers,
+        max_losers=int((events.evicted_after - events.evicted_before).max()),
+        layers=stack.layer_ids[layers],
+        heads=stack.head_ids,
+        positions=positions,
+        keys=part("keys"),
+        values=part("values"),
+        weights=side("weights", 0.0),
+        scores=side("scores", 0.0),
+        queries=_queries(stack, layers, batch),
+        rotary=rotary,
+    )
+
+
+def _queries(stack: Stack, layers: torch.Tensor, batch: Batch) -> Queries | None:
+    """The observation windows. Column c of the ring holds the newest token t with t % w = c."""
+    if stack.ring is None:
+        return None
+    window = stack.ring.shape[2]
+    newest = batch.events.num_tokens[:, None] - 1
+    positions = newest - (newest - np.arange(window)) % window
+    positions = np.where(positions >= batch.first_query[:, None], positions, -1)
+    ring = torch.from_numpy(batch.ring).to(stack.ring.device, non_blocking=True)
+    states = stack.grouped(stack.ring[layers[:, None], ring])
+    sinks = None if stack.sinks is None else stack.sinks[layers]
+    places = torch.from_numpy(positions).to(stack.ring.device, non_blocking=True)
+    return Queries(states, places, stack.scale, stack.softcap, sinks)
+
+
+def _apply(
+    stack: Stack, layers: torch.Tensor, pages: torch.Tensor, region: Region, decided: Compaction
+) -> None:
+    """Moves survivors into the losers' places, and writes survivors that changed.
+
+    Only to slots that stay: the pages to be freed can be somebody else's, too.
+    """
+    num_freed = region.num_losers[:, None]
+    source, target = pair_moves(decided.losers, num_freed, region.max_losers)
+    if decided.changed is not None:
+        index = torch.arange(decided.losers.shape[-1], device=pages.device)
+        in_place = decided.changed & (index >= num_freed[..., None])
+        limit = min(region.max_losers + 1, len(index))
+        places = first_places(in_place, limit)
+        spare = places == len(index)  # repeats a move
+        source = torch.cat([source, torch.where(spare, source[..., :1], places)], -1)
+        target = torch.cat([target, torch.where(spare, target[..., :1], places)], -1)
+    page_size = stack.pages.page_size
+    read = slot_index(layers, pages, source, page_size)
+    write = slot_index(layers, pages, target, page_size)
+    for name in ("keys", "values"):
+        part, new = getattr(stack.pages, name), getattr(decided, name)
+        part.write(write, part.read(read) if new is None else part.encode(_at(new, source)))
+    for name in stack.side.tensors:
+        new = decided.weights if name == "weights" and decided.weights is not None else None
+        old = getattr(region, name)
+        stack.side.write(name, write, (old if new is None else new).gather(-1, source))
+
+
+def _at(entries: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """[..., columns, size] of [..., m, size]."""
+    return entries.take_along_dim(slots[..., None], -2)

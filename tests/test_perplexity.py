@@ -1,0 +1,228 @@
+"""`paged-kv eval perplexity`: its mistakes, its numbers, and that both engines agree."""
+
+import json
+import math
+import random
+import shutil
+
+import engines  # noqa: F401  sets the environment of vLLM
+import pytest
+import reference_loop
+import tiny_models
+import torch
+import torch.nn.functional as F
+
+from paged_kv import cli
+from paged_kv.config import CompressionConfig
+from paged_kv.hf.loading import encode, load_model
+from paged_kv.hf.reference import ReferenceEngine
+
+FIELDS = ["policy", "budget", "protocol", "nll", "ppl", "kept", "bytes_per_token", "seconds"]
+KV_BYTES = 6 * 2 * 2 * 32 * 4  # of a token of the tiny model, in float32
+SHORT = ["--prompt-tokens", "160", "--score-tokens", "100"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return tiny_models.saved("llama", tmp_path_factory.mktemp("models"), tokenizer=True)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    rng = random.Random(1)
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    # Not t10 or t200: t0, t1, t2 are special tokens, which are found inside words too.
+    file.write_text(" ".join(f"t{rng.randrange(30, 100)}" for _ in range(400)))
+    return file
+
+
+@pytest.fixture
+def perplexity(tiny, text, capsys):
+    """Runs the command; its rows."""
+
+    def run(*args, model=tiny, file=text) -> list[dict]:
+        command = ["eval", "perplexity", "--model", str(model), "--text", str(file), "--json"]
+        assert cli.main([*command, *map(str, args)]) == 0
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    return run
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--policy", "nope"], "unknown kv-policy 'nope'; known are: full"),
+        (["--policy", "streaming,nope"], "unknown kv-policy 'nope'"),
+        (["--policy", "streaming", "--budget", "0"], "budget must be an integer >= 1"),
+        (["--policy", "streaming", "--budget", "128,x"], "not 'x'"),
+        (
+            ["--policy", "streaming", "--budget", "64"],
+            "budget 64 is too small: it must be at least 68",
+        ),
+        (["--policy", "streaming", "--page-size", "128", "--budget", "128"], "one page of 128"),
+        (["--policy", "streaming", "--policy-config", "{"], "policy-config is not JSON"),
+        (["--policy", "streaming", "--policy-config", '{"x": 1}'], "unknown paged_kv option x"),
+        (["--policy", "streaming", "--policy-config", '{"budget": 1}'], "use --budget"),
+        (
+            ["--policy", "snapkv", "--policy-config", '{"kernel_size": 0}'],
+            "kernel_size must be an integer >= 1, not 0",
+        ),
+        (["--policy", "full", "--offset", "-1"], "offset must be an integer >= 0, not -1"),
+        (
+            ["--policy", "full", "--offset", "200", *SHORT],
+            "has 400 tokens; offset 200, prompt-tokens 160 and score-tokens 100 need 461",
+        ),
+        (
+            [
+                "--policy",
+                "full",
+                "--engine",
+                "vllm",
+                "--prompt-tokens",
+                "10",
+                "--score-tokens",
+                "10",
+            ],
+            "score-tokens 10 with prompt-tokens 10",
+        ),
+        (["--policy", "full", "--text", "/nowhere"], "text /nowhere: no such file"),
+        (["--policy", "full", "--model", "/nowhere"], "model /nowhere: no such directory"),
+    ],
+)
+def test_mistakes_are_one_line(tiny, text, capsys, monkeypatch, args, message):
+    monkeypatch.setattr("paged_kv.eval.reference_runs.load_model", None)  # none gets that far
+    command = ["eval", "perplexity", "--model", tiny, "--text", str(text)]
+    assert cli.main([*command, *args]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    (line,) = output.err.splitlines()
+    assert line.startswith("paged-kv: error: ")
+    assert message in line
+
+
+def test_no_evaluation_and_no_protocol(capsys):
+    for args in (["eval"], ["eval", "nope"], ["eval", "perplexity", "--protocol", "nope"]):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(args)
+        assert "usage: paged-kv eval" in capsys.readouterr().err
+
+
+# ---- what is printed
+
+
+def test_rows(perplexity):
+    args = ["--policy", "full,streaming,knorm", "--budget", "96,0.5", *SHORT]
+    rows = perplexity(*args, "--policy-config", '{"min_budget": 70}')
+    assert [list(row) for row in rows] == [FIELDS] * 5
+    found = [(row["policy"], row["budget"], row["kept"]) for row in rows]
+    expected = [("full", None, 160.0)]
+    expected += [
+        (name, *pair) for name in ("streaming", "knorm") for pair in [(96, 96.0), (0.5, 96.0)]
+    ]
+    assert found == expected
+    for row in rows:
+        assert row["protocol"] == "prompt"
+        assert row["ppl"] == pytest.approx(math.exp(row["nll"]), rel=1e-4)
+        assert row["bytes_per_token"] == KV_BYTES * row["kept"] / 160
+        assert row["seconds"] > 0
+    assert len({row["nll"] for row in rows}) == 3
+
+
+def test_table(tiny, text, capsys):
+    command = ["eval", "perplexity", "--model", tiny, "--text", str(text), *SHORT]
+    assert cli.main([*command, "--policy", "full,streaming", "--budget", "96"]) == 0
+    output = capsys.readouterr()
+    header, full, streaming = output.out.splitlines()
+    assert header.split() == FIELDS
+    assert len(header) == len(full) == len(streaming)
+    assert full.split()[:2] == ["full", "prompt"]
+    assert streaming.split()[:3] == ["streaming", "96", "prompt"]
+    assert "streaming 96: 100%" in output.err
+
+
+# ---- the numbers
+
+
+def nll_of(logits, targets) -> float:
+    return F.cross_entropy(logits, torch.tensor(targets)).item()
+
+
+def test_full_is_the_models_own(perplexity, tiny, text):
+    model, tokens = load_model(tiny), encode(tiny, text.read_text())
+    with torch.inference_mode():
+        logits = model(torch.tensor([tokens])).logits[0]
+    (row,) = perplexity("--policy", "full", *SHORT)
+    assert row["nll"] == pytest.approx(nll_of(logits[160:260], tokens[161:261]), abs=1e-5)
+    (row,) = perplexity("--policy", "full", "--protocol", "stream", "--score-tokens", 299)
+    assert row["nll"] == pytest.approx(nll_of(logits[:299], tokens[1:300]), abs=1e-5)
+    assert row["kept"] == 300
+    (row,) = perplexity("--policy", "full", "--protocol", "stream", *SHORT, "--offset", 20)
+    with torch.inference_mode():
+        logits = model(torch.tensor([tokens[20:]])).logits[0]
+    assert row["nll"] == pytest.approx(nll_of(logits[159:259], tokens[180:280]), abs=1e-5)
+
+
+def test_prompt_is_compressed_once(perplexity, tiny, text):
+    model, tokens = load_model(tiny), encode(tiny, text.read_text())
+    sequence = reference_loop.Sequence_(model, reference_loop.Rule([96] * 6), 160)
+    sequence.process(tokens[:160])
+    sequence.drop()
+    expected = nll_of(sequence.logits(sequence.process(tokens[160:260])), tokens[161:261])
+    (row,) = perplexity("--policy", "streaming", "--budget", 96, *SHORT)
+    assert row["nll"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["streaming", "h2o", "snapkv"])
+def test_a_stream_goes_token_by_token(perplexity, tiny, text, policy):
+    model, tokens = load_model(tiny), encode(tiny, text.read_text())
+    config = {"policy": policy, "budget": 96, "compress_prefill": True}
+    engine = ReferenceEngine(model, CompressionConfig.from_dict(config))
+    logits = torch.cat([engine.logits(engine.process([token])) for token in tokens[:300]])
+    args = ["--policy", policy, "--budget", 96, "--protocol", "stream"]
+    (row,) = perplexity(*args, "--score-tokens", 299)
+    assert row["nll"] == pytest.approx(nll_of(logits[:299], tokens[1:300]), abs=1e-4)
+    assert row["kept"] == engine.num_kept[0] == 300 - 192
+    assert row["bytes_per_token"] == pytest.approx(KV_BYTES * 108 / 300, abs=0.01)
+
+
+def test_scores_are_not_shared_between_policies(perplexity):
+    """A prompt is processed once for those that can share it."""
+    together = perplexity("--policy", "knorm,h2o,lru,snapkv", "--budget", "96,128", *SHORT)
+    for row in together:
+        (alone,) = perplexity("--policy", row["policy"], "--budget", row["budget"], *SHORT)
+        assert alone["nll"] == row["nll"]
+
+
+# ---- both engines
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("protocol", ["prompt", "stream"])
+def test_engines_agree(perplexity, protocol):
+    args = ["--policy", "full,streaming,pyramidal", "--budget", "112", "--protocol", protocol]
+    args += [*SHORT, "--policy-config", '{"pyramid_beta": 1.5}']
+    ours, theirs = perplexity(*args), perplexity(*args, "--engine", "vllm")
+    assert len(ours) == 3
+    for one, other in zip(ours, theirs, strict=True):
+        assert other["nll"] == pytest.approx(one["nll"], abs=1e-4), one["policy"]
+        assert {**one, "nll": 0, "ppl": 0, "seconds": 0} == {
+            **other,
+            "nll": 0,
+            "ppl": 0,
+            "seconds": 0,
+        }
+
+
+@pytest.mark.model
+def test_real_model(perplexity, smollm2_dir, tmp_path):
+    """The text is predicted, the worse the less is kept; the shipped tokenizer is used."""
+    file = tmp_path / "text.txt"
+    shutil.copy("/usr/share/common-licenses/Apache-2.0", file)
+    args = ["--policy", "full,streaming", "--budget", "256,96", "--score-tokens", "256"]
+    full, large, small = perplexity(*args, model=smollm2_dir, file=file)
+    assert 0.1 < full["nll"] < large["nll"] < small["nll"] < 4
+    assert [row["kept"] for row in (full, large, small)] == [1024, 256, 96]
+    assert full["bytes_per_token"] == 46080

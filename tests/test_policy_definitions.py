@@ -1,0 +1,143 @@
+"""Each policy against its definition in plain Python."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from policy_cases import CASES, Shape, cases, heads_of, make, random_region
+from policy_definitions import DEFAULTS, DEFINITIONS, SCORES
+
+from paged_kv import registry
+
+NUM_SINKS, RECENT = 2, 3
+SHAPES = [
+    Shape(),
+    Shape(extra=(2, 61, 25), losers=(1, 60, 12), dropped=(5, 0, 3), softcap=2.0, neox=False),
+    Shape(extra=(40,), losers=(13,), dropped=(17,), layers=1, group=3, sinks=True, rotary_dim=4),
+    Shape(extra=(9, 33), losers=(8, 20), dropped=(0, 0), heads=1, group=1),
+]
+
+
+def test_every_name_has_a_definition():
+    names = set(registry.available()) - {registry.FULL, registry.PYRAMIDAL}
+    assert set(CASES) == set(DEFINITIONS) == set(DEFAULTS) == names
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_defaults(name):
+    own = registry.load(name).options
+    assert DEFAULTS[name] == {key: option.default for key, option in own.items()}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=range(len(SHAPES)))
+@pytest.mark.parametrize(("name", "options"), cases())
+def test_definition(name, options, shape):
+    policy = make(name, options, NUM_SINKS, RECENT)
+    check(name, options, policy, random_region(policy, name, 1, shape))
+
+
+def check(name, options, policy, region) -> None:
+    result = policy.compact(region)
+    layers, events = region.positions.shape[:2]
+    for layer, event in np.ndindex(layers, events):
+        for head, own in enumerate(heads_of(region, NUM_SINKS, RECENT, layer, event)):
+            compare(result, DEFINITIONS[name](own, options), (layer, event, head), own)
+
+
+def compare(result, expected, place, own) -> None:
+    losers, *content = expected
+    assert set(result.losers[place].nonzero().flatten().tolist()) == losers
+    stay = [slot for slot in range(len(own.positions)) if slot not in losers]
+    for name, expected_part in zip(("keys", "values", "weights"), content, strict=True):
+        found, before = getattr(result, name), getattr(own, name)
+        if before is None:
+            assert found is None
+            continue
+        after = before if found is None else found[place][: len(before)].numpy()
+        np.testing.assert_allclose(after[stay], expected_part[stay], rtol=1e-5, atol=1e-5)
+
+
+OBSERVERS = ["attention", "cluster", "hybrid", "pooling", "residual", "snapkv", "tova"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [case for case in cases() if case.values[0] in OBSERVERS]
+)
+def test_nobody_attends(name, options):
+    """No query at all: all scores are 0, and what is said of ties decides."""
+    policy = make(name, options, NUM_SINKS, RECENT)
+    region = random_region(policy, name, 3)
+    if region.queries is not None:
+        missing = torch.full_like(region.queries.positions, -1)
+        region = replace(region, queries=replace(region.queries, positions=missing))
+    check(name, options, policy, region)
+
+
+@pytest.mark.parametrize("window", [2, 5])
+def test_ties_between_coordinates(window):
+    """Keys of small integers: coordinates and members tie often."""
+    options = {"mode": "best", "best_by": "coordinates", "window": window}
+    policy = make("pooling", options, NUM_SINKS, RECENT)
+    region = random_region(policy, "pooling", 4)
+    check("pooling", options, policy, replace(region, keys=region.keys.round()))
+
+
+def test_no_survivor_to_merge_into():
+    """All but the sinks and the recent entries go: nothing is folded."""
+    policy = make("value_merge", {"of": "knorm", "threshold": -1}, NUM_SINKS, RECENT)
+    region = random_region(policy, "value_merge", 5, Shape((6, 9), (6, 4), (0, 8)))
+    result = policy.compact(region)
+    assert not result.changed[:, 0].any()
+    assert torch.equal(result.weights[:, 0], region.weights[:, 0])
+    assert (result.changed[:, 1].sum(-1) > 0).all()
+
+
+@pytest.mark.parametrize(("name", "options"), [c for c in cases() if c.values[0] in SCORES])
+def test_scores(name, options):
+    """Not only the order: the numbers too, of the entries that may go."""
+    policy = make(name, options, NUM_SINKS, RECENT)
+    region = random_region(policy, name, 2)
+    scores = policy.score(region).expand(region.positions.shape)
+    free = ~policy.protected(region)
+    for layer, event in ((0, 0), (1, 1), (0, 2)):
+        for head, own in enumerate(heads_of(region, NUM_SINKS, RECENT, layer, event)):
+            expected = SCORES[name](own, options)
+            ours = scores[layer, event, head][: len(expected)].double().numpy()
+            may_go = free[layer, event, head][: len(expected)].numpy() & (expected < 1e29)
+            np.testing.assert_allclose(ours[may_go], expected[may_go], rtol=1e-4, atol=1e-6)
+
+
+def accumulation(generator):
+    """Probabilities [sequences 2, heads 2, group 3, queries 5, m 7], scores and positions."""
+    probabilities = torch.rand(2, 2, 3, 5, 7, generator=generator) ** 4
+    probabilities[1, :, :, 3:] = 0  # queries that are missing
+    scores = torch.rand(2, 2, 7, generator=generator) * 20
+    positions = torch.tensor([[10, 11, 12, 13, 14], [30, 31, 32, -1, -1]])
+    return scores, probabilities, positions
+
+
+def test_accumulate_h2o():
+    scores, probabilities, positions = accumulation(torch.Generator().manual_seed(3))
+    result = make("h2o", {}).accumulate(scores.clone(), probabilities, positions)
+    for index in np.ndindex(2, 2, 7):
+        sequence, head, entry = index
+        total = float(scores[index])
+        for member, query in np.ndindex(3, 5):
+            total += float(probabilities[sequence, head, member, query, entry])
+        assert float(result[index]) == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize("threshold", [0, 0.01, 0.3, 1])
+def test_accumulate_lru(threshold):
+    scores, probabilities, positions = accumulation(torch.Generator().manual_seed(4))
+    policy = make("lru", {"threshold": threshold})
+    result = policy.accumulate(scores.clone(), probabilities, positions)
+    for index in np.ndindex(2, 2, 7):
+        sequence, head, entry = index
+        last = float(scores[index])
+        for query in range(5):
+            given = probabilities[sequence, head, :, query, entry].tolist()
+            if max(given) > threshold:
+                last = max(last, int(positions[sequence, query]))
+        assert float(result[index]) == pytest.approx(last, rel=1e-6)
