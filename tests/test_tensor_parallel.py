@@ -16,7 +16,11 @@ import tiny_models
 
 POLICIES: dict[str, dict[str, Any]] = {
     "streaming": {"policy": "streaming", "budget": 96},
-    "pyramidal": {"policy": "pyramidal", "budget": 128, "pyramid_beta": 1.5},
+    "pyramidal": {"policy": "pyramidal+streaming", "budget": 128, "pyramid_beta": 1.5},
+    "random": {"policy": "random", "budget": 96},  # a rank must know which heads it has
+    "snapkv": {"policy": "snapkv", "budget": 96, "observation_window": 8},
+    "h2o": {"policy": "h2o", "budget": 96},
+    "value_merge": {"policy": "value_merge", "of": "knorm", "budget": 96},
 }
 SETTINGS: dict[str, Any] = {
     "skip_tokenizer_init": True,
