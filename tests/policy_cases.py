@@ -12,7 +12,8 @@ import torch
 
 from paged_kv import registry
 from paged_kv.kernels.rotary import Rotary
-from paged_kv.policies.base import Policy, Queries, Region
+from paged_kv.policies.base import Policy
+from paged_kv.policies.region import Queries, Region
 
 CASES = {
     "attention": [{}, {"observation_window": 6}],

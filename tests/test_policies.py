@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from policy_cases import CASES, Shape, cases, make, random_region, select
 
 from paged_kv import registry
-from paged_kv.policies.base import Compaction, Policy, PositionalPolicy, Region
+from paged_kv.policies.base import Policy, PositionalPolicy
+from paged_kv.policies.region import Compaction, Region
 
 MATRIX = pytest.mark.parametrize(("name", "options"), cases())
 

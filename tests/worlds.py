@@ -37,7 +37,8 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from paged_kv.core.schedule import Schedule, cdiv
 from paged_kv.plan import Plan
-from paged_kv.policies.base import Events, Moves, PositionalPolicy, Region
+from paged_kv.policies.base import Events, Moves, PositionalPolicy
+from paged_kv.policies.region import Region
 from paged_kv.vllm import limits
 from paged_kv.vllm.scheduler import PagedAsyncScheduler, PagedScheduler
 from paged_kv.vllm.spec import PagedSpec, register

@@ -25,7 +25,8 @@ from paged_kv.hf.regions import Alike, Layer, apply, make_region
 from paged_kv.hf.seams import Terms
 from paged_kv.kernels.rotary import Rotary
 from paged_kv.plan import make_plan
-from paged_kv.policies.base import Policy, Region
+from paged_kv.policies.base import Policy
+from paged_kv.policies.region import Region
 
 Tensor = torch.Tensor
 

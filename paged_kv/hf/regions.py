@@ -11,7 +11,7 @@ import torch
 from paged_kv.hf.layer_cache import LayerCache, Window
 from paged_kv.hf.seams import Terms
 from paged_kv.kernels.rotary import Rotary
-from paged_kv.policies.base import Compaction, Queries, Region
+from paged_kv.policies.region import Compaction, Queries, Region
 
 Tensor = torch.Tensor
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -27,115 +26,10 @@ import torch
 
 from paged_kv.core.options import Option
 from paged_kv.kernels import reference
-from paged_kv.kernels.rotary import Rotary
+from paged_kv.policies.region import Compaction, Region
 
 Int64s = npt.NDArray[np.int64]
 Tensor = torch.Tensor
-
-
-@dataclass(frozen=True)
-class Queries:
-    """The last queries of each sequence, the observation window; after RoPE.
-
-    Args:
-        states: float32 [layers, events, kv_heads, group, window, head_dim]; group is the number of
-            query heads that share a KV head.
-        positions: int64 [events, window], in any order; -1 where a sequence has had fewer queries.
-        scale: factor of the logits.
-        softcap: logits become softcap * tanh(logit / softcap); 0 for none.
-        sinks: float32 [layers, 1, kv_heads, group], logits of attention sinks (gpt-oss), or None.
-    """
-
-    states: Tensor
-    positions: Tensor
-    scale: float
-    softcap: float = 0.0
-    sinks: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Region:
-    """What sequences that compact in one step hold, in some layers with equal budgets.
-
-    Tensors lead with [layers, events, kv_heads], an event being one sequence. m is the size of the
-    largest region; the others are padded at the end. Entries are in the order of their slots: by
-    position until the first compaction, then in no order. Only what the policy says it reads is
-    there (see Policy.reads); the rest is None.
-
-    Args:
-        num_tokens: int64 [events], tokens seen so far.
-        num_entries: int64 [events], size of each region.
-        num_losers: int64 [events], entries that must go, per layer and KV head.
-        max_losers: the largest of num_losers, known on the host.
-        layers: int64 [layers], index of each layer in the model.
-        heads: int64 [kv_heads], index of each KV head in the model (a rank has some of them).
-        positions: int64 [..., m], position of the token; a merged entry has its slot's. Padding has
-            the largest int64.
-        keys: float32 [..., m, head_dim], after RoPE.
-        values: float32 [..., m, head_dim].
-        weights: float32 [..., m], tokens that an entry stands for; padding 0.
-        scores: float32 [..., m], what Policy.accumulate made of the attention so far.
-        queries: the observation window.
-        rotary: the model's RoPE.
-    """
-
-    num_tokens: Tensor
-    num_entries: Tensor
-    num_losers: Tensor
-    max_losers: int
-    layers: Tensor
-    heads: Tensor
-    positions: Tensor
-    keys: Any = None
-    values: Any = None
-    weights: Any = None
-    scores: Any = None
-    queries: Any = None
-    rotary: Rotary | None = None
-
-    @cached_property
-    def valid(self) -> Tensor:
-        """bool [events, 1, m]: False for padding."""
-        index = torch.arange(self.positions.shape[-1], device=self.positions.device)
-        return index < self.num_entries[:, None, None]
-
-    @cached_property
-    def attention(self) -> Tensor:
-        """Probabilities of the observation window over the region: [..., group, window, m].
-
-        float32; a query does not see later positions. All 0 for a query that is missing.
-        """
-        return reference.attention_probabilities(*self._attention_terms())
-
-    @cached_property
-    def attention_mass(self) -> Tensor:
-        """attention, summed over group and window: [..., m]. Much faster than attention."""
-        return reference.attention_mass(*self._attention_terms())
-
-    def _attention_terms(self) -> tuple[Any, ...]:
-        queries: Queries = self.queries
-        positions = queries.positions[:, None, None, :]
-        terms = (queries.scale, queries.softcap, queries.sinks)
-        return queries.states, self.keys, positions, self.positions, *terms
-
-
-class Compaction(NamedTuple):
-    """What a policy decided.
-
-    Args:
-        losers: bool [layers, events, kv_heads, m]; num_losers of each row, none of them padding.
-        keys: float32 [..., m, head_dim], what survivors hold from now on; None if unchanged.
-        values: the same for values.
-        weights: float32 [..., m], tokens that survivors stand for from now on; None if unchanged.
-        changed: bool [..., m], survivors whose keys, values or weights changed; no more of them in
-            a row than losers plus one.
-    """
-
-    losers: Tensor
-    keys: Tensor | None = None
-    values: Tensor | None = None
-    weights: Tensor | None = None
-    changed: Tensor | None = None
 
 
 class Policy(ABC):

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 from paged_kv.core.options import choice, integer
 from paged_kv.kernels import reference
-from paged_kv.policies.base import Compaction, Policy, Region
+from paged_kv.policies.base import Policy
 from paged_kv.policies.entries import put, ranks, take
+from paged_kv.policies.region import Compaction, Region
 
 
 class Cluster(Policy):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from paged_kv.policies.base import Region
+from paged_kv.policies.region import Region
 
 
 def ranks(positions: torch.Tensor) -> torch.Tensor:

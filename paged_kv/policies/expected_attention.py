@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from paged_kv.core.options import integer, number
-from paged_kv.policies.base import Queries, Region, ScoringPolicy
+from paged_kv.policies.base import ScoringPolicy
+from paged_kv.policies.region import Queries, Region
 
 
 class ExpectedAttention(ScoringPolicy):

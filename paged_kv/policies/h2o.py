@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from paged_kv.core.options import number
-from paged_kv.policies.base import Region, ScoringPolicy
+from paged_kv.policies.base import ScoringPolicy
 from paged_kv.policies.entries import prefer_newest
+from paged_kv.policies.region import Region
 
 
 class H2O(ScoringPolicy):

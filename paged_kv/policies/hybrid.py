@@ -6,8 +6,8 @@ import torch
 
 from paged_kv.core.options import number
 from paged_kv.policies.attention import Attention
-from paged_kv.policies.base import Region
 from paged_kv.policies.entries import prefer_newest
+from paged_kv.policies.region import Region
 
 
 class Hybrid(Attention):

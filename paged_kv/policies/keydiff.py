@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from paged_kv.policies.base import Region, ScoringPolicy
+from paged_kv.policies.base import ScoringPolicy
+from paged_kv.policies.region import Region
 
 
 class KeyDiff(ScoringPolicy):

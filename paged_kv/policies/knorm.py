@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from paged_kv.policies.base import Region, ScoringPolicy
+from paged_kv.policies.base import ScoringPolicy
+from paged_kv.policies.region import Region
 
 
 class KNorm(ScoringPolicy):

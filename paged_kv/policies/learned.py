@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from paged_kv.core.options import text
-from paged_kv.policies.base import Region, ScoringPolicy
+from paged_kv.policies.base import ScoringPolicy
+from paged_kv.policies.region import Region
 
 SHIPPED = Path(__file__).with_name("learned_smollm2.npz")
 NUM_FEATURES = 5

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from paged_kv.core.options import choice, integer
-from paged_kv.policies.base import Compaction, Policy, Region
+from paged_kv.policies.base import Policy
 from paged_kv.policies.entries import put, take
+from paged_kv.policies.region import Compaction, Region
 
 
 class Nodes(NamedTuple):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from paged_kv.core.options import integer
-from paged_kv.policies.base import Region, ScoringPolicy
+from paged_kv.policies.base import ScoringPolicy
+from paged_kv.policies.region import Region
 
 STEP = 0x9E3779B97F4A7C15
 

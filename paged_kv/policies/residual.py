@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from paged_kv.core.options import choice, text
-from paged_kv.policies.base import Compaction, Region, Wrapper
+from paged_kv.policies.base import Wrapper
+from paged_kv.policies.region import Compaction, Region
 
 
 class Residual(Wrapper):

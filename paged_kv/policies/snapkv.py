@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from paged_kv.core.options import integer
-from paged_kv.policies.base import Region, ScoringPolicy
+from paged_kv.policies.base import ScoringPolicy
+from paged_kv.policies.region import Region
 
 
 class SnapKV(ScoringPolicy):

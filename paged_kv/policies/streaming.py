@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from paged_kv.policies.base import Events, Moves, PositionalPolicy, Region
+from paged_kv.policies.base import Events, Moves, PositionalPolicy
+from paged_kv.policies.region import Region
 
 
 class Streaming(PositionalPolicy):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from paged_kv.core.options import boolean
-from paged_kv.policies.base import Region, ScoringPolicy
+from paged_kv.policies.base import ScoringPolicy
+from paged_kv.policies.region import Region
 
 
 class TOVA(ScoringPolicy):

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from paged_kv.core.options import number, text
-from paged_kv.policies.base import Compaction, Region, Wrapper
+from paged_kv.policies.base import Wrapper
 from paged_kv.policies.entries import take
+from paged_kv.policies.region import Compaction, Region
 
 BLOCK = 128  # losers looked at together: their similarities to all entries are held at once
 

@@ -25,6 +25,7 @@ from paged_kv.kernels.reference import move_entries
 from paged_kv.kernels.rotary import Rotary
 from paged_kv.policies.base import Events, Int64s, Policy, PositionalPolicy
 from paged_kv.vllm import observation, regions
+from paged_kv.vllm.block_table import physical, skip
 from paged_kv.vllm.layer_group import Stack, caches_of, find_rotary, make_stacks
 from paged_kv.vllm.layout import stack_layers
 from paged_kv.vllm.observation import StepRows
@@ -146,7 +147,7 @@ class Compactor:
             table = metadata.block_table_tensor
             own = None if ring is None else ring[rows]
             self._pending.append(_Pending(names, table, spec.block_size, rows, events, own))
-        return _skip(metadata, evicted, spec.block_size) if evicted.any() else metadata
+        return skip(metadata, evicted, spec.block_size) if evicted.any() else metadata
 
     def observe(self, layer_name: str, query: torch.Tensor) -> None:
         """After a layer's attention: notes its queries [tokens, heads, head_dim], after RoPE."""
@@ -217,7 +218,7 @@ class Compactor:
         table = pending.block_table
         rows = torch.from_numpy(pending.rows[moves.event]).to(table.device, non_blocking=True)
         source, target = (
-            _physical(slots, rows, table, pending.block_size)
+            physical(slots, rows, table, pending.block_size)
             for slots in (moves.source, moves.target)
         )
         pages = self._pages_of(pending.layer_names)
@@ -241,34 +242,3 @@ class Compactor:
     def _rotary(self) -> Rotary:
         name = next(iter(self.layers))
         return find_rotary(self.runner.get_model(), name, self.layers[name].kv_cache.device)
-
-
-def _physical(
-    slots: Int64s, rows: torch.Tensor, table: torch.Tensor, block_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(page ids, offsets) of logical slots."""
-    index = torch.from_numpy(slots).to(table.device, non_blocking=True)
-    return table[rows, index // block_size].long(), index % block_size
-
-
-def _skip(
-    metadata: CommonAttentionMetadata, evicted: Int64s, block_size: int
-) -> CommonAttentionMetadata:
-    """Hides the evicted slots of each row: its table starts later, its length is what is retained.
-
-    Never in place: the groups share one metadata.
-    """
-    shift = torch.from_numpy(evicted)
-    left = metadata.seq_lens_cpu_upper_bound - shift.to(torch.int32)
-    max_len = int(left.max())
-    table = metadata.block_table_tensor
-    width = -(-max_len // block_size)
-    device_shift = shift.to(table.device, non_blocking=True)
-    columns = torch.arange(width, device=table.device) + (device_shift // block_size)[:, None]
-    return metadata.replace(
-        block_table_tensor=table.gather(1, columns.clamp_(max=table.shape[1] - 1)),
-        seq_lens=metadata.seq_lens - device_shift.to(metadata.seq_lens.dtype),
-        seq_lens_cpu_upper_bound=left,
-        max_seq_len=max_len,
-        _num_computed_tokens_cache=None,
-    )

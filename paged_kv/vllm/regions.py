@@ -11,7 +11,8 @@ import torch
 from paged_kv.kernels.pages import region_index, slot_index
 from paged_kv.kernels.reference import first_places, pair_moves
 from paged_kv.kernels.rotary import Rotary
-from paged_kv.policies.base import Compaction, Events, Int64s, Policy, Queries, Region
+from paged_kv.policies.base import Events, Int64s, Policy
+from paged_kv.policies.region import Compaction, Queries, Region
 from paged_kv.vllm.layer_group import Stack
 from paged_kv.vllm.observation import page_ids
 
