@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 FULL = "full"
 PYRAMIDAL = "pyramidal"
-DEFAULT_SELECTOR = "streaming"
+DEFAULT_SELECTOR = "past_future"
 ENTRY_POINT_GROUP = "paged_kv.policies"
 WRAPPED = "of"  # the option that makes a policy a wrapper
 
@@ -34,6 +34,7 @@ _BUILT_IN = {
         "knorm": "KNorm",
         "learned": "Learned",
         "lru": "LRU",
+        "past_future": "PastFuture",
         "pooling": "Pooling",
         "random": "Random",
         "residual": "Residual",

@@ -34,6 +34,7 @@ CASES = {
     "knorm": [{}],
     "learned": [{}],
     "lru": [{}, {"threshold": 0.3}],
+    "past_future": [{}, {"n_future": 3, "epsilon": 0.02, "observation_window": 6}],
     "pooling": [
         {},
         {"mode": "mean", "window": 3},

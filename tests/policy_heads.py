@@ -18,6 +18,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "knorm": {},
     "learned": {"weights": ""},
     "lru": {"threshold": 0.01},
+    "past_future": {"n_future": 512, "epsilon": 0.0, "observation_window": 64},
     "pooling": {"mode": "mean", "window": 2, "best_by": "attention"},
     "random": {"seed": 0},
     "residual": {"of": "h2o", "mode": "mean"},

@@ -100,6 +100,20 @@ def lru(head: Head, options: dict) -> np.ndarray:
     return np.array([max(s, p) for s, p in zip(head.scores, head.positions, strict=True)])
 
 
+def past_future(head: Head, options: dict) -> np.ndarray:
+    """Both measures as shares of what the entries that may go have."""
+    free = free_slots("past_future", head, options)
+    total = np.zeros(len(head.positions))
+    for measure in (
+        observed(head, options["observation_window"]),
+        expected_attention(head, options),
+    ):
+        whole = sum(measure[slot] for slot in free)
+        for slot in free:
+            total[slot] += measure[slot] / whole if whole else 0.0
+    return total
+
+
 def random(head: Head, options: dict) -> np.ndarray:
     """splitmix64, started anew from the last state plus the next number."""
 
@@ -148,6 +162,7 @@ SCORES: dict[str, Callable[[Head, dict], np.ndarray]] = {
         "knorm": lambda head, options: np.array([-np.linalg.norm(key) for key in head.keys]),
         "learned": learned,
         "lru": lru,
+        "past_future": past_future,
         "random": random,
         "snapkv": snapkv,
         "streaming": lambda head, options: np.array(head.positions, dtype=float),

@@ -10,6 +10,7 @@ from paged_kv.config import DEFAULT_BUDGET, CompressionConfig, parse_budget, par
 from paged_kv.core.budgets import num_groups, tier_sizes
 from paged_kv.core.options import text
 from paged_kv.policies.streaming import Streaming
+from paged_kv.registry import DEFAULT_SELECTOR
 
 
 def config(**values) -> CompressionConfig:
@@ -160,7 +161,7 @@ def test_budget_is_read_exactly(value, expected):
     ("policy", "is_pyramid", "selector"),
     [
         ("streaming", False, "streaming"),
-        ("pyramidal", True, "streaming"),
+        ("pyramidal", True, DEFAULT_SELECTOR),
         ("pyramidal+streaming", True, "streaming"),
     ],
 )

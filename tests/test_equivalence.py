@@ -148,13 +148,13 @@ CASES = {
         max_tokens=128,
     ),
     "pyramidal": Case(
-        {"policy": "pyramidal", "budget": 256},
+        {"policy": "pyramidal+streaming", "budget": 256},
         Rule(PYRAMID_256),
         [60, 192, 300, 420],
         engine=CHUNKS,
     ),
     "pyramidal, half, compress_prefill, skipped layers": Case(
-        {"policy": "pyramidal", "budget": 0.5, "min_budget": 96, "compress_prefill": True}
+        {"policy": "pyramidal+streaming", "budget": 0.5, "min_budget": 96, "compress_prefill": True}
         | {"skip_layers": [0, 1, 2, 3, 4, 29]},
         Rule([*[None] * 5, *PYRAMID_HALF, None], min_budget=96, compress_prefill=True),
         [70, 256, 410],
@@ -213,8 +213,8 @@ def scored(llm: Any, prompts: list[list[int]]) -> list[Any]:
     ("store", "configs"),
     [
         ("float32", [{"policy": "full"}, {"policy": "streaming"} | LARGE]),
-        ("bfloat16", [{"policy": "pyramidal"} | LARGE]),
-        ("fp8", [{"policy": "pyramidal"} | LARGE]),
+        ("bfloat16", [{"policy": "pyramidal+streaming"} | LARGE]),
+        ("fp8", [{"policy": "pyramidal+streaming"} | LARGE]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -312,7 +312,7 @@ class Ledger:
 @pytest.mark.parametrize("store", ["bfloat16", "fp8"])
 def test_entries_are_moved_bit_for_bit(store, smollm2_dir, text):
     skip_without_fp8(store)
-    config = {"policy": "pyramidal", "budget": 128, "recent_window": 16}
+    config = {"policy": "pyramidal+streaming", "budget": 128, "recent_window": 16}
     settings = {"block_size": 32, **CHUNKS, **STORES[store]}
     with engines.engine(str(smollm2_dir), config, **settings) as llm:
         ledger = Ledger(engines.worker(llm), num_sinks=4)

@@ -97,7 +97,7 @@ def layer_specs(llm: Any) -> list[tuple[str, str]]:
 @pytest.mark.vllm
 def test_a_pyramid_on_a_hybrid_has_one_tier(tmp_path):
     model = tiny_models.saved("gemma3", tmp_path)
-    policy = {"policy": "pyramidal", "budget": BUDGET}
+    policy = {"policy": "pyramidal+streaming", "budget": BUDGET}
     with engines.engine(model, policy, **SETTINGS) as llm:
         assert len(generate_and_count(llm, LONG)[1]) == 2
         assert [spec for spec, _ in layer_specs(llm)].count("PagedSpec") == 3
@@ -106,7 +106,7 @@ def test_a_pyramid_on_a_hybrid_has_one_tier(tmp_path):
 @pytest.mark.vllm
 def test_a_pyramid_has_a_group_for_each_tier(tmp_path):
     model = tiny_models.saved("llama", tmp_path)
-    policy = {"policy": "pyramidal", "budget": BUDGET}
+    policy = {"policy": "pyramidal+streaming", "budget": BUDGET}
     with engines.engine(model, policy, **SETTINGS) as llm:
         pages = generate_and_count(llm, LONG)[1]
     assert len(pages) == 3

@@ -33,6 +33,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "knorm": [{}],
     "learned": [{}],
     "lru": [{"threshold": 0.05}],
+    "past_future": [{"n_future": 8, "observation_window": 16}],
     "pooling": [
         {"mode": "mean"},
         {"mode": "max", "window": 3},

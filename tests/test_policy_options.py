@@ -23,6 +23,7 @@ WRONG = {
         ("epsilon", float("nan")),
         ("observation_window", 1),
     ],
+    "past_future": [("n_future", 0), ("epsilon", 2), ("observation_window", 1)],
     "h2o": [("heavy_ratio", -0.1), ("recent_ratio", 1.1), ("recent_ratio", True)],
     "hybrid": [("split_ratio", 1.01), ("split_ratio", "half"), ("observation_window", 0)],
     "learned": [("weights", 3), ("weights", "/nowhere/at/all.npz")],

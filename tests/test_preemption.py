@@ -16,7 +16,7 @@ from test_prefix_cache import watched_pages
 pytestmark = pytest.mark.vllm
 
 STREAMING = {"policy": "streaming", "budget": 160}
-PYRAMID = {"policy": "pyramidal", "budget": 128}
+PYRAMID = {"policy": "pyramidal+streaming", "budget": 128}
 KEEP_A_QUARTER = {"policy": "streaming", "budget": "0.25", "min_budget": 128}
 TOLERANCE = 1e-3  # of logprobs, for float32
 

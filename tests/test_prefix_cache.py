@@ -16,7 +16,7 @@ from reference_loop import Rule, Sequence_, check_output, load_model
 pytestmark = pytest.mark.vllm
 
 STREAMING = {"policy": "streaming", "budget": 96}
-PYRAMID = {"policy": "pyramidal", "budget": 128}
+PYRAMID = {"policy": "pyramidal+streaming", "budget": 128}
 RULES = {
     "streaming": Rule([96] * 6),
     "pyramidal": Rule([160, 160, 128, 128, 96, 96]),

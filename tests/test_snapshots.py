@@ -83,7 +83,7 @@ def test_the_same_prompt_again_is_hit_whole(smollm2_dir: Path) -> None:
     tokens: dict[bool, list[list[int]]] = {}
     hits: list[int] = []
     for caching in (False, True):
-        policy = {"policy": "pyramidal", "budget": 256}
+        policy = {"policy": "pyramidal+streaming", "budget": 256}
         with engines.engine(str(smollm2_dir), policy, enable_prefix_caching=caching) as llm:
             outputs = [
                 output

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 CACHED_NUMBERS = 1 << 19  # float32 numbers that a core's own cache holds
@@ -89,17 +91,54 @@ def attention_mass(
     asked = query_positions.expand(*lead, *queries.shape[-3:-1]).flatten(0, -3)
     held = key_positions.expand(*lead, -1).flatten(0, -2)
     extra = None if sinks is None else sinks.expand(*lead, -1).flatten(0, -2)
-    limit = CACHED_NUMBERS if queries.device.type == "cpu" else 64 * CACHED_NUMBERS
-    at_once = max(1, limit // (asked[0].numel() * held.shape[-1]))
     result = torch.empty(held.shape, dtype=queries.dtype, device=queries.device)
-    for start in range(0, len(states), at_once):
-        part = slice(start, start + at_once)
+    for part in _blocks(held, asked[0].numel()):
         terms = scale, softcap, None if extra is None else extra[part]
         probabilities = attention_probabilities(
             states[part], entries[part], asked[part], held[part], *terms
         )
         torch.sum(probabilities, (-3, -2), out=result[part])
     return result.unflatten(0, lead)
+
+
+def expected_probabilities(
+    mean: torch.Tensor,
+    deviations: torch.Tensor,
+    keys: torch.Tensor,
+    hidden: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Softmax over the entries of E[exp(scale q.k)], q Gaussian; mean over the group: [..., m].
+
+    A few heads at a time, like attention_mass.
+
+    Args:
+        mean: float32 [..., group, head_dim], of the queries.
+        deviations: float32 [..., group, n, head_dim]; D^T D is the queries' covariance.
+        keys: float32 [..., m, head_dim].
+        hidden: bool [..., m], entries that take no part; not all of a row.
+        scale: factor of the logits.
+    """
+    lead, (group, size) = mean.shape[:-2], mean.shape[-2:]
+    means, spread = mean.flatten(0, -3), deviations.flatten(0, -4)
+    entries, out = keys.flatten(0, -3), hidden.expand(*lead, -1).flatten(0, -2)
+    result = torch.empty(out.shape, dtype=keys.dtype, device=keys.device)
+    for part in _blocks(out, group * size):
+        own, k = spread[part], entries[part]
+        covariance = own.transpose(-1, -2) @ own  # [heads, group, head_dim, head_dim]
+        wide = covariance.transpose(1, 2).flatten(2)  # one product for the whole group
+        squares = ((k @ wide).unflatten(-1, (group, size)) * k[:, :, None]).sum(-1)
+        logits = k @ means[part].transpose(-1, -2) * scale + squares * (scale**2 / 2)
+        logits = logits.masked_fill_(out[part][..., None], torch.finfo(logits.dtype).min)
+        result[part] = logits.softmax(-2).mean(-1)
+    return result.unflatten(0, lead)
+
+
+def _blocks(rows: torch.Tensor, numbers: int) -> Iterator[slice]:
+    """Slices of rows [rows, m] with so few that m * numbers of each fit a core's cache."""
+    limit = CACHED_NUMBERS if rows.device.type == "cpu" else 64 * CACHED_NUMBERS
+    at_once = max(1, limit // (rows.shape[-1] * numbers))
+    return (slice(start, start + at_once) for start in range(0, len(rows), at_once))
 
 
 def lowest(

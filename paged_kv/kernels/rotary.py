@@ -23,13 +23,17 @@ class Rotary:
     neox: bool = True
 
     def rotate(self, x: torch.Tensor, positions: torch.Tensor, back: bool = False) -> torch.Tensor:
-        """Turns x [..., head_dim] by positions [...]; back: undoes it. A scale in cos, sin too."""
+        """Turns x [..., head_dim] by positions [...]; back: undoes it."""
+        return self.turn(x, *self.at(positions, back))
+
+    def at(self, positions: torch.Tensor, back: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin at positions [...]: [..., rotary_dim / 2] each; back: of the inverse."""
         index = positions.clamp(0, len(self.cos) - 1)
         cos, sin = self.cos[index], self.sin[index]
         if back:
             squared = cos**2 + sin**2  # not 1 where RoPE also scales (YaRN)
             cos, sin = cos / squared, -sin / squared
-        return self.turn(x, cos, sin)
+        return cos, sin
 
     def mean(self, start: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean cos and sin over `count` positions from start [...]: [..., rotary_dim / 2] each."""
@@ -49,3 +53,11 @@ class Rotary:
         if self.neox:
             return torch.cat([*turned, rest], -1)
         return torch.cat([torch.stack(turned, -1).flatten(-2), rest], -1)
+
+
+def compose(
+    first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of one turn after the other; scales multiply."""
+    (cos, sin), (cos_, sin_) = first, second
+    return cos * cos_ - sin * sin_, cos * sin_ + sin * cos_
