@@ -67,7 +67,7 @@ def make_compactor(monkeypatch) -> Any:
             made.input_batch.req_id_to_index = {"a": 0, "b": 1}
         else:
             made.req_states.req_id_to_index = {"a": 3, "b": 1}
-        compactor = Compactor(made, policy, layers, max_num_seqs=4)
+        compactor = Compactor(made, policy, layers)
         return compactor, views, metadata(kernel_page_size, req_idx)
 
     return make
@@ -179,28 +179,41 @@ def test_merged_values_are_written(layout, make_compactor):
 
 
 def test_rows_are_given_back():
-    """A request that ends or is preempted leaves its row to the next one."""
-    from paged_kv.vllm.requests import RequestRows
+    """To a request whose first window begins; one that ends or is preempted leaves its row."""
+    from paged_kv.core.schedule import Schedule
+    from paged_kv.vllm.requests import NOBODY, RequestRows
 
-    runner = SimpleNamespace(input_batch=SimpleNamespace(req_ids=[], req_id_to_index={}))
-    rows = RequestRows(runner, 2)
+    batch = SimpleNamespace(req_ids=[], req_id_to_index={})
+    rows = RequestRows(SimpleNamespace(input_batch=batch), window=4)
+    rows.grow(2)
+    lengths: dict[str, int] = {}
 
-    def step(new: list[str], gone: list[str], preempted: list[str]) -> list[int]:
+    def step(new: dict[str, int], gone: str = "", preempted: str = "", more: int = 1) -> dict:
         made = output(dict.fromkeys(new, 0))
         made.finished_req_ids, made.preempted_req_ids = set(gone), set(preempted)
         rows.begin_step(made)
-        batch = runner.input_batch
-        left = [name for name in batch.req_ids if name not in gone + preempted]
-        batch.req_ids = [*new, *left]
+        batch.req_ids = [*new, *(name for name in batch.req_ids if name not in gone + preempted)]
         batch.req_id_to_index = {name: index for index, name in enumerate(batch.req_ids)}
-        found, hits = rows.of_batch(SimpleNamespace(req_idx=None, num_reqs=len(batch.req_ids)))
-        assert sorted(hits) == list(range(len(new)))
-        return found.tolist()
+        before = [0 if name in new else lengths[name] for name in batch.req_ids]
+        lengths.update({name: lengths[name] + more for name in batch.req_ids if name not in new})
+        lengths.update(new)
+        metadata = SimpleNamespace(req_idx=None, num_reqs=len(batch.req_ids))
+        assert sorted(rows.hits(metadata)) == list(range(len(new)))
+        after = [lengths[name] for name in batch.req_ids]
+        arrays = (np.array(numbers) for numbers in ([1] * len(after), before, after))
+        found = rows.of_batch(metadata, Schedule(8, 16), *arrays)  # compacts from 24 tokens on
+        return dict(zip(batch.req_ids, found.tolist(), strict=True))
 
-    (first,) = step(["a"], [], [])
-    second, again = step(["b"], [], [])
-    assert (again, second) == (first, 1 - first)
-    assert step([], ["a"], []) == [second]
-    assert step(["c"], [], []) == [first, second]
-    assert step(["d"], [], ["b"]) == [second, first]
-    assert isinstance(rows.first_token, np.ndarray)
+    assert step({"a": 19}) == {"a": NOBODY}
+    assert step({"b": 3})["b"] == NOBODY
+    first = step({})["a"]  # 21 tokens: the queries 20 to 23 are its window
+    assert first != NOBODY
+    assert rows.first_token[first] == 20
+    assert step({}, more=20)["b"] not in (first, NOBODY)
+    assert step({"c": 30}, gone="a")["c"] == first
+    assert rows.first_token[first] == 0
+    assert step({"d": 40}, preempted="c")["d"] == first
+    assert rows.num_rows == 3
+    late = step({"e": 50})["e"]  # one more than was expected
+    assert late >= 3
+    assert rows.num_rows > 3

@@ -68,18 +68,15 @@ class Compactor:
         runner: vLLM's model runner (V1 or V2).
         policy: picks the survivors.
         layers: Attention layers by name (vLLM's static forward context).
-        max_num_seqs: requests that can run at once.
     """
 
-    def __init__(
-        self, runner: Any, policy: Policy, layers: dict[str, Any], max_num_seqs: int = 0
-    ) -> None:
+    def __init__(self, runner: Any, policy: Policy, layers: dict[str, Any]) -> None:
         self.runner = runner
         self.policy = policy
         self.layers = layers
         self.num_events = 0
         self.positional = isinstance(policy, PositionalPolicy)
-        self.requests = RequestRows(runner, max_num_seqs)
+        self.requests = RequestRows(runner, policy.observation_window)
         self._in_step = False
         self._pending: list[_Pending] = []
         self._observed: dict[str, _Observed] = {}  # by layer name
@@ -138,7 +135,9 @@ class Compactor:
         names = tuple(layer_names)
         ring = None
         if not self.positional:
-            ring, hits = self.requests.of_batch(metadata)
+            hits = self.requests.hits(metadata)
+            lens = (prompt_lens, after - count, after)
+            ring = self.requests.of_batch(metadata, spec.schedule, *lens)
             step = StepRows(starts[:-1], count, after, evicted, ring)
             self._note_tokens(names, metadata, step, hits)
         rows = np.flatnonzero(evicted_after > evicted)
@@ -189,6 +188,8 @@ class Compactor:
 
     def _note_queries(self, names: tuple[str, ...], table: torch.Tensor, step: StepRows) -> None:
         stacks = self._stacks_of(names)
+        for stack in stacks:
+            stack.make_room(self.requests.num_rows)
         window = self.policy.observation_window
         ring = observation.last_queries(step, window, table.device) if window else None
         batches: list[observation.QueryBatch] = []
@@ -233,9 +234,7 @@ class Compactor:
 
     def _stacks_of(self, layer_names: tuple[str, ...]) -> list[Stack]:
         if layer_names not in self._stacks:
-            num_rows = len(self.requests.first_token)
-            stacks = make_stacks(layer_names, self.layers, self.policy, num_rows)
-            self._stacks[layer_names] = stacks
+            self._stacks[layer_names] = make_stacks(layer_names, self.layers, self.policy)
         return self._stacks[layer_names]
 
     @cached_property

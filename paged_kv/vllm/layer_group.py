@@ -26,7 +26,6 @@ class Stack:
         cache: [layers, pages, heads, page_size, content], or the last two flattened.
         elements: see Pages.
         policy: says what is kept beside the pages.
-        num_rows: requests that can run at once.
     """
 
     def __init__(
@@ -36,7 +35,6 @@ class Stack:
         cache: torch.Tensor,
         elements: torch.Tensor | None,
         policy: Policy,
-        num_rows: int,
     ) -> None:
         first, device = layers[0], cache.device
         key, value = _number(first, "_k_scale_float"), _number(first, "_v_scale_float")
@@ -46,8 +44,8 @@ class Stack:
         self.side = SideData(policy, shape, device)
         self.ring = None  # [layers, rows, window, query heads, head_dim]: token t at t % window
         if policy.observation_window:
-            size = (num_rows, policy.observation_window, first.num_heads, first.head_size)
-            self.ring = torch.zeros((len(layers), *size), dtype=first.dtype, device=device)
+            size = (len(layers), 0, policy.observation_window, first.num_heads, first.head_size)
+            self.ring = torch.zeros(size, dtype=first.dtype, device=device)
         self.layer_ids = torch.tensor([extract_layer_index(name) for name in names], device=device)
         first_head = get_tensor_model_parallel_rank() * pages.num_heads
         self.head_ids = torch.arange(pages.num_heads, device=device) + first_head
@@ -56,15 +54,19 @@ class Stack:
         self.softcap = float(getattr(impl, "logits_soft_cap", None) or 0.0)
         self.sinks = _sinks(layers, pages.num_heads)
 
+    def make_room(self, num_rows: int) -> None:
+        """Gives the ring at least so many rows."""
+        if self.ring is not None and self.ring.shape[1] < num_rows:
+            more = num_rows - self.ring.shape[1]
+            self.ring = torch.nn.functional.pad(self.ring, (0, 0, 0, 0, 0, 0, 0, more))
+
     def grouped(self, queries: torch.Tensor) -> torch.Tensor:
         """float32 [..., kv_heads, group, queries, head_dim] of [..., queries, heads, head_dim]."""
         heads = queries.unflatten(-2, (self.pages.num_heads, -1)).float()
         return heads.movedim(-4, -2)
 
 
-def make_stacks(
-    names: tuple[str, ...], layers: dict[str, Any], policy: Policy, num_rows: int
-) -> list[Stack]:
+def make_stacks(names: tuple[str, ...], layers: dict[str, Any], policy: Policy) -> list[Stack]:
     """The stacks of these layers; see Stack."""
     chosen = [layers[name] for name in names]
     caches, elements = caches_of(chosen)
@@ -72,7 +74,7 @@ def make_stacks(
     for cache in stack_layers(caches):
         part = slice(start, start + len(cache))
         start = part.stop
-        stacks.append(Stack(list(names[part]), chosen[part], cache, elements, policy, num_rows))
+        stacks.append(Stack(list(names[part]), chosen[part], cache, elements, policy))
     return stacks
 
 
@@ -84,16 +86,10 @@ def caches_of(layers: list[Any]) -> tuple[list[torch.Tensor], torch.Tensor | Non
     return [cache.flatten(2) for cache in caches], probe_elements(layers[0], caches[0])
 
 
-def ring_bytes(layers: list[Any], policy: Policy, num_rows: int) -> int:
-    """Memory of the rings of these layers."""
-    return sum(
-        num_rows
-        * policy.observation_window
-        * layer.num_heads
-        * layer.head_size
-        * layer.dtype.itemsize
-        for layer in layers
-    )
+def row_bytes(layers: list[Any], policy: Policy) -> int:
+    """Memory of one row of the query ring in these layers."""
+    numbers = (layer.num_heads * layer.head_size * layer.dtype.itemsize for layer in layers)
+    return policy.observation_window * sum(numbers)
 
 
 def find_rotary(model: torch.nn.Module, name: str, device: torch.device) -> Rotary:

@@ -1,32 +1,53 @@
-"""A row for every running request, where its last queries are kept; batch indices change."""
+"""A row for every request that will soon compact, where its last queries are kept.
+
+A window is needed only from its length before a request's first compaction on; the request then
+holds about a budget. So the ring has as many rows as such requests fit into the pool, not one for
+each request that might run. Others write to one row more, which nobody reads.
+"""
 
 from __future__ import annotations
 
+from itertools import repeat
 from typing import Any
 
 import numpy as np
+from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from paged_kv.core.schedule import Schedule
 from paged_kv.policies.base import Int64s
+
+logger = init_logger(f"vllm.{__name__}")
+
+NOBODY = 0  # the row of those that need none
 
 
 class RequestRows:
-    """Rows by request.
-
-    The V2 runner has a table of its own, whose row numbers serve; the V1 runner moves requests
-    about in its batch.
+    """Rows by request, whose indices in vLLM's batch change (V1 runner).
 
     Args:
         runner: vLLM's model runner (V1 or V2).
-        num_rows: requests that can run at once.
+        window: the last queries that are kept; 0 if none are.
     """
 
-    def __init__(self, runner: Any, num_rows: int) -> None:
+    def __init__(self, runner: Any, window: int) -> None:
         self.runner = runner
-        self.first_token = np.zeros(num_rows, dtype=np.int64)  # computed by this worker, by row
-        self._free = list(range(num_rows))
-        self._rows: dict[str, int] = {}
+        self.window = window
+        self.first_token = np.zeros(1, dtype=np.int64)  # whose query a row has, by row
+        self._free: list[int] = []
+        self._keys: dict[str, Any] = {}  # of each request: its name; in the V2 runner, its index
+        self._rows: dict[Any, int] = {}  # by key
         self._fresh: dict[str, int] = {}
+
+    @property
+    def num_rows(self) -> int:
+        """Rows, that of nobody included."""
+        return len(self.first_token)
+
+    def grow(self, num_rows: int) -> None:
+        """Makes room for so many requests."""
+        self._free += range(self.num_rows, num_rows + 1)
+        self.first_token = np.pad(self.first_token, (0, num_rows + 1 - self.num_rows))
 
     def begin_step(self, scheduler_output: Any) -> None:
         """Requests come and go."""
@@ -34,31 +55,63 @@ class RequestRows:
             scheduler_output.preempted_req_ids or set()
         )
         cached = scheduler_output.scheduled_cached_reqs
-        self._free += [self._rows.pop(request) for request in gone if request in self._rows]
+        keys = [self._keys.pop(request) for request in gone if request in self._keys]
+        self._free += [self._rows.pop(key) for key in keys if key in self._rows]
         self._fresh = {
             new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs
         }
         if cached.resumed_req_ids:
             computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
             self._fresh |= {request: computed[request] for request in cached.resumed_req_ids}
-        for request in self._fresh:
-            if request not in self._rows:
-                self._rows[request] = self._free.pop()
 
-    def of_batch(self, metadata: CommonAttentionMetadata) -> tuple[Int64s, dict[int, int]]:
-        """(row of each batch index, prefix hit in tokens by batch index of a fresh request)."""
-        if metadata.req_idx is not None:
-            rows = np.asarray(metadata.req_idx, dtype=np.int64)
-            places = self.runner.req_states.req_id_to_index
-            batch = {
-                request: int(np.flatnonzero(rows == places[request])[0]) for request in self._fresh
-            }
+    def hits(self, metadata: CommonAttentionMetadata) -> dict[int, int]:
+        """Prefix hit in tokens of the requests that are new in this step, by batch index."""
+        places = self._batch_index(metadata)
+        return {places[request]: hit for request, hit in self._fresh.items()}
+
+    def _batch_index(self, metadata: CommonAttentionMetadata) -> dict[str, int]:
+        """Of the requests that are new in this step; notes their keys."""
+        if metadata.req_idx is None:
+            self._keys |= {request: request for request in self._fresh}
+            index: dict[str, int] = self.runner.input_batch.req_id_to_index
+            return index
+        index = self.runner.req_states.req_id_to_index
+        self._keys |= {request: index[request] for request in self._fresh}
+        batch = np.asarray(metadata.req_idx)
+        return {request: int(np.flatnonzero(batch == index[request])[0]) for request in self._fresh}
+
+    def of_batch(
+        self,
+        metadata: CommonAttentionMetadata,
+        schedule: Schedule,
+        prompt_lens: Int64s,
+        start: Int64s,
+        after: Int64s,
+    ) -> Int64s:
+        """Row of each batch index; requests get one in the step that begins their first window.
+
+        Args:
+            metadata: of the batch.
+            schedule: when the layer group compacts.
+            prompt_lens: of each request.
+            start: its length before this step.
+            after: its length after this step.
+        """
+        if metadata.req_idx is None:
+            keys: list[Any] = self.runner.input_batch.req_ids[: metadata.num_reqs]
         else:
-            ids = self.runner.input_batch.req_ids[: metadata.num_reqs]
-            rows = np.fromiter(map(self._rows.__getitem__, ids), np.int64, len(ids))
-            batch = {
-                request: self.runner.input_batch.req_id_to_index[request] for request in self._fresh
-            }
-        hits = {batch[request]: hit for request, hit in self._fresh.items()}
-        self.first_token[rows[list(hits)]] = list(hits.values())
-        return rows, hits
+            keys = np.asarray(metadata.req_idx).tolist()
+        rows = np.fromiter(map(self._rows.get, keys, repeat(NOBODY)), np.int64, len(keys))
+        if self.window:
+            soon = schedule.evicted(after + self.window - 1, prompt_lens) > 0
+            for index in np.flatnonzero((rows == NOBODY) & soon):  # once per request
+                rows[index] = self._take(keys[index], int(start[index]))
+        return rows
+
+    def _take(self, key: Any, first_token: int) -> int:
+        if not self._free:
+            logger.warning("more requests share their pages than expected: more memory for queries")
+            self.grow(2 * self.num_rows)
+        row = self._rows[key] = self._free.pop()
+        self.first_token[row] = first_token
+        return row

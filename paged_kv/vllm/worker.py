@@ -14,11 +14,12 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from paged_kv.config import CompressionConfig
+from paged_kv.core.schedule import cdiv
 from paged_kv.policies.base import Policy
 from paged_kv.vllm import limits, side_data
 from paged_kv.vllm.attention import observe_layer, wrap_backend
 from paged_kv.vllm.compaction import Compactor
-from paged_kv.vllm.layer_group import ring_bytes
+from paged_kv.vllm.layer_group import row_bytes
 from paged_kv.vllm.spec import PagedSpec, register
 
 logger = init_logger(f"vllm.{__name__}")
@@ -43,8 +44,7 @@ class PagedWorkerMixin:
         register()
         every = self.vllm_config.compilation_config.static_forward_context
         layers = {name: every[name] for name in self._schedules()}
-        max_num_seqs = self.vllm_config.scheduler_config.max_num_seqs
-        self.compactor = Compactor(self.model_runner, self._policy(), layers, max_num_seqs)
+        self.compactor = Compactor(self.model_runner, self._policy(), layers)
         for name, layer in layers.items():
             layer.attn_backend = wrap_backend(layer.attn_backend, self.compactor)
             if self.compactor.observes:
@@ -77,7 +77,9 @@ class PagedWorkerMixin:
         Raises:
             ValueError: nothing is left.
         """
-        return self._for_pages(super().determine_available_memory())  # type: ignore[misc]
+        memory = super().determine_available_memory()  # type: ignore[misc]
+        self.compactor.requests.grow(self._ring_rows(memory))
+        return self._for_pages(memory)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """The caches are (re)allocated."""
@@ -107,25 +109,38 @@ class PagedWorkerMixin:
 
     def _for_pages(self, memory: int) -> int:
         """Of so many bytes for the KV cache, those for keys and values."""
-        policy = self.compactor.policy
+        policy, layers = self.compactor.policy, list(self.compactor.layers.values())
         if self.compactor.positional:
             return memory
-        layers = list(self.compactor.layers.values())
-        ring = ring_bytes(layers, policy, len(self.compactor.requests.first_token))
-        spec = next(
-            s
-            for s in self.model_runner.get_kv_cache_spec().values()
-            if type(s) is FullAttentionSpec
-        )
-        beside = side_data.bytes_per_slot(policy) * spec.num_kv_heads * spec.block_size
+        ring = (self._ring_rows(memory) + 1) * row_bytes(layers, policy)
+        spec, beside = self._page()
         left = (memory - ring) * spec.page_size_bytes // (spec.page_size_bytes + beside)
         if left <= 0:
             raise ValueError(
                 f"the queries that this kv-policy observes take {ring} bytes (observation_window "
                 f"{policy.observation_window}), more than the {memory} of the KV cache: lower "
-                "observation_window or max_num_seqs, or give the KV cache more memory"
+                "observation_window, or give the KV cache more memory"
             )
         return int(left)
+
+    def _ring_rows(self, memory: int) -> int:
+        """Requests with an observation window that fit: each holds about a budget in each layer."""
+        policy, layers = self.compactor.policy, list(self.compactor.layers.values())
+        if not policy.observation_window:
+            return 0
+        spec, beside = self._page()
+        least = row_bytes(layers, policy)
+        for schedule in self._schedules().values():
+            held = schedule.minimum + schedule.page_size - policy.observation_window
+            least += max(1, cdiv(held, schedule.page_size)) * (spec.page_size_bytes + beside)
+        return min(self.vllm_config.scheduler_config.max_num_seqs, max(1, memory // least))
+
+    def _page(self) -> tuple[FullAttentionSpec, int]:
+        """The spec of a compressed layer, and the bytes of a page's side data."""
+        policy = self.compactor.policy
+        specs = self.model_runner.get_kv_cache_spec()
+        spec: FullAttentionSpec = specs[next(iter(self.compactor.layers))]
+        return spec, side_data.bytes_per_slot(policy) * spec.num_kv_heads * spec.block_size
 
     def _limit_prompts(self, specs: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
         """Lets vLLM start with a pool below max_model_len, where the pool's size is configured.
