@@ -41,7 +41,7 @@ def measure(args: argparse.Namespace, share: float) -> dict[str, float]:
 
 if __name__ == "__main__":
     parser = script.make_parser(__doc__, rounds=1, requests=32, prompt_len=128, budget=256)
-    script.add_cases(parser, "streaming", "pyramidal", default=["streaming"])
+    script.add_cases(parser, "streaming", "pyramidal+streaming", default=["streaming"])
     parser.add_argument(
         "--output-lens",
         type=script.positive,

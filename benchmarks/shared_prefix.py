@@ -52,5 +52,5 @@ if __name__ == "__main__":
         output_len=32,
         budget=256,
     )
-    script.add_cases(parser, "streaming", "pyramidal")
+    script.add_cases(parser, "streaming", "pyramidal+streaming")
     raise SystemExit(script.run(main, parser))

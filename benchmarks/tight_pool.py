@@ -27,5 +27,5 @@ if __name__ == "__main__":
         pool_tokens=384 * 32,
         budget=256,
     )
-    script.add_cases(parser, "streaming", "pyramidal")
+    script.add_cases(parser, "streaming", "pyramidal+streaming", "pyramidal+snapkv", "pyramidal")
     raise SystemExit(script.run(main, parser))

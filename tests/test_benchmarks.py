@@ -31,8 +31,8 @@ SCRIPTS = {
     ),
     "tight_pool": (
         "--rounds 1 --requests 4 --prompt-len 32 --output-len 160 --pool-tokens 512 --budget 128 "
-        "--cases pyramidal",
-        ["pyramidal"],
+        "--cases pyramidal+streaming",
+        ["pyramidal+streaming"],
         COMPARED | PRESSURE,
     ),
     "pool_sweep": (
@@ -46,8 +46,8 @@ SCRIPTS = {
         COMPARED | {"hit_rate", "baseline_hit_rate"},
     ),
     "compaction_cost": (
-        "--cycles 1 --budgets 128 --batches 1 2 --cases pyramidal",
-        ["pyramidal", "pyramidal"],
+        "--cycles 1 --budgets 128 --batches 1 2 --cases pyramidal+streaming",
+        ["pyramidal+streaming", "pyramidal+streaming"],
         COST | {"budget", "batch", "step_ms", "share"},
     ),
     "same_process": (

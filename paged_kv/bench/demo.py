@@ -34,7 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `paged-kv demo`."""
     add = parser.add_argument
     add("--model", default="smollm2", help="smollm2 (the default), a directory or a hub name")
-    add("--policy", default="pyramidal", help="what to compare plain vLLM with (default pyramidal)")
+    add(
+        "--policy",
+        default="pyramidal+streaming",
+        help="what to compare plain vLLM with (default pyramidal+streaming, the fastest)",
+    )
     add("--budget", default="256", help="entries kept per sequence and layer (default 256)")
     add("--requests", type=positive, default=40, metavar="N", help="default 40")
     add("--max-tokens", type=positive, default=640, metavar="N", help="output length, default 640")
