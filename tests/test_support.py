@@ -77,6 +77,22 @@ CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
 SCHEDULER = "vllm.v1.core.sched.scheduler.Scheduler"
 
 
+def test_a_cache_dtype_that_a_policy_cannot_read():
+    """Moving whole entries is possible in any format."""
+    from paged_kv.config import CompressionConfig
+    from paged_kv.vllm.support import _check_cache_dtype
+
+    def check(policy: str) -> None:
+        config = CompressionConfig.from_dict({"policy": policy})
+        _check_cache_dtype("int8_per_token_head", config)
+
+    check("streaming")
+    check("random")
+    for policy in ("knorm", "h2o", "pyramidal+snapkv", "residual"):
+        with pytest.raises(ValueError, match=r"cache dtype int8_per_token_head .* auto, float16"):
+            check(policy)
+
+
 @pytest.mark.parametrize(
     ("refusal", "kwargs"),
     [

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,6 +67,9 @@ class Compactor:
         runner: vLLM's model runner (V1 or V2).
         policy: picks the survivors.
         layers: Attention layers by name (vLLM's static forward context).
+
+    Raises:
+        ValueError: the policy needs the model's RoPE, and the model has no plain one.
     """
 
     def __init__(self, runner: Any, policy: Policy, layers: dict[str, Any]) -> None:
@@ -77,6 +79,9 @@ class Compactor:
         self.num_events = 0
         self.positional = isinstance(policy, PositionalPolicy)
         self.requests = RequestRows(runner, policy.observation_window)
+        self.rotary: Rotary | None = None
+        if "rotary" in policy.reads:
+            self.rotary = find_rotary(runner.get_model(), next(iter(layers)))
         self._in_step = False
         self._pending: list[_Pending] = []
         self._observed: dict[str, _Observed] = {}  # by layer name
@@ -211,9 +216,8 @@ class Compactor:
             assert pending.ring is not None
             first = self.requests.first_token[pending.ring]
             batch = regions.Batch(pending.rows, pending.ring, first, pending.events)
-            rotary = self._rotary if "rotary" in self.policy.reads else None
             for stack in self._stacks_of(pending.layer_names):
-                regions.compact(self.policy, stack, pending.block_table, batch, rotary)
+                regions.compact(self.policy, stack, pending.block_table, batch, self.rotary)
             return
         moves = self.policy.moves(pending.events)
         table = pending.block_table
@@ -236,8 +240,3 @@ class Compactor:
         if layer_names not in self._stacks:
             self._stacks[layer_names] = make_stacks(layer_names, self.layers, self.policy)
         return self._stacks[layer_names]
-
-    @cached_property
-    def _rotary(self) -> Rotary:
-        name = next(iter(self.layers))
-        return find_rotary(self.runner.get_model(), name, self.layers[name].kv_cache.device)

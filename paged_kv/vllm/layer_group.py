@@ -92,7 +92,7 @@ def row_bytes(layers: list[Any], policy: Policy) -> int:
     return policy.observation_window * sum(numbers)
 
 
-def find_rotary(model: torch.nn.Module, name: str, device: torch.device) -> Rotary:
+def find_rotary(model: torch.nn.Module, name: str) -> Rotary:
     """The RoPE of an attention layer.
 
     Raises:
@@ -106,7 +106,7 @@ def find_rotary(model: torch.nn.Module, name: str, device: torch.device) -> Rota
             f"this kv-policy needs to undo RoPE, but layer {name} has no plain rotary embedding "
             f"({type(rope).__name__})"
         )
-    cos, sin = table.to(device).float().chunk(2, -1)
+    cos, sin = table.float().chunk(2, -1)
     return Rotary(cos, sin, bool(rope.is_neox_style))
 
 

@@ -14,6 +14,8 @@ from paged_kv.config import CompressionConfig
 from paged_kv.plan import Plan, make_plan
 from paged_kv.vllm.worker import WORKERS
 
+READABLE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
+
 logger = init_logger(f"vllm.{__name__}")
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
@@ -58,6 +60,7 @@ def check(vllm_config: Any, config: CompressionConfig) -> Plan:
         raise _unsupported("a model without full-attention layers (all have a sliding window)")
     if len(full_layers) < num_layers:
         logger.info("paged_kv leaves the layers that have no full attention as they are")
+    _check_cache_dtype(vllm_config.cache_config.cache_dtype, config)
     plan = make_plan(config, vllm_config.cache_config.block_size, num_layers, full_layers)
     logger.info("paged_kv %s keeps: %s", config.policy, plan.describe())
     return plan
@@ -118,6 +121,17 @@ def _refuse(refused: dict[str, bool]) -> None:
     for what, present in refused.items():
         if present:
             raise _unsupported(what)
+
+
+def _check_cache_dtype(cache_dtype: str, config: CompressionConfig) -> None:
+    """Moving entries needs no knowledge of their format; reading and merging them does."""
+    policy = config.create_policy()
+    reads = policy.observation_window > 0 or policy.reads
+    if reads and cache_dtype not in READABLE_DTYPES:
+        raise _unsupported(
+            f"the cache dtype {cache_dtype} with {config.selector}, which reads the cache; "
+            f"it reads {', '.join(READABLE_DTYPES)}"
+        )
 
 
 def _full_attention_layers(hf_config: Any, num_layers: int) -> list[int]:
