@@ -166,9 +166,9 @@ _ROWS = {
 def _print_table(report: dict[str, Any]) -> None:
     engines = report["engines"]
     sys.stderr.flush()
-    print(f"\n{'':44}" + "".join(f"{name:>16}" for name in engines))
+    print(f"\n{'':44}" + "".join(f"{name:>22}" for name in engines))
     for key, label in _ROWS.items():
-        print(f"{label:44}" + "".join(f"{figures[key]:>16,}" for figures in engines.values()))
+        print(f"{label:44}" + "".join(f"{figures[key]:>22,}" for figures in engines.values()))
     agreement = report["agreement"]
     print(
         f"\nspeed: {report['speed_ratio']:.2f} x. Outputs agree for "
