@@ -23,11 +23,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    rng = random.Random(1)
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    # Not t10 or t200: t0, t1, t2 are special tokens, which are found inside words too.
-    file.write_text(" ".join(f"t{rng.randrange(30, 100)}" for _ in range(1000)))
-    return file
+    return tiny_models.write_text(tmp_path_factory.mktemp("text") / "text.txt", 1000)
 
 
 def command(tiny, text, out, *args) -> list[str]:

@@ -213,3 +213,13 @@ def save_tokenizer(directory: Path) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="t0", bos_token="t1", eos_token="t2"
     ).save_pretrained(directory)
+
+
+def write_text(file: Path, num_words: int) -> Path:
+    """Random words that save_tokenizer's tokenizer knows; always the same."""
+    import random
+
+    rng = random.Random(1)
+    # Not t10 or t200: t0, t1, t2 are special tokens, which are found inside words too.
+    file.write_text(" ".join(f"t{rng.randrange(30, 100)}" for _ in range(num_words)))
+    return file

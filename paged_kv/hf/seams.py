@@ -24,7 +24,7 @@ Tensor = torch.Tensor
 
 
 class Terms(NamedTuple):
-    """How a layer computes its attention; see paged_kv.policies.base.Queries."""
+    """How a layer computes its attention; see paged_kv.policies.region.Queries."""
 
     scale: float
     softcap: float = 0.0
