@@ -107,22 +107,25 @@ def test_lowest_is_sorting(rows):
         assert set(found[row].nonzero().flatten().tolist()) == set(order[:count])
 
 
-@given(st.lists(st.lists(st.booleans(), min_size=9, max_size=9), min_size=1, max_size=5))
-def test_pair_moves_is_pairing(rows):
-    """Survivors below num_freed, in order, to the losers from there on, in order."""
+@pytest.mark.parametrize("at_the_head", [True, False])
+@given(rows=st.lists(st.lists(st.booleans(), min_size=9, max_size=9), min_size=1, max_size=5))
+def test_pair_moves_is_pairing(at_the_head, rows):
+    """Survivors of what is freed, in order, to the losers elsewhere, in order."""
     losers = torch.tensor(rows)
-    counts = losers.sum(-1)
+    counts, index = losers.sum(-1), torch.arange(9)
     limit = int(counts.max())
-    source, target = reference.pair_moves(losers, counts, limit)
+    head, tail = index < counts[:, None], index >= 9 - counts[:, None]
+    freed, own = (head, 8) if at_the_head else (tail, 0)
+    source, target = reference.pair_moves(losers, freed, limit, own)
     assert source.shape == target.shape == (len(rows), limit)
     for row, lost in enumerate(rows):
-        freed = sum(lost)
-        sources = [i for i in range(freed) if not lost[i]]
-        targets = [i for i in range(freed, 9) if lost[i]]
+        gone = range(sum(lost)) if at_the_head else range(9 - sum(lost), 9)
+        sources = [i for i in gone if not lost[i]]
+        targets = [i for i in range(9) if lost[i] and i not in gone]
         expected = list(zip(sources, targets, strict=True))
         pairs = list(zip(source[row].tolist(), target[row].tolist(), strict=True))
         assert pairs[: len(expected)] == expected
-        spare = expected[0] if expected else (8, 8)
+        spare = expected[0] if expected else (own, own)
         assert pairs[len(expected) :] == [spare] * (limit - len(expected))
 
 

@@ -1,1 +1,26 @@
-"""transformers: the only folder, besides models.py, that imports it."""
+"""transformers: the only folder, besides models.py, that imports it.
+
+What users need is here, loaded when it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOME = {
+    "CacheStats": "stats",
+    "PagedCache": "cache",
+    "PagedEncoderDecoderCache": "encoder_decoder",
+    "PagePool": "pool",
+    "PoolFull": "pool",
+    "enable": "enable",
+    "generate_batch": "batch",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

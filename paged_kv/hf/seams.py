@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -120,19 +121,42 @@ def rotary_of(model: Any) -> Rotary:
     Raises:
         ValueError: the model has no RoPE, or one of an unknown form.
     """
-    base = model.base_model
-    embedding = getattr(base, "rotary_emb", None)
+    embedding = getattr(model.base_model, "rotary_emb", None)
+    return _tables(embedding, model.config.get_text_config(), model.device)
+
+
+def rotary_of_layer(module: Any) -> Callable[[], Rotary]:
+    """Makes the RoPE tables for an attention layer, from the classes in its own file.
+
+    The maker raises ValueError: the model has no RoPE, or one of an unknown form.
+    """
+    modeling = sys.modules[type(module).__module__]
+    config = getattr(module, "config", None)
+    device = next(module.parameters()).device
+
+    @cache
+    def make() -> Rotary:
+        names = [name for name in vars(modeling) if name.endswith("RotaryEmbedding")]
+        if config is None or len(names) != 1:
+            raise ValueError(f"{type(module).__name__} has no rotary embeddings that we know")
+        embedding = getattr(modeling, names[0])(config=config).to(device)
+        return _tables(embedding, config, device)
+
+    return make
+
+
+def _tables(embedding: Any, config: Any, device: torch.device) -> Rotary:
+    name = type(embedding).__name__
     turn = getattr(sys.modules[type(embedding).__module__], "rotate_half", None)
     if embedding is None or turn is None:
-        raise ValueError(f"{type(model).__name__} has no rotary position embeddings that we know")
+        raise ValueError(f"{name} is no rotary position embedding that we know")
     turned = turn(torch.arange(1.0, 5.0)).tolist()
     if turned not in ([-3, -4, 1, 2], [-2, 1, -4, 3]):
-        raise ValueError(f"{type(model).__name__} turns dimensions in an unknown order")
+        raise ValueError(f"{name} turns dimensions in an unknown order")
     neox = turned[0] == -3
-    count = model.config.get_text_config().max_position_embeddings
-    positions = torch.arange(count, device=model.device)[None]
+    positions = torch.arange(config.max_position_embeddings, device=device)[None]
     by_type = "layer_type" in inspect.signature(embedding.forward).parameters
-    like = torch.zeros(1, device=model.device)
+    like = torch.zeros(1, device=device)
     with torch.no_grad():
         cos, sin = embedding(like, positions, *(["full_attention"] if by_type else []))
     half = cos.shape[-1] // 2

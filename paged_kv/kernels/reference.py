@@ -42,6 +42,7 @@ def attention_probabilities(
     scale: float,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What each query gives to each entry: float32 [..., kv_heads, group, queries, entries].
 
@@ -54,6 +55,7 @@ def attention_probabilities(
         scale: factor of the logits.
         softcap: logits become softcap * tanh(logit / softcap); 0 for none.
         sinks: float32 [..., kv_heads, group], logits that take part in the softmax and get nothing.
+        bias: float32, broadcasts to the result; added to the logits after the softcap.
     """
     # One product per KV head: expanding the keys over their group would copy them.
     group, num_queries = queries.shape[-3:-1]
@@ -61,6 +63,8 @@ def attention_probabilities(
     logits = logits.unflatten(-2, (group, num_queries))
     if softcap:
         logits = torch.tanh(logits / softcap) * softcap
+    if bias is not None:
+        logits = logits + bias
     visible = key_positions[..., None, None, :] <= query_positions[..., None]
     logits = logits.masked_fill_(~visible, -torch.inf)
     if sinks is not None:
@@ -169,26 +173,26 @@ def lowest(
 
 
 def pair_moves(
-    losers: torch.Tensor, num_freed: torch.Tensor, limit: int
+    losers: torch.Tensor, freed: torch.Tensor, limit: int, spare: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Which entries drop into which holes: (source, target), int64 [..., limit] each.
 
-    Survivors below num_freed go, in their order, to the losers' places from num_freed on. A row
-    with fewer than `limit` moves repeats one of them; one without any moves its last entry onto
-    itself. Nothing depends on values, so a GPU need not be waited for.
+    Survivors of the freed places go, in their order, to the losers' places that stay. A row with
+    fewer than `limit` moves repeats one of them; one without any moves an entry onto itself.
+    Nothing depends on values, so a GPU need not be waited for.
 
     Args:
-        losers: bool [..., m]; num_freed of each row.
-        num_freed: int64, broadcasts to [...]: leading entries whose places are freed.
-        limit: the largest num_freed.
+        losers: bool [..., m]; as many of each row as it has freed places.
+        freed: bool, broadcasts to [..., m]: places that are freed.
+        limit: the most losers of a row.
+        spare: a place that stays, in every row.
     """
     size = losers.shape[-1]
-    freed = torch.arange(size, device=losers.device) < num_freed[..., None]
     source = first_places(freed & ~losers, limit)
     target = first_places(losers & ~freed, limit)
     none = source[..., :1] == size
-    spare_source = torch.where(none, size - 1, source[..., :1])
-    spare_target = torch.where(none, size - 1, target[..., :1])
+    spare_source = torch.where(none, spare, source[..., :1])
+    spare_target = torch.where(none, spare, target[..., :1])
     missing = source == size
     return torch.where(missing, spare_source, source), torch.where(missing, spare_target, target)
 

@@ -117,3 +117,27 @@ class Compaction(NamedTuple):
     values: Tensor | None = None
     weights: Tensor | None = None
     changed: Tensor | None = None
+
+
+def moves(decided: Compaction, freed: Tensor, limit: int, spare: int) -> tuple[Tensor, Tensor]:
+    """What to write: (source, target), int64 [layers, events, kv_heads, columns] of slots.
+
+    Survivors of what is freed go to the losers' places; survivors that changed are written where
+    they are. Only slots that stay are written: the others can be somebody else's, too. All columns
+    of a row that are not needed repeat another one.
+
+    Args:
+        decided: see Compaction.
+        freed: bool, broadcasts to [..., m]: slots to be freed.
+        limit: the most losers of a row.
+        spare: a slot that stays, in every row.
+    """
+    source, target = reference.pair_moves(decided.losers, freed, limit, spare)
+    if decided.changed is None:
+        return source, target
+    size = decided.losers.shape[-1]
+    places = reference.first_places(decided.changed & ~freed, min(limit + 1, size))
+    unused = places == size
+    source = torch.cat([source, torch.where(unused, source[..., :1], places)], -1)
+    target = torch.cat([target, torch.where(unused, target[..., :1], places)], -1)
+    return source, target

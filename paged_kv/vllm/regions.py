@@ -9,10 +9,9 @@ import numpy as np
 import torch
 
 from paged_kv.kernels.pages import region_index, slot_index
-from paged_kv.kernels.reference import first_places, pair_moves
 from paged_kv.kernels.rotary import Rotary
 from paged_kv.policies.base import Events, Int64s, Policy
-from paged_kv.policies.region import Compaction, Queries, Region
+from paged_kv.policies.region import Compaction, Queries, Region, moves
 from paged_kv.vllm.layer_group import Stack
 from paged_kv.vllm.observation import page_ids
 
@@ -143,20 +142,10 @@ def _queries(stack: Stack, layers: torch.Tensor, batch: Batch) -> Queries | None
 def _apply(
     stack: Stack, layers: torch.Tensor, pages: torch.Tensor, region: Region, decided: Compaction
 ) -> None:
-    """Moves survivors into the losers' places, and writes survivors that changed.
-
-    Only to slots that stay: the pages to be freed can be somebody else's, too.
-    """
-    num_freed = region.num_losers[:, None]
-    source, target = pair_moves(decided.losers, num_freed, region.max_losers)
-    if decided.changed is not None:
-        index = torch.arange(decided.losers.shape[-1], device=pages.device)
-        in_place = decided.changed & (index >= num_freed[..., None])
-        limit = min(region.max_losers + 1, len(index))
-        places = first_places(in_place, limit)
-        spare = places == len(index)  # repeats a move
-        source = torch.cat([source, torch.where(spare, source[..., :1], places)], -1)
-        target = torch.cat([target, torch.where(spare, target[..., :1], places)], -1)
+    """Moves survivors into the losers' places, and writes survivors that changed."""
+    index = torch.arange(decided.losers.shape[-1], device=pages.device)
+    freed = index < region.num_losers[:, None, None]
+    source, target = moves(decided, freed, region.max_losers, spare=len(index) - 1)
     page_size = stack.pages.page_size
     read = slot_index(layers, pages, source, page_size)
     write = slot_index(layers, pages, target, page_size)

@@ -1,0 +1,314 @@
+"""PagedCache: a cache for transformers' generate() whose layers keep a budget of entries, in pages."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    Cache,
+    CacheLayerMixin,
+    get_layer_types_and_kwargs,
+)
+
+from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig
+from paged_kv.hf import implementation, seams
+from paged_kv.hf.attention_function import Handle
+from paged_kv.hf.masks import MaskSpec, counts_of
+from paged_kv.hf.paged_attention import Terms
+from paged_kv.hf.pool import Geometry, PagePool
+from paged_kv.hf.sequences import Sequences
+from paged_kv.hf.stats import CacheStats
+
+Tensor = torch.Tensor
+FORMATS = ("native",)
+
+
+class PagedLayer(CacheLayerMixin):
+    """What transformers asks of a layer; its entries are the cache's business.
+
+    Args:
+        progress: tokens that the cache has processed, padding included; one for all layers.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, progress: list[int]) -> None:
+        super().__init__()
+        self.progress = progress
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
+        """Never called: PagedCache.update answers."""
+        raise NotImplementedError("call PagedCache.update")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(length, offset) of a mask over all tokens so far and the new ones, dropped or not."""
+        return self.progress[0] + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Processed tokens, padding included."""
+        return self.progress[0]
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+
+class PagedCache(Cache):
+    """Keys and values in pages, a budget of entries per layer, survivors picked by a policy.
+
+    For `model.generate(**inputs, past_key_values=PagedCache(model.config, ...))`. Positions stay
+    true: `get_seq_length` counts processed tokens. Padding is not stored. Layers with a sliding
+    window or linear attention keep transformers' own caches. While a cache lives, the model's
+    attention implementation is "paged_kv", which without such a cache computes what sdpa does.
+
+    What is not given comes from the environment (PAGED_KV_POLICY, PAGED_KV_BUDGET,
+    PAGED_KV_POLICY_CONFIG), then from CompressionConfig's defaults.
+
+    Without compress_prefill nothing is dropped from a prompt before its end: while forward passes
+    have several tokens; the first pass with a single token compacts.
+
+    Args:
+        config: the model's, `model.config` itself.
+        policy: a name, or a CompressionConfig.
+        budget: entries kept per sequence and layer, or a fraction; see CompressionConfig.
+        page_size: entries per page.
+        page_format: how pages store numbers; "native" is the model's dtype.
+        pool: where pages come from, to share it or to limit it; None: memory of its own.
+        options: more of CompressionConfig's options, and those of the policy.
+
+    Raises:
+        ValueError: an unknown or wrong option; budgets that do not fit the model; a model whose
+            cache cannot be paged.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        policy: str | CompressionConfig | None = None,
+        budget: int | float | None = None,
+        page_size: int | None = None,
+        page_format: str = "native",
+        pool: PagePool | None = None,
+        **options: Any,
+    ) -> None:
+        compression = read_options(policy, budget, options)
+        pool, is_private = _read_pool(pool, page_size), pool is None
+        if page_format not in FORMATS:
+            raise ValueError(
+                f"page_format must be one of {', '.join(FORMATS)}, not {page_format!r}"
+            )
+        decoder = config.get_text_config(decoder=True)
+        if getattr(decoder, "num_kv_shared_layers", 0):
+            raise ValueError("a model whose layers share their KV cache is not supported")
+        types, arguments = get_layer_types_and_kwargs(decoder)
+        paged = [layer for layer, kind in enumerate(types) if kind == "full_attention"]
+        if not paged:
+            raise ValueError(f"no layer of this model has full attention: {sorted(set(types))}")
+        if compression.enabled:
+            compression.check_page_size(pool.page_size)
+        self.compression, self.pool = compression, pool
+        self.sequences = Sequences(compression, paged, len(types), pool, is_private)
+        self.progress = [0]
+        self._paged = paged
+        self._padded_at = 0  # stream index behind the last padding
+        super().__init__(
+            layers=[
+                PagedLayer(self.progress)
+                if kind == "full_attention"
+                else DYNAMIC_LAYER_TYPE_MAPPING[kind](**more)
+                for kind, more in zip(types, arguments, strict=True)
+            ]
+        )
+        restore = implementation.use(decoder)
+        self._close = weakref.finalize(self, _close, self.sequences, restore)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Handles of a paged layer, for our attention function; tensors of any other."""
+        self._check_open()
+        if not isinstance(self.layers[layer_idx], PagedLayer):
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return tuple(
+            Handle(self, layer_idx, key_states, value_states, is_key) for is_key in (True, False)
+        )
+
+    def attend(
+        self,
+        layer: int,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: MaskSpec | Tensor | None,
+        terms: Terms,
+    ) -> Tensor:
+        """[rows, heads, q, size]: stores new entries of a layer, attends to all; 0 for padding.
+
+        Args:
+            layer: index in the model.
+            module: the attention layer.
+            query: [rows, heads, q, head_dim].
+            key: [rows, kv_heads, q, head_dim].
+            value: [rows, kv_heads, q, size].
+            mask: what the layer was given.
+            terms: how it computes attention.
+        """
+        self._check_open()
+        if layer == self._paged[0]:
+            self._begin(module, query, key, value, mask)
+        real = mask.real if isinstance(mask, MaskSpec) else None
+        if real is None:
+            output = self.sequences.attend(layer, query, key, value, terms)
+        else:
+            output = query.new_zeros(*query.shape[:3], value.shape[-1])
+            chosen = [torch.from_numpy(row).to(query.device) for row in real]
+            parts = (
+                [tensor[row][:, own] for row, own in enumerate(chosen)]
+                for tensor in (query, key, value)
+            )
+            found = self.sequences.attend_ragged(layer, *parts, terms)
+            for row, own in enumerate(chosen):
+                output[row][:, own] = found[row]
+        if layer == self._paged[-1]:
+            self._end(query.shape[2], real is not None)
+        return output
+
+    def _begin(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> None:
+        rows = len(query)
+        if self.sequences.num_rows == 0:
+            self.sequences.rotary = seams.rotary_of_layer(module)
+            self.sequences.add_rows(rows)
+        if self.sequences.num_rows != rows:
+            raise ValueError(
+                f"this cache holds {self.sequences.num_rows} sequences, but the batch has {rows}: "
+                "use a new cache, or call reset()"
+            )
+        geometry = Geometry(
+            key.shape[1], key.shape[3], value.shape[3], key.dtype, value.dtype, key.device
+        )
+        self.sequences.begin(counts_of(mask, rows, query.shape[2]), geometry)
+
+    def _end(self, num_queries: int, has_padding: bool) -> None:
+        self.sequences.end()
+        self.progress[0] += num_queries
+        if has_padding:
+            self._padded_at = self.progress[0]
+
+    def _check_open(self) -> None:
+        if not self._close.alive:
+            raise ValueError("this PagedCache has been closed: make a new one")
+
+    def stats(self) -> CacheStats:
+        """What it holds, and what it has given up. Raises ValueError: it has been closed."""
+        self._check_open()
+        return self.sequences.stats()
+
+    def close(self) -> None:
+        """Gives all pages back; the model gets its attention implementation back."""
+        self._close()
+        self.progress[0] = 0
+
+    def __enter__(self) -> PagedCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def reset(self) -> None:
+        """Forgets everything: the next batch may be another one, of another size."""
+        self._check_open()
+        self.sequences.release()
+        self.progress[0] = self._padded_at = 0
+        for layer in self._others():
+            layer.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last tokens.
+
+        Args:
+            tokens_to_remove: minus their number; positive (deprecated by transformers): how many
+                tokens to keep.
+
+        Raises:
+            ValueError: some of them are padding, or have been dropped by a compaction (never the
+                last recent_window).
+        """
+        self._check_open()
+        count = -tokens_to_remove
+        if tokens_to_remove > 0:
+            count = max(0, self.progress[0] - tokens_to_remove)
+        if count > self.progress[0] - self._padded_at:
+            raise ValueError(
+                f"crop(-{count}): {self.progress[0] - self._padded_at} tokens were processed since "
+                "the last padding, and no more can be removed"
+            )
+        self.sequences.crop(count)
+        self.progress[0] -= count
+        for layer in self._others():
+            layer.crop(-count)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row beam_idx[i] was; rows that come from one share its pages."""
+        self._select(beam_idx)
+        for layer in self._others():
+            layer.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times."""
+        self._select(torch.arange(self.sequences.num_rows).repeat_interleave(repeats))
+        for layer in self._others():
+            layer.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps these rows."""
+        self._select(torch.arange(self.sequences.num_rows)[indices.cpu()])
+        for layer in self._others():
+            layer.batch_select_indices(indices)
+
+    def activate_past_recording(self) -> None:
+        """Nothing is dropped before crop has said which tokens are final."""
+        self.sequences.waits_for_crop = True
+        super().activate_past_recording()
+
+    def _select(self, indices: Tensor) -> None:
+        self._check_open()
+        if self.sequences.num_rows:
+            self.sequences.select_rows(indices.tolist())
+
+    def _others(self) -> list[Any]:
+        return [layer for layer in self.layers if not isinstance(layer, PagedLayer)]
+
+
+def read_options(
+    policy: str | CompressionConfig | None, budget: int | float | None, options: dict[str, Any]
+) -> CompressionConfig:
+    """What the arguments, the environment and the defaults come to. Raises ValueError."""
+    if not isinstance(policy, CompressionConfig):
+        return CompressionConfig.from_env(policy=policy, budget=budget, **options)
+    if budget is not None or options:
+        given = sorted(options | ({} if budget is None else {"budget": budget}))
+        raise ValueError(f"policy is a CompressionConfig: {', '.join(given)} must be in it")
+    return policy
+
+
+def _read_pool(pool: PagePool | None, page_size: int | None) -> PagePool:
+    if pool is None:
+        return PagePool(page_size=DEFAULT_PAGE_SIZE if page_size is None else page_size)
+    if page_size not in (None, pool.page_size):
+        raise ValueError(f"page_size {page_size} differs from the pool's, {pool.page_size}")
+    return pool
+
+
+def _close(sequences: Sequences, restore: Any) -> None:
+    sequences.release()
+    restore()

@@ -1,0 +1,214 @@
+"""Compactions of a cache's rows: the policy names losers, the newest entries take their places.
+
+    before   | s s . x | . x . . | x . x x |         s sink  x survivor  . loser
+    after    | s s x x | x x x   |  freed            the rest stays where it is
+
+vLLM's tables only grow at their end, so there survivors move towards the tail; here pages are freed
+at the tail, and a row stays in the pages that it has.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from paged_kv.core.page_pool import Int64s
+from paged_kv.hf.pool import Arena
+from paged_kv.policies.region import Compaction, Region, moves
+
+if TYPE_CHECKING:
+    from paged_kv.hf.sequences import Sequences
+
+Tensor = torch.Tensor
+MAX_NUMBERS = 1 << 21  # of keys, gathered at once
+_PADDING = torch.iinfo(torch.int64).max
+
+
+class _Part(NamedTuple):
+    """Some rows in some layers.
+
+    Args:
+        layers: int64 [layers], indices among those of the cache.
+        rows: int64 [events].
+        pages: int64 [layers, events, pages], on the device.
+        sizes: int64 [events], entries.
+        num_losers: int64 [events].
+    """
+
+    layers: Int64s
+    rows: Int64s
+    pages: Tensor
+    sizes: Int64s
+    num_losers: Int64s
+
+
+def run(sequences: Sequences, layers: Int64s, rows: Int64s, num_losers: Int64s) -> None:
+    """Rows give up entries in layers whose budgets are equal.
+
+    Args:
+        sequences: the cache.
+        layers: int64 [layers], indices among those of the cache.
+        rows: int64 [events].
+        num_losers: int64 [events], entries to give up.
+
+    Raises:
+        PoolFull: the rows share pages with others, and there is no room for copies of their own.
+    """
+    policy, tables = sequences.policy, sequences.tables
+    assert policy is not None
+    _own(sequences, layers, rows)
+    for part in _parts(sequences, layers, rows, num_losers):
+        region = _gather(sequences, part)
+        decided = policy.compact(region)
+        _apply(tables.arena, part.pages, region, decided)
+        if decided.weights is not None and region.weights is not None:
+            gained = (decided.weights - region.weights).masked_fill(decided.losers, 0.0)
+            sequences.counters.merged.append(gained.sum() / gained.shape[2])
+    _shrink(sequences, layers, rows, num_losers)
+    sequences.counters.evicted += int(num_losers.sum()) * len(layers)
+    sequences.counters.compactions += len(layers) * len(rows)
+
+
+def crop(sequences: Sequences, layers: Int64s, rows: Int64s, count: int) -> None:
+    """Rows lose their newest tokens in these layers, wherever compactions have put them.
+
+    Raises:
+        ValueError: some of them are gone already, in some KV heads.
+    """
+    _own(sequences, layers, rows)
+    num_losers = np.full(len(rows), count, dtype=np.int64)
+    parts = list(_parts(sequences, layers, rows, num_losers))
+    regions = [_gather(sequences, part, frozenset()) for part in parts]
+    newest = [
+        (region.positions >= (region.num_tokens - count)[:, None, None]) & region.valid
+        for region in regions
+    ]
+    if any((gone.sum(-1) != count).any() for gone in newest):
+        raise ValueError(
+            f"crop(-{count}): some of the last {count} tokens have been dropped or merged; the "
+            "last recent_window can always be cropped: raise recent_window"
+        )
+    for part, region, gone in zip(parts, regions, newest, strict=True):
+        _apply(sequences.tables.arena, part.pages, region, Compaction(gone))
+    _shrink(sequences, layers, rows, num_losers)
+
+
+def _own(sequences: Sequences, layers: Int64s, rows: Int64s) -> None:
+    """No page of these will be anybody else's."""
+    shared = sequences.tables.shared()
+    which = np.zeros_like(shared)
+    which[np.ix_(layers, rows)] = shared[np.ix_(layers, rows)]
+    if which.any():
+        sequences.pool.check(int(which.sum()), "a compaction of sequences that share pages")
+        sequences.tables.own(which)
+
+
+def _shrink(sequences: Sequences, layers: Int64s, rows: Int64s, num_losers: Int64s) -> None:
+    sequences.size[np.ix_(layers, rows)] -= num_losers
+    count = sequences.tables.count.copy()
+    left = sequences.size[np.ix_(layers, rows)]
+    count[np.ix_(layers, rows)] = -(-left // sequences.pool.page_size)
+    sequences.tables.truncate(count)
+
+
+def _parts(sequences: Sequences, layers: Int64s, rows: Int64s, num_losers: Int64s) -> list[_Part]:
+    """Rows of similar size, in a few layers at a time: keys and copies of them can be large."""
+    tables, page_size = sequences.tables, sequences.pool.page_size
+    arena = tables.arena
+    assert arena is not None
+    sizes = sequences.size[layers[0], rows]
+    parts = []
+    magnitude = np.frexp(sizes)[1]
+    for one in np.unique(magnitude):
+        chosen = magnitude == one
+        num_pages = -(-int(sizes[chosen].max()) // page_size)
+        entry = arena.geometry.num_heads * arena.geometry.key_size
+        numbers = int(chosen.sum()) * num_pages * page_size * entry
+        at_once = max(1, MAX_NUMBERS // numbers)
+        for start in range(0, len(layers), at_once):
+            some = layers[start : start + at_once]
+            ids = tables.ids[np.ix_(some, rows[chosen])][..., :num_pages]
+            pages = torch.from_numpy(np.maximum(ids, 0)).to(arena.geometry.device)
+            parts.append(_Part(some, rows[chosen], pages, sizes[chosen], num_losers[chosen]))
+    return parts
+
+
+def _gather(sequences: Sequences, part: _Part, reads: frozenset[str] | None = None) -> Region:
+    """What the rows hold, as the policy sees it."""
+    policy, arena = sequences.policy, sequences.tables.arena
+    assert policy is not None
+    assert arena is not None
+    if reads is None:
+        reads = policy.reads | ({"keys"} if policy.observation_window else frozenset())
+    device = arena.geometry.device
+    num_tokens, num_entries, num_losers = (
+        torch.from_numpy(array).to(device, non_blocking=True)
+        for array in (sequences.num_tokens[part.rows], part.sizes, part.num_losers)
+    )
+    index = torch.arange(part.pages.shape[-1] * sequences.pool.page_size, device=device)
+    valid = index < num_entries[:, None, None]
+
+    def side(name: str, padding: float) -> Tensor | None:
+        if name != "positions" and name not in reads:
+            return None
+        return _entries(arena.side[name], part.pages).masked_fill(~valid, padding)
+
+    positions = _entries(arena.side["positions"], part.pages).long().masked_fill(~valid, _PADDING)
+    terms = sequences.terms[part.layers[0]]
+    sinks = None
+    if terms.sinks is not None:
+        every = [sequences.terms[layer].sinks for layer in part.layers]
+        sinks = torch.stack([own for own in every if own is not None]).float()
+        sinks = sinks.view(len(every), 1, arena.geometry.num_heads, -1)
+    queries = None
+    if reads:
+        heads = arena.geometry.num_heads
+        look = (part.layers, part.rows, heads, terms.scale, terms.softcap, sinks)
+        queries = sequences.ring.queries(*look)
+    return Region(
+        num_tokens=num_tokens,
+        num_entries=num_entries,
+        num_losers=num_losers,
+        max_losers=int(part.num_losers.max()),
+        layers=torch.from_numpy(sequences.layers[part.layers]).to(device),
+        heads=torch.arange(arena.geometry.num_heads, device=device),
+        positions=positions,
+        keys=_entries(arena.keys, part.pages).float() if "keys" in reads else None,
+        values=_entries(arena.values, part.pages).float() if "values" in reads else None,
+        weights=side("weights", 0.0),
+        scores=side("scores", 0.0),
+        queries=queries,
+        rotary=sequences.rotary() if sequences.rotary and "rotary" in reads else None,
+    )
+
+
+def _entries(tensor: Tensor, pages: Tensor) -> Tensor:
+    """[layers, events, kv_heads, m, ...] of [kv_heads, pages, page_size, ...]."""
+    found = tensor.index_select(1, pages.flatten()).unflatten(1, pages.shape)
+    return found.flatten(3, 4).movedim(0, 2)
+
+
+def _apply(arena: Arena | None, pages: Tensor, region: Region, decided: Compaction) -> None:
+    """Survivors of what is freed move into the losers' places; those that changed are written."""
+    assert arena is not None
+    index = torch.arange(region.positions.shape[-1], device=pages.device)
+    end = region.num_entries[:, None, None]
+    freed = (index >= end - region.num_losers[:, None, None]) & (index < end)
+    source, target = moves(decided, freed, region.max_losers, spare=0)
+    head = torch.arange(arena.geometry.num_heads, device=pages.device)[:, None]
+
+    def places(slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        page = pages[:, :, None].expand(*slots.shape[:3], -1).gather(-1, slots // arena.page_size)
+        return head.expand_as(slots), page, slots % arena.page_size
+
+    read, write = places(source), places(target)
+    changed = {"keys": decided.keys, "values": decided.values, "weights": decided.weights}
+    for name, tensor in {"keys": arena.keys, "values": arena.values, **arena.side}.items():
+        new = changed.get(name)
+        if new is None:
+            tensor[write] = tensor[read]
+        else:
+            own = source if new.dim() == source.dim() else source[..., None]
+            tensor[write] = new.take_along_dim(own, source.dim() - 1).to(tensor.dtype)

@@ -1,0 +1,160 @@
+"""One layer in one step: its new queries against all that its rows hold."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from paged_kv.hf.paged_attention import Terms, fused, masked, probabilities
+
+if TYPE_CHECKING:
+    from paged_kv.hf.sequences import Sequences
+
+Tensor = torch.Tensor
+
+
+class LayerStep:
+    """Attention of one layer in the step that has begun; its new entries are stored.
+
+    Args:
+        sequences: the cache.
+        index: of the layer, among those that the cache holds.
+        terms: how the layer computes attention.
+    """
+
+    def __init__(self, sequences: Sequences, index: int, terms: Terms) -> None:
+        self.sequences, self.index, self.terms = sequences, index, terms
+        arena = sequences.tables.arena
+        assert arena is not None
+        self.arena, self.policy = arena, sequences.policy
+
+    def attend(self, row: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[rows, heads, q, size]: attention of q new queries in each of some rows.
+
+        Args:
+            row: the first of the rows.
+            query: [rows, heads, q, head_dim].
+            key: the new keys, [rows, kv_heads, q, head_dim].
+            value: the new values, [rows, kv_heads, q, size].
+        """
+        self._observe(row, query)
+        return self._attend(row, query, key, value)
+
+    def _observe(self, row: int, query: Tensor) -> None:
+        ring = self.sequences.ring
+        if ring.window:
+            num_tokens = self.sequences.num_tokens[row : row + len(query)]
+            ring.write(self.index, row, num_tokens, query.detach())
+
+    def _attend(self, row: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        num_rows, num_queries = len(query), query.shape[2]
+        first = self.sequences.size[self.index, row : row + num_rows].tolist()
+        explicit = self.sequences.reads_scores or not self.terms.is_plain
+        alike = min(first) == max(first)
+        fresh = max(first) == 0 and num_queries > 1 and self.terms.bias is None
+        if fresh and not explicit:  # what is stored is at hand
+            return fused(query, key, value, first, self.terms.scale)
+        apart = self.terms.bias is not None or (explicit and not alike)
+        if num_rows > 1 and (apart or not self._together(row, num_rows, alike)):
+            parts = (self._attend(row + i, *(t[i : i + 1] for t in (query, key, value)))
+                     for i in range(num_rows))  # fmt: skip
+            return torch.cat(list(parts))
+        size = max(first) + num_queries
+        keys, values = (
+            self._read(tensor, row, num_rows, size)
+            for tensor in (self.arena.keys, self.arena.values)
+        )
+        if keys.dtype != query.dtype or values.dtype != query.dtype:
+            keys, values = keys.to(query.dtype), values.to(query.dtype)
+        bias = None
+        if self.terms.bias is not None:
+            bias = self._bias(row, first[0], query.shape[1], num_queries)
+        if explicit:
+            return self._explicit(row, query, keys, values, first, bias)
+        if bias is not None:
+            return masked(query, keys, values, bias[None].to(query.dtype), self.terms.scale)
+        return fused(query, keys, values, first, self.terms.scale)
+
+    def _together(self, row: int, num_rows: int, alike: bool) -> bool:
+        """Whether one call for all rows is worth it: on a CPU, copies and masks are not."""
+        if self.arena.keys.device.type != "cpu":
+            return True
+        in_place = num_rows == self.sequences.num_rows and self.sequences.tables.spacing[self.index]
+        runs = (self.sequences.tables.first[self.index, row : row + num_rows] >= 0).all()
+        return alike and bool(in_place or not runs)
+
+    def _read(self, tensor: Tensor, row: int, num_rows: int, size: int) -> Tensor:
+        """[rows, kv_heads, size, ...]: the first entries of rows; a view where they lie evenly."""
+        tables, page_size = self.sequences.tables, self.arena.page_size
+        first = tables.first[self.index, row : row + num_rows]
+        flat = tensor.flatten(1, 2)
+        start = int(first[0]) * page_size
+        if num_rows == 1 and start >= 0:
+            return flat[:, start : start + size][None]
+        spacing = tables.spacing[self.index] * page_size if num_rows == len(tables.ids[0]) else 0
+        if spacing and start + (num_rows - 1) * spacing + size <= flat.shape[1]:
+            shape = (num_rows, flat.shape[0], size, *flat.shape[2:])
+            strides = (spacing * flat.stride(1), *flat.stride())
+            return flat.as_strided(shape, strides, start * flat.stride(1))
+        return self._gather(tensor, row, num_rows, size)
+
+    def _gather(self, tensor: Tensor, row: int, num_rows: int, size: int) -> Tensor:
+        """The same, copied."""
+        num_pages = -(-size // self.arena.page_size)
+        ids = self.sequences.tables.ids[self.index, row : row + num_rows, :num_pages]
+        index = torch.from_numpy(np.maximum(ids, 0).ravel()).to(tensor.device)
+        found = tensor.index_select(1, index).unflatten(1, (num_rows, num_pages))
+        return found.flatten(2, 3)[:, :, :size].transpose(0, 1)
+
+    def _bias(self, row: int, first: int, num_heads: int, num_queries: int) -> Tensor:
+        """float32 [heads or 1, queries, entries] of one row."""
+        assert self.terms.bias is not None
+        device, size = self.arena.keys.device, first + num_queries
+        num_tokens = int(self.sequences.num_tokens[row])
+        queries = torch.arange(num_tokens, num_tokens + num_queries, device=device)
+        if self.policy is None:  # entries are where they were written
+            entries = torch.arange(size, device=device)[None]
+        else:
+            entries = self._read(self.arena.side["positions"], row, 1, size)[0].long()
+        bias = self.terms.bias(row, queries, entries)
+        if len(bias) not in (1, num_heads):  # one for each KV head
+            bias = bias.repeat_interleave(num_heads // len(bias), 0)
+        return bias
+
+    def _explicit(
+        self,
+        row: int,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        first: list[int],
+        bias: Tensor | None,
+    ) -> Tensor:
+        """Attention by its probabilities, in float32; a policy may want to add them up."""
+        outputs = []
+        numbers = values.float()[:, :, None]
+        rows = slice(row, row + len(query))
+        for start, chances in probabilities(query, keys, first, self.terms, bias):
+            outputs.append((chances @ numbers).flatten(1, 2))
+            if self.sequences.reads_scores:
+                tokens = self.sequences.num_tokens[rows, None] + start
+                self._accumulate(row, chances, tokens + np.arange(chances.shape[3]))
+        return torch.cat(outputs, 2).to(query.dtype)
+
+    @torch.no_grad()
+    def _accumulate(self, row: int, chances: Tensor, tokens: np.ndarray) -> None:
+        """Adds probabilities [rows, kv_heads, group, queries, m] of queries of these tokens."""
+        assert self.policy is not None
+        num_rows, size = len(chances), chances.shape[-1]
+        stored = self.arena.side["scores"]
+        scores = self._read(stored, row, num_rows, size)
+        positions = torch.from_numpy(tokens).to(scores.device)
+        new = self.policy.accumulate(scores, chances.detach(), positions)
+        page_size = self.arena.page_size
+        slot = np.arange(size)
+        ids = self.sequences.tables.ids[self.index, row : row + num_rows]
+        places = ids[:, slot // page_size] * page_size + slot % page_size
+        index = torch.from_numpy(places.ravel()).to(scores.device)
+        stored.flatten(1).index_copy_(1, index, new.transpose(0, 1).flatten(1))

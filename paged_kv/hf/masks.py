@@ -1,0 +1,170 @@
+"""Masks of transformers, kept as what they are made of until a layer knows its entries.
+
+transformers makes one mask for all layers before the first of them; what a layer of ours holds
+differs by row and KV head. So the mask function that we register only notes its arguments.
+
+Tokens of a row are counted without padding ("token"), those of a batch with it ("stream").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from paged_kv.core.page_pool import Int64s
+from paged_kv.hf.paged_attention import Bias
+
+NAME = "paged_kv"
+Tensor = torch.Tensor
+
+
+@dataclass
+class MaskSpec:
+    """A mask that has not been made.
+
+    Args:
+        arguments: of transformers' mask function.
+    """
+
+    arguments: dict[str, Any]
+    made: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def padding(self) -> Tensor | None:
+        """bool [rows, stream]: False for padding; None if there is none."""
+        mask: Tensor | None = self.arguments.get("attention_mask")
+        return mask
+
+    def dense(self) -> Tensor | None:
+        """What sdpa would get."""
+        if "dense" not in self.made:
+            self.made["dense"] = sdpa_mask(**self.arguments)
+        mask: Tensor | None = self.made["dense"]
+        return mask
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether queries see everything before them that is not padding."""
+        return self.arguments.get("mask_function") is causal_mask_function
+
+    @property
+    def query_offset(self) -> int:
+        """Stream index of the first query."""
+        return int(self.arguments["q_offset"])
+
+    @cached_property
+    def real(self) -> np.ndarray[Any, Any] | None:
+        """bool [rows, queries]: which of the new tokens are not padding; None: all are.
+
+        Raises:
+            ValueError: the mask does not cover the tokens so far and the new ones.
+        """
+        if self.padding is None:
+            return None
+        start, count = self.query_offset, int(self.arguments["q_length"])
+        if self.padding.shape[1] < start + count:
+            raise ValueError(
+                f"attention_mask has {self.padding.shape[1]} columns, but the cache has processed "
+                f"{start} tokens and {count} are new: it must cover all of them"
+            )
+        new = self.padding[:, start : start + count].cpu().numpy().astype(bool)
+        return None if new.all() else new
+
+    def streams(self, row: int) -> Tensor | None:
+        """int64: stream index of each token of a row; None if they are the same."""
+        if self.padding is None:
+            return None
+        return self.padding[row].nonzero()[:, 0]
+
+
+def _note(**arguments: Any) -> MaskSpec:
+    return MaskSpec(arguments)
+
+
+AttentionMaskInterface.register(NAME, _note)
+
+
+def counts_of(mask: MaskSpec | Tensor | None, num_rows: int, num_queries: int) -> Int64s:
+    """int64 [rows]: new tokens that are not padding."""
+    real = mask.real if isinstance(mask, MaskSpec) else None
+    if real is None:
+        return np.full(num_rows, num_queries, dtype=np.int64)
+    return np.asarray(real.sum(1), dtype=np.int64)
+
+
+def bias_of(
+    mask: MaskSpec | Tensor | None, position_bias: Tensor | None, heads: tuple[int, int]
+) -> Bias | None:
+    """What a layer adds to its logits, or None if only causality matters.
+
+    Args:
+        mask: what the layer was given.
+        position_bias: float [1 or rows, heads, queries, stream] (T5), or None.
+        heads: number of query heads and of KV heads.
+    """
+    custom = mask if isinstance(mask, Tensor) else None
+    rule = None
+    if isinstance(mask, MaskSpec) and not mask.is_causal:
+        rule = mask.arguments["mask_function"]
+    if custom is None and rule is None and position_bias is None:
+        return None
+
+    def bias(row: int, queries: Tensor, entries: Tensor) -> Tensor:
+        known = mask.streams(row) if isinstance(mask, MaskSpec) else None
+        own, held = (queries, entries) if known is None else (known[queries], known[entries])
+        first = _first_query(mask, own)
+        total = torch.where(_visible(rule, row, own, held), 0.0, -torch.inf)
+        if custom is not None:
+            total = torch.zeros_like(total)  # it says all there is to say
+        for extra in (custom, position_bias):
+            if extra is not None:
+                total = total + _at(extra, row, own - first, held, heads)
+        return total
+
+    return bias
+
+
+def _first_query(mask: MaskSpec | Tensor | None, streams: Tensor) -> int:
+    """Stream index of the step's first query, padding included."""
+    return mask.query_offset if isinstance(mask, MaskSpec) else int(streams[0])
+
+
+def _visible(rule: Callable[..., Any] | None, row: int, queries: Tensor, held: Tensor) -> Tensor:
+    """bool [kv_heads or 1, queries, entries]."""
+    if rule is None:
+        return held[:, None] <= queries[:, None]
+    rows = torch.full((1, 1, 1), row, device=held.device)
+    heads = torch.arange(len(held), device=held.device)[:, None, None]
+    return rule(rows, heads, queries[None, :, None], held[:, None]).expand(
+        len(held), len(queries), held.shape[1]
+    )
+
+
+def _at(mask: Tensor, row: int, queries: Tensor, held: Tensor, heads: tuple[int, int]) -> Tensor:
+    """float32 [heads or kv_heads or 1, queries, entries] of a mask [rows, heads, queries, stream].
+
+    Args:
+        mask: bool (True: look) or float, to be added.
+        row: which row.
+        queries: int64 [queries], their places in the mask.
+        held: int64 [kv_heads or 1, entries], stream index of each entry.
+        heads: number of query heads and of KV heads.
+    """
+    own = mask[row if len(mask) > 1 else 0]
+    # A position bias of the decoder's last step can have the columns of this step only.
+    own = own[:, queries if own.shape[1] > 1 else queries * 0]
+    if len(own) > 1 and len(held) > 1:
+        held = held.repeat_interleave(heads[0] // heads[1], 0)
+    size = max(len(own), len(held))
+    index = held[:, None].expand(size, own.shape[1], -1)
+    found = own.expand(size, -1, -1).gather(-1, index)
+    if found.dtype == torch.bool:
+        return torch.where(found, 0.0, -torch.inf)
+    return found.float()

@@ -1,0 +1,140 @@
+"""Attention of new queries to the entries of pages, each row's in slots 0, 1, 2, ...
+
+A query sees all entries that its row held before and, of the new ones, those up to its own: since
+compactions leave no holes, that is every slot up to its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from paged_kv.kernels.reference import attention_probabilities
+
+Tensor = torch.Tensor
+QUERY_BLOCK = 512  # queries whose probabilities are held at once
+
+Bias = Callable[[int, Tensor, Tensor], Tensor]
+"""(row, int64 [queries] tokens of the row before each query, int64 [kv_heads or 1, entries] the
+same of each entry) -> float32 [heads or 1, queries, entries] to add to the logits."""
+
+
+class Terms(NamedTuple):
+    """How a layer computes its attention.
+
+    Args:
+        scale: factor of the logits.
+        softcap: logits become softcap * tanh(logit / softcap); 0 for none.
+        sinks: float32 [heads], logits that take part in the softmax and get nothing; or None.
+        bias: what else is added to the logits, -inf where a query must not look; None: nothing, and
+            queries see all that came before.
+    """
+
+    scale: float
+    softcap: float = 0.0
+    sinks: Tensor | None = None
+    bias: Bias | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether SDPA can compute it."""
+        return not self.softcap and self.sinks is None
+
+
+def fused(
+    query: Tensor, keys: Tensor, values: Tensor, first_slots: list[int], scale: float
+) -> Tensor:
+    """[rows, heads, q, size], by SDPA.
+
+    Args:
+        query: [rows, heads, q, head_dim].
+        keys: [rows, kv_heads, m, head_dim], any strides; m = q + the largest of first_slots.
+        values: [rows, kv_heads, m, size].
+        first_slots: slot of each row's first query.
+        scale: factor of the logits.
+    """
+    num_queries, num_entries = query.shape[2], keys.shape[2]
+    if num_queries > 1 and num_entries == num_queries:  # nothing was held before
+        return F.scaled_dot_product_attention(
+            query, keys, values, is_causal=True, scale=scale, enable_gqa=_shares(query, keys)
+        )
+    mask = None
+    if num_queries > 1 or min(first_slots) != max(first_slots):
+        mask = visible(first_slots, num_queries, num_entries, query.device)
+    return masked(query, keys, values, mask, scale)
+
+
+def masked(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    """SDPA in which the query heads of a group are queries of one head: no key is repeated.
+
+    Args:
+        query: [rows, heads, q, head_dim].
+        keys: [rows, kv_heads, m, head_dim].
+        values: [rows, kv_heads, m, size].
+        mask: bool or float, [rows or 1, 1 or heads, q, m]; None for none.
+        scale: factor of the logits.
+    """
+    num_heads, num_queries = query.shape[1:3]
+    group = num_heads // keys.shape[1]
+    folded = query if group == 1 else query.reshape(len(query), keys.shape[1], -1, query.shape[-1])
+    if mask is not None and group > 1:
+        if mask.shape[1] == 1:
+            mask = mask.repeat(1, 1, group, 1)
+        else:
+            mask = mask.reshape(len(mask), keys.shape[1], group * num_queries, -1)
+    output = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
+    return output.reshape(len(query), num_heads, num_queries, -1)
+
+
+def visible(
+    first_slots: list[int], num_queries: int, num_entries: int, device: torch.device
+) -> Tensor:
+    """bool [rows or 1, 1, queries, entries]: slots up to a query's own."""
+    if min(first_slots) == max(first_slots):
+        first_slots = first_slots[:1]
+    first = torch.tensor(first_slots, device=device)[:, None, None, None]
+    own = first + torch.arange(num_queries, device=device)[:, None]
+    return torch.arange(num_entries, device=device) <= own
+
+
+def probabilities(
+    query: Tensor, keys: Tensor, first_slots: list[int], terms: Terms, bias: Tensor | None = None
+) -> Iterator[tuple[int, Tensor]]:
+    """(index of the first query, float32 [rows, kv_heads, group, queries, m]), block by block.
+
+    Args:
+        query: [rows, heads, q, head_dim].
+        keys: [rows, kv_heads, m, head_dim].
+        first_slots: slot of each row's first query.
+        terms: see Terms; its bias is not looked at.
+        bias: float32 [heads or 1, q, m], instead of the rule which slots a query sees.
+    """
+    kv_heads, num_entries = keys.shape[1:3]
+    grouped = query.float().unflatten(1, (kv_heads, -1))
+    entries = keys.float()
+    slots = torch.arange(num_entries, device=keys.device)[None, None]
+    first = torch.tensor(first_slots, device=keys.device)[:, None, None, None]
+    sinks = None if terms.sinks is None else terms.sinks.float().view(1, kv_heads, -1)
+    for start in range(0, query.shape[2], QUERY_BLOCK):
+        block = grouped[:, :, :, start : start + QUERY_BLOCK]
+        own = first + torch.arange(start, start + block.shape[3], device=keys.device)
+        extra = None
+        if bias is not None:
+            own = torch.full_like(own, num_entries)
+            part = bias[:, start : start + QUERY_BLOCK]
+            extra = part[None, None] if len(part) == 1 else part.unflatten(0, (kv_heads, -1))[None]
+        yield (
+            start,
+            attention_probabilities(
+                block, entries, own, slots, terms.scale, terms.softcap, sinks, extra
+            ),
+        )
+
+
+def _shares(query: Tensor, keys: Tensor) -> bool:
+    return query.shape[1] != keys.shape[1]

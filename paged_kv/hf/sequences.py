@@ -1,0 +1,366 @@
+"""The sequences of one cache: what each row holds in each layer, and the steps that change it.
+
+A step is a forward pass of the model:
+
+    begin(counts)            pages for the new tokens of every row, in all layers; or PoolFull
+    attend(layer, q, k, v)   in each layer: stores the new entries, attends to all that is held
+    end()                    the tokens count from now on; layers over their budget compact
+
+The new entries of a row lie behind those that it holds. Until end() nothing that was held before
+has changed, except scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from paged_kv.config import CompressionConfig
+from paged_kv.core.page_pool import Int64s
+from paged_kv.core.schedule import Schedule
+from paged_kv.hf import compaction
+from paged_kv.hf.layer_step import LayerStep
+from paged_kv.hf.observed import QueryRing
+from paged_kv.hf.paged_attention import Terms
+from paged_kv.hf.pool import Geometry, PagePool
+from paged_kv.hf.stats import CacheStats, Counters
+from paged_kv.hf.tables import PageTables
+from paged_kv.kernels.rotary import Rotary
+from paged_kv.plan import make_plan
+
+Tensor = torch.Tensor
+NEVER = 1 << 60  # a prompt's length while its end is not known
+
+
+@dataclass
+class Step:
+    """A forward pass.
+
+    Args:
+        counts: int64 [rows], new tokens.
+        starts: int64 [rows + 1], where a row's new tokens begin among those of all rows.
+        slots: int64 [layers, new tokens of all rows], where in the arena their entries go, counted
+            in entries.
+    """
+
+    counts: Int64s
+    starts: Int64s
+    slots: Tensor
+    done: set[int] = field(default_factory=set)
+
+
+class Sequences:
+    """Rows of one cache, in the layers that it holds.
+
+    Args:
+        compression: what each layer keeps.
+        layers: indices in the model of the layers held here.
+        num_layers: of the model.
+        pool: where pages come from.
+        is_private: whether no other cache uses the pool.
+
+    Raises:
+        ValueError: the budgets do not fit the model or the page size.
+    """
+
+    def __init__(
+        self,
+        compression: CompressionConfig,
+        layers: Sequence[int],
+        num_layers: int,
+        pool: PagePool,
+        is_private: bool,
+    ) -> None:
+        self.pool, self.is_private = pool, is_private
+        self.layers = np.array(layers, dtype=np.int64)
+        self.index = {layer: index for index, layer in enumerate(layers)}
+        self.policy = compression.create_policy() if compression.enabled else None
+        self.compress_prefill = compression.compress_prefill
+        self.groups: dict[Schedule, Int64s] = {}  # indices of the layers with equal budgets
+        if compression.enabled:
+            plan = make_plan(compression, pool.page_size, num_layers, list(layers))
+            for index, layer in enumerate(layers):
+                schedule = plan.schedule(layer)
+                if schedule is not None:
+                    before = self.groups.get(schedule, np.zeros(0, dtype=np.int64))
+                    self.groups[schedule] = np.append(before, index)
+        self.rotary: Callable[[], Rotary] | None = None  # makes the model's RoPE tables
+        self.waits_for_crop = False  # tokens of a step are not final before crop
+        self.clear()
+
+    def clear(self) -> None:
+        """No rows; nothing is remembered. The pages must have been released."""
+        num_layers = len(self.layers)
+        window = self.policy.observation_window if self.policy else 0
+        self.num_tokens = np.zeros(0, dtype=np.int64)
+        self.prompt_lens = np.zeros(0, dtype=np.int64)
+        self.size = np.zeros((num_layers, 0), dtype=np.int64)  # entries
+        self.tables = PageTables(self.pool, num_layers)
+        self.ring = QueryRing(num_layers, window)
+        self.terms: list[Terms] = [Terms(1.0)] * num_layers
+        self.counters = Counters()
+        self.step: Step | None = None
+        self.knows_prompts = False
+        self._late = False  # a compaction was put off
+
+    @property
+    def num_rows(self) -> int:
+        """Sequences."""
+        return len(self.num_tokens)
+
+    @property
+    def reads_scores(self) -> bool:
+        """Whether each step's attention is added up."""
+        return self.policy is not None and "scores" in self.policy.reads
+
+    def add_rows(self, num_rows: int, prompt_lens: Sequence[int] | None = None) -> None:
+        """Empty rows at the end.
+
+        Args:
+            num_rows: how many.
+            prompt_lens: tokens before which nothing is dropped (without compress_prefill); None: a
+                prompt is what comes in steps of several tokens.
+        """
+        self.knows_prompts = prompt_lens is not None
+        lens = [NEVER] * num_rows if prompt_lens is None else list(prompt_lens)
+        self.num_tokens = np.pad(self.num_tokens, (0, num_rows))
+        self.prompt_lens = np.append(self.prompt_lens, np.array(lens, dtype=np.int64))
+        self.size = np.pad(self.size, ((0, 0), (0, num_rows)))
+        self.tables.add_rows(num_rows)
+        self.ring.add_rows(num_rows)
+
+    def select_rows(self, indices: Sequence[int]) -> None:
+        """Row i is what row indices[i] was: reorders, repeats and drops rows."""
+        assert self.step is None, "a step has not ended"
+        index = np.asarray(indices, dtype=np.int64)
+        self.num_tokens, self.prompt_lens = self.num_tokens[index], self.prompt_lens[index]
+        self.size = self.size[:, index]
+        self.tables.select_rows(index)
+        self.ring.select_rows(index)
+
+    def release(self) -> None:
+        """Gives all pages back; the rows are gone."""
+        self.step = None
+        self.select_rows([])
+        self.clear()
+
+    def begin(self, counts: Int64s, geometry: Geometry) -> None:
+        """A forward pass begins; counts [rows]: new tokens of each row.
+
+        Raises:
+            PoolFull: nothing has changed.
+            ValueError: the last step never ended, or these are keys of another model.
+        """
+        if self.step is not None:
+            raise ValueError(
+                "an error interrupted the last forward pass of this cache; call reset() (it gives "
+                "its pages back) or use a new one"
+            )
+        self._bind(geometry)
+        self._prompt_ends(counts)
+        size = self.size + counts
+        need = -(-size // self.pool.page_size) - self.tables.count
+        page_size = self.pool.page_size
+        last = self.tables.count - 1
+        written = (counts > 0) & (self.size % page_size > 0)
+        copies = self.tables.shared()
+        copies &= written[..., None] & (np.arange(copies.shape[2]) == last[..., None])
+        self.pool.check(
+            int(need.sum() + copies.sum()), f"a step of {counts.sum()} tokens in {self._shape}"
+        )
+        self.tables.own(copies)
+        self.tables.extend(need)
+        self.ring.note(self.num_tokens, counts)
+        self.step = self._make_step(counts)
+        self._reset_side(self.step)
+        self.counters.note_pages(self.tables.num_pages)
+
+    @property
+    def _shape(self) -> str:
+        return f"{len(self.layers)} layers and {self.num_rows} sequences"
+
+    def _bind(self, geometry: Geometry) -> None:
+        if self.tables.arena is None:
+            self.tables.arena = self.pool.arena(geometry)
+            names = {"positions"} if self.policy else set()
+            reads = self.policy.reads if self.policy else frozenset()
+            self.tables.arena.need_side(names | (set(reads) & {"weights", "scores"}))
+        elif self.tables.arena.geometry != geometry:
+            raise ValueError(
+                f"this cache holds {self.tables.arena.geometry}, but these keys and values are "
+                f"{geometry}: a cache serves one model, on one device, in one dtype; call reset()"
+            )
+
+    def _prompt_ends(self, counts: Int64s) -> None:
+        """A step of several tokens is a prompt's; one of one token ends it: then it compacts."""
+        if self.knows_prompts or self.compress_prefill:
+            late = self._late
+        elif counts.max(initial=0) > 1:
+            self.prompt_lens = np.full_like(self.prompt_lens, NEVER)
+            return
+        else:
+            late = self._late or bool((self.prompt_lens == NEVER).any())
+            self.prompt_lens = np.zeros_like(self.prompt_lens)
+        if late:
+            self.compact()
+
+    def _make_step(self, counts: Int64s) -> Step:
+        starts = np.append(0, np.cumsum(counts))
+        row = np.repeat(np.arange(len(counts)), counts)
+        slot = self.size[:, row] + np.arange(starts[-1]) - starts[row]
+        page, offset = slot // self.pool.page_size, slot % self.pool.page_size
+        layer = np.arange(len(self.layers))[:, None]
+        places = self.tables.ids[layer, row, page] * self.pool.page_size + offset
+        return Step(counts, starts, torch.from_numpy(places).to(self._device))
+
+    @property
+    def _device(self) -> torch.device:
+        assert self.tables.arena is not None
+        return self.tables.arena.geometry.device
+
+    def _reset_side(self, step: Step) -> None:
+        """Nothing is known of new entries but their positions."""
+        assert self.tables.arena is not None
+        for name, tensor in self.tables.arena.side.items():
+            new: Tensor | float = {"weights": 1.0, "scores": 0.0}.get(name, 0.0)
+            if name == "positions":
+                row = np.repeat(np.arange(len(step.counts)), step.counts)
+                first = self.num_tokens[row] - step.starts[row]
+                own = torch.from_numpy(first + np.arange(step.starts[-1])).to(tensor)
+                new = own.repeat(len(self.layers))
+            tensor.flatten(1)[:, step.slots.flatten()] = new
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> Tensor:
+        """Stores a layer's new entries and attends to all that each row holds.
+
+        Args:
+            layer: index in the model.
+            query: [rows, heads, q, head_dim], after RoPE; all rows have q new tokens.
+            key: [rows, kv_heads, q, head_dim].
+            value: [rows, kv_heads, q, size].
+            terms: see Terms.
+
+        Returns:
+            [rows, heads, q, size].
+        """
+        step, index = self._enter(layer, terms)
+        flat = key.transpose(0, 1).flatten(1, 2), value.transpose(0, 1).flatten(1, 2)
+        self._store(index, step.slots[index], *flat)
+        return LayerStep(self, index, terms).attend(0, query, key, value)
+
+    def attend_ragged(
+        self,
+        layer: int,
+        queries: Sequence[Tensor],
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        terms: Terms,
+    ) -> list[Tensor]:
+        """attend for rows with different numbers of new tokens, which may be 0.
+
+        Args:
+            layer: index in the model.
+            queries: of each row, [heads, tokens, head_dim].
+            keys: of each row, [kv_heads, tokens, head_dim].
+            values: of each row, [kv_heads, tokens, size].
+            terms: see Terms.
+
+        Returns:
+            of each row, [heads, tokens, size].
+        """
+        step, index = self._enter(layer, terms)
+        self._store(index, step.slots[index], torch.cat(list(keys), 1), torch.cat(list(values), 1))
+        run = LayerStep(self, index, terms)
+        if (step.counts == 1).all():
+            stacked = (torch.stack(list(part)) for part in (queries, keys, values))
+            return list(run.attend(0, *stacked))
+        outputs = []
+        for row, (query, key, value) in enumerate(zip(queries, keys, values, strict=True)):
+            if step.counts[row] == 0:
+                outputs.append(query.new_empty(len(query), 0, value.shape[-1]))
+                continue
+            outputs.append(run.attend(row, query[None], key[None], value[None])[0])
+        return outputs
+
+    def _enter(self, layer: int, terms: Terms) -> tuple[Step, int]:
+        assert self.step is not None, "no step has begun"
+        index = self.index[layer]
+        self.step.done.add(index)
+        self.terms[index] = terms
+        return self.step, index
+
+    def _store(self, index: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """New entries [kv_heads, tokens, size] of a layer."""
+        arena = self.tables.arena
+        assert arena is not None
+        with torch.no_grad():
+            arena.keys.flatten(1, 2).index_copy_(1, slots, keys.to(arena.keys.dtype))
+            arena.values.flatten(1, 2).index_copy_(1, slots, values.to(arena.values.dtype))
+
+    def end(self) -> None:
+        """The step's tokens are held from now on; then what is due compacts."""
+        step = self.step
+        assert step is not None, "no step has begun"
+        assert len(step.done) == len(self.layers), "a layer has not attended"
+        self.size += step.counts
+        self.num_tokens += step.counts
+        self.step = None
+        self._late = self.waits_for_crop
+        if not self.waits_for_crop:
+            self.compact()
+
+    def crop(self, count: int) -> None:
+        """Every row loses its last `count` tokens; the others are final, so what is due compacts.
+
+        Raises:
+            ValueError: a row has fewer, or a compaction has dropped some of them.
+        """
+        assert self.step is None, "a step has not ended"
+        if (self.num_tokens < count).any():
+            raise ValueError(f"crop(-{count}): a sequence has {self.num_tokens.min()} tokens")
+        if count:
+            moved = self.size < self.num_tokens
+            for _, layers in self.groups.items():
+                rows = np.flatnonzero(moved[layers[0]])
+                if rows.size:
+                    compaction.crop(self, layers, rows, count)
+            self.size -= count * ~moved
+            self.tables.truncate(-(-self.size // self.pool.page_size))
+            self.num_tokens -= count
+            self.ring.crop(self.num_tokens)
+        self._late = False
+        if not self.knows_prompts:
+            self.prompt_lens = np.zeros_like(self.prompt_lens)
+        self.compact()
+
+    @torch.no_grad()
+    def compact(self) -> None:
+        """Every layer that holds more of a row than its schedule says gives up the surplus."""
+        for schedule, layers in self.groups.items():
+            evicted = schedule.evicted(self.num_tokens, self.prompt_lens)
+            surplus = self.size[layers[0]] - (self.num_tokens - evicted)
+            rows = np.flatnonzero(surplus > 0)
+            if rows.size:
+                compaction.run(self, layers, rows, surplus[rows])
+
+    def stats(self) -> CacheStats:
+        """What is held, and what was given up."""
+        arena, counters, pages = self.tables.arena, self.counters, self.tables.num_pages
+        page_bytes = arena.page_bytes if arena else 0
+        side = pages * arena.side_bytes if arena else 0
+        return CacheStats(
+            sequences=self.num_rows,
+            tokens=int(self.num_tokens.sum()),
+            pages=pages,
+            entries=int(self.size.sum()),
+            evicted=counters.evicted,
+            merged=counters.num_merged,
+            spilled=0,
+            compactions=counters.compactions,
+            bytes_by_tier={"device": pages * page_bytes, "host": 0, "mmap": 0},
+            side_bytes=side + self.ring.num_bytes,
+            peak_bytes=counters.peak_pages * page_bytes,
+        )

@@ -1,0 +1,66 @@
+"""What a cache holds, and what it has given up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """A snapshot.
+
+    Entries are counted per layer and sequence: one stands for a token in all KV heads.
+
+    Args:
+        sequences: rows.
+        tokens: processed, over all sequences.
+        pages: held; one that sequences share counts once.
+        entries: held, over all layers and sequences.
+        evicted: entries dropped so far.
+        merged: tokens that went into other entries so far (mean over KV heads).
+        spilled: entries that are on a lower tier.
+        compactions: times that a layer of a sequence gave up entries.
+        bytes_by_tier: of the keys and values held.
+        side_bytes: of what policies keep beside them: positions, scores, weights, last queries.
+        peak_bytes: the most that keys and values took at once.
+    """
+
+    sequences: int
+    tokens: int
+    pages: int
+    entries: int
+    evicted: int
+    merged: float
+    spilled: int
+    compactions: int
+    bytes_by_tier: dict[str, int]
+    side_bytes: int
+    peak_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        """Keys and values held on the device."""
+        return self.bytes_by_tier["device"]
+
+
+@dataclass
+class Counters:
+    """What is added up while a cache lives."""
+
+    evicted: int = 0
+    compactions: int = 0
+    peak_pages: int = 0
+    merged: list[torch.Tensor] = field(default_factory=list)  # scalars, read when asked for
+
+    @property
+    def num_merged(self) -> float:
+        """Tokens that went into other entries."""
+        if len(self.merged) > 1:
+            self.merged = [torch.stack(self.merged).sum()]
+        return float(self.merged[0]) if self.merged else 0.0
+
+    def note_pages(self, num_pages: int) -> None:
+        """So many are held now."""
+        self.peak_pages = max(self.peak_pages, num_pages)
