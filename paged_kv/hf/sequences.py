@@ -98,7 +98,9 @@ class Sequences:
         self.num_tokens = np.zeros(0, dtype=np.int64)
         self.prompt_lens = np.zeros(0, dtype=np.int64)
         self.size = np.zeros((num_layers, 0), dtype=np.int64)  # entries
-        self.tables = PageTables(self.pool, num_layers)
+        bounded = bool(self.groups) and not any(one.numerator for one in self.groups)
+        bounded &= sum(map(len, self.groups.values())) == num_layers
+        self.tables = PageTables(self.pool, num_layers, self.is_private, bounded)
         self.ring = QueryRing(num_layers, window)
         self.terms: list[Terms] = [Terms(1.0)] * num_layers
         self.counters = Counters()
@@ -167,7 +169,10 @@ class Sequences:
         last = self.tables.count - 1
         written = (counts > 0) & (self.size % page_size > 0)
         copies = self.tables.shared()
-        copies &= written[..., None] & (np.arange(copies.shape[2]) == last[..., None])
+        if self.reads_scores:  # every page of a row is written to
+            copies &= counts[:, None] > 0
+        else:
+            copies &= written[..., None] & (np.arange(copies.shape[2]) == last[..., None])
         self.pool.check(
             int(need.sum() + copies.sum()), f"a step of {counts.sum()} tokens in {self._shape}"
         )
@@ -344,7 +349,9 @@ class Sequences:
             surplus = self.size[layers[0]] - (self.num_tokens - evicted)
             rows = np.flatnonzero(surplus > 0)
             if rows.size:
-                compaction.run(self, layers, rows, surplus[rows])
+                with torch.autocast(self._device.type, enabled=False):
+                    compaction.run(self, layers, rows, surplus[rows])
+                self.tables.trim()
 
     def stats(self) -> CacheStats:
         """What is held, and what was given up."""

@@ -9,6 +9,7 @@ from paged_kv.core.page_pool import Int64s
 from paged_kv.hf.pool import Arena, PagePool
 
 Bools = npt.NDArray[np.bool_]
+_NOWHERE = 1 << 40  # a page that no pool has
 
 
 class PageTables:
@@ -19,13 +20,19 @@ class PageTables:
     Args:
         pool: where pages come from.
         num_layers: layers that have pages.
+        is_private: whether nobody else has pages of the pool, and it has no limit: then its memory
+            is laid out for these tables alone.
+        is_bounded: whether tables stop growing at some length; others get more room to grow into.
     """
 
-    def __init__(self, pool: PagePool, num_layers: int) -> None:
-        self.pool = pool
+    def __init__(
+        self, pool: PagePool, num_layers: int, is_private: bool, is_bounded: bool
+    ) -> None:
+        self.pool, self.is_private, self.is_bounded = pool, is_private, is_bounded
         self.arena: Arena | None = None  # known with the first keys
         self.ids = np.full((num_layers, 0, 0), -1, dtype=np.int64)
         self.count = np.zeros((num_layers, 0), dtype=np.int64)
+        self._start = np.zeros((num_layers, 0), dtype=np.int64)  # where empty tables begin
         self._first: Int64s | None = None
         self._spacing: list[int] = []
         self._num_pages = 0
@@ -59,6 +66,7 @@ class PageTables:
         """Empty tables at the end."""
         self.ids = np.pad(self.ids, ((0, 0), (0, num_rows), (0, 0)), constant_values=-1)
         self.count = np.pad(self.count, ((0, 0), (0, num_rows)))
+        self._start = np.pad(self._start, ((0, 0), (0, num_rows)), constant_values=_NOWHERE)
         self._changed()
 
     def select_rows(self, indices: Int64s) -> None:
@@ -68,6 +76,7 @@ class PageTables:
             self.arena.pages.share(self._held(new))
             self.arena.pages.release(self._held(self.ids))
         self.ids, self.count = new, self.count[:, indices]
+        self._start = self._start[:, indices]
         self._changed()
 
     def truncate(self, count: Int64s) -> None:
@@ -113,6 +122,8 @@ class PageTables:
         if missing > 0:
             self.ids = np.pad(self.ids, ((0, 0), (0, 0), (0, missing)), constant_values=-1)
         layers, rows = np.nonzero(need)
+        if self.is_private and not self._grows(layers, rows, need[layers, rows]):
+            self._lay_out(self.count + need)
         left = need[layers, rows]
         for num in np.unique(left):
             chosen = left == num
@@ -123,12 +134,10 @@ class PageTables:
     def _extend(self, arena: Arena, layers: Int64s, rows: Int64s, num: int) -> None:
         """num more pages for each of these tables."""
         held = self.count[layers, rows]
-        # Rows that share their last page want the same neighbour; only one can have it.
-        last = self.ids[layers, rows, np.maximum(held, 1) - 1]
-        last = np.where(held > 0, last, arena.pages.capacity)
-        following = last[:, None] + 1 + np.arange(num)
+        following = self._last(layers, rows)[:, None] + 1 + np.arange(num)
         grows = arena.pages.are_free(following).all(1)
-        grows &= np.isin(np.arange(len(last)), np.unique(last, return_index=True)[1])
+        # Rows that share their last page want the same neighbour; only one can have it.
+        grows &= np.isin(np.arange(len(held)), np.unique(following[:, 0], return_index=True)[1])
         arena.pages.take(following[grows].ravel())
         columns = held[:, None] + np.arange(num)
         self.ids[layers[grows, None], rows[grows, None], columns[grows]] = following[grows]
@@ -166,20 +175,42 @@ class PageTables:
         held = np.flatnonzero(arena.pages.references)
         arena.resize(arena.pages.capacity + num_pages, held, held)
 
-    def trim(self, spare: int) -> None:
-        """Gives memory back: the pool of this cache alone has its pages and little more.
+    def _last(self, layers: Int64s, rows: Int64s) -> Int64s:
+        """Last page of each of these tables; of an empty one, the page before its first."""
+        held = self.count[layers, rows]
+        last = self.ids[layers, rows, np.maximum(held, 1) - 1]
+        return np.where(held > 0, last, self._start[layers, rows] - 1)
+
+    def _grows(self, layers: Int64s, rows: Int64s, need: Int64s) -> bool:
+        """Whether all of these tables have the pages that they need behind their last one."""
+        last = self._last(layers, rows)[:, None]
+        wanted = last + 1 + np.minimum(np.arange(need.max()), need[:, None] - 1)
+        return bool(self._arena.pages.are_free(wanted).all())
+
+    def trim(self) -> None:
+        """Gives memory back that a pool of this cache alone has, but hardly needs."""
+        if not self.is_private or self.arena is None:
+            return
+        least = int((self.count + 1).sum())
+        most = least + self.count.size if self.is_bounded else 2 * least
+        if self.arena.pages.capacity > most:
+            self._lay_out(self.count, spare=1)
+
+    def _lay_out(self, count: Int64s, spare: int | None = None) -> None:
+        """Memory for these tables alone: each a run, with room to grow.
 
         Args:
-            spare: free pages behind each run.
+            count: int64 [layers, rows], pages that each is to have soon; not fewer than now.
+            spare: more free pages behind each; None: as many as suit.
         """
         ids = self._held(self.ids)
         if len(np.unique(ids)) < len(ids):
-            return  # pages are shared: the runs are gone anyway
-        start = np.cumsum(self.count.ravel() + spare) - (self.count.ravel() + spare)
-        index = np.arange(self.ids.shape[2])
-        new = np.where(self.ids >= 0, start.reshape(self.count.shape)[..., None] + index, -1)
-        self._arena.resize(int((self.count + spare).sum()), ids, self._held(new))
-        self.ids = new
+            return  # shared pages are no runs
+        room = count + (spare if spare is not None else 2 + (not self.is_bounded) * count // 4)
+        start = (np.cumsum(room) - room.ravel()).reshape(count.shape)
+        new = np.where(self.ids >= 0, start[..., None] + np.arange(self.ids.shape[2]), -1)
+        self._arena.resize(int(room.sum()), ids, self._held(new))
+        self.ids, self._start = new, start
         self._changed()
 
     @property

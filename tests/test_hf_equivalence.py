@@ -1,0 +1,48 @@
+"""Two engines, one answer: every policy in transformers gives vLLM's tokens, on a real model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import engines
+import pytest
+import torch
+
+from paged_kv import registry
+from paged_kv.bench.prompts import built_in
+from paged_kv.hf import PagedCache
+from paged_kv.hf.loading import encode, load_model
+
+pytestmark = [pytest.mark.vllm, pytest.mark.model, pytest.mark.slow]
+
+BUDGET, PROMPT, NEW = 192, 300, 256
+NAMES = [*(name for name in registry.available() if name != "full"), "pyramidal+snapkv"]
+
+
+@pytest.fixture(scope="module")
+def model(smollm2_dir) -> Any:
+    return load_model(smollm2_dir)
+
+
+@pytest.fixture(scope="module")
+def prompt(smollm2_dir) -> list[int]:
+    return encode(smollm2_dir, " ".join(built_in(16)))[:PROMPT]
+
+
+@pytest.mark.parametrize("policy", NAMES)
+def test_tokens_are_those_of_vllm(policy, smollm2_dir, model, prompt):
+    assert len(prompt) == PROMPT > BUDGET
+    config = {"policy": policy, "budget": BUDGET}
+    with engines.engine(str(smollm2_dir), config) as llm:
+        expected = engines.generate(llm, [prompt], NEW)[0]
+    with PagedCache(model.config, policy, BUDGET) as cache:
+        found = model.generate(
+            torch.tensor([prompt]),
+            past_key_values=cache,
+            do_sample=False,
+            max_new_tokens=NEW,
+            min_new_tokens=NEW,
+        )
+        stats = cache.stats()
+    assert stats.evicted + stats.merged > 30 * (PROMPT - BUDGET)
+    assert found[0, PROMPT:].tolist() == expected
