@@ -59,9 +59,21 @@ class Handle:
 
 def _not_replaceable(operation: str) -> ValueError:
     return ValueError(
-        f"this model computes {operation} on its cached keys and values itself instead of calling "
-        "transformers' AttentionInterface: PagedCache cannot replace its attention; use DynamicCache"
+        f"a PagedCache has no {operation}: its keys and values are in pages. Either it was made with "
+        "another model's config than this one's, or this model computes with cached keys itself "
+        "instead of calling transformers' AttentionInterface; for that one use DynamicCache"
     )
+
+
+def _refuse(name: str) -> Any:
+    def refuse(*_: Any) -> NoReturn:
+        raise _not_replaceable(name)
+
+    return refuse
+
+
+for _name in ("getitem", "matmul", "rmatmul", "add", "radd", "mul", "rmul", "sub", "truediv"):
+    setattr(Handle, f"__{_name}__", _refuse(f"__{_name}__"))
 
 
 def paged_attention(

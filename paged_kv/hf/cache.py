@@ -1,4 +1,4 @@
-"""PagedCache: a cache for transformers' generate() whose layers keep a budget of entries, in pages."""
+"""PagedCache: a cache for transformers' generate() whose layers keep a budget of entries."""
 
 from __future__ import annotations
 
@@ -9,57 +9,21 @@ import torch
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     Cache,
-    CacheLayerMixin,
     get_layer_types_and_kwargs,
 )
 
-from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig
+from paged_kv.config import CompressionConfig
 from paged_kv.hf import implementation, seams
+from paged_kv.hf.arguments import check_page_format, read_options, read_pool
 from paged_kv.hf.attention_function import Handle
 from paged_kv.hf.masks import MaskSpec, counts_of
 from paged_kv.hf.paged_attention import Terms
+from paged_kv.hf.paged_layer import PagedLayer
 from paged_kv.hf.pool import Geometry, PagePool
 from paged_kv.hf.sequences import Sequences
 from paged_kv.hf.stats import CacheStats
 
 Tensor = torch.Tensor
-FORMATS = ("native",)
-
-
-class PagedLayer(CacheLayerMixin):
-    """What transformers asks of a layer; its entries are the cache's business.
-
-    Args:
-        progress: tokens that the cache has processed, padding included; one for all layers.
-    """
-
-    is_compileable = False
-    is_croppable = True
-    is_sliding = False
-    supports_early_init = False
-
-    def __init__(self, progress: list[int]) -> None:
-        super().__init__()
-        self.progress = progress
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
-        """Never called: PagedCache.update answers."""
-        raise NotImplementedError("call PagedCache.update")
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(length, offset) of a mask over all tokens so far and the new ones, dropped or not."""
-        return self.progress[0] + query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Processed tokens, padding included."""
-        return self.progress[0]
-
-    def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
 
 
 class PagedCache(Cache):
@@ -101,11 +65,10 @@ class PagedCache(Cache):
         **options: Any,
     ) -> None:
         compression = read_options(policy, budget, options)
-        pool, is_private = _read_pool(pool, page_size), pool is None
-        if page_format not in FORMATS:
-            raise ValueError(
-                f"page_format must be one of {', '.join(FORMATS)}, not {page_format!r}"
-            )
+        pool, is_private = read_pool(pool, page_size), pool is None
+        check_page_format(page_format)
+        if getattr(config, "is_encoder_decoder", False):
+            raise ValueError("an encoder-decoder model needs PagedEncoderDecoderCache(model, ...)")
         decoder = config.get_text_config(decoder=True)
         if getattr(decoder, "num_kv_shared_layers", 0):
             raise ValueError("a model whose layers share their KV cache is not supported")
@@ -138,8 +101,9 @@ class PagedCache(Cache):
         self._check_open()
         if not isinstance(self.layers[layer_idx], PagedLayer):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        return tuple(
-            Handle(self, layer_idx, key_states, value_states, is_key) for is_key in (True, False)
+        new = key_states, value_states
+        return Handle(self, layer_idx, *new, is_key=True), Handle(
+            self, layer_idx, *new, is_key=False
         )
 
     def attend(
@@ -172,13 +136,13 @@ class PagedCache(Cache):
         else:
             output = query.new_zeros(*query.shape[:3], value.shape[-1])
             chosen = [torch.from_numpy(row).to(query.device) for row in real]
-            parts = (
+            queries, keys, values = (
                 [tensor[row][:, own] for row, own in enumerate(chosen)]
                 for tensor in (query, key, value)
             )
-            found = self.sequences.attend_ragged(layer, *parts, terms)
+            found = self.sequences.attend_ragged(layer, queries, keys, values, terms)
             for row, own in enumerate(chosen):
-                output[row][:, own] = found[row]
+                output[row][:, own] = found[row].to(output.dtype)  # autocast may differ
         if layer == self._paged[-1]:
             self._end(query.shape[2], real is not None)
         return output
@@ -287,26 +251,6 @@ class PagedCache(Cache):
 
     def _others(self) -> list[Any]:
         return [layer for layer in self.layers if not isinstance(layer, PagedLayer)]
-
-
-def read_options(
-    policy: str | CompressionConfig | None, budget: int | float | None, options: dict[str, Any]
-) -> CompressionConfig:
-    """What the arguments, the environment and the defaults come to. Raises ValueError."""
-    if not isinstance(policy, CompressionConfig):
-        return CompressionConfig.from_env(policy=policy, budget=budget, **options)
-    if budget is not None or options:
-        given = sorted(options | ({} if budget is None else {"budget": budget}))
-        raise ValueError(f"policy is a CompressionConfig: {', '.join(given)} must be in it")
-    return policy
-
-
-def _read_pool(pool: PagePool | None, page_size: int | None) -> PagePool:
-    if pool is None:
-        return PagePool(page_size=DEFAULT_PAGE_SIZE if page_size is None else page_size)
-    if page_size not in (None, pool.page_size):
-        raise ValueError(f"page_size {page_size} differs from the pool's, {pool.page_size}")
-    return pool
 
 
 def _close(sequences: Sequences, restore: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,6 +42,22 @@ class LayerStep:
         """
         self._observe(row, query)
         return self._attend(row, query, key, value)
+
+    def attend_ragged(
+        self, queries: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """The same of all rows, each with tokens of its own, or none: [heads, tokens, size]."""
+        if all(query.shape[1] == 1 for query in queries):
+            stacked = (torch.stack(list(part)) for part in (queries, keys, values))
+            return list(self.attend(0, *stacked))
+        outputs = []
+        for row, new in enumerate(zip(queries, keys, values, strict=True)):
+            query, _, value = new
+            if query.shape[1]:
+                outputs.append(self.attend(row, *(part[None] for part in new))[0])
+            else:
+                outputs.append(query.new_empty(len(query), 0, value.shape[-1]))
+        return outputs
 
     def _observe(self, row: int, query: Tensor) -> None:
         ring = self.sequences.ring
@@ -136,11 +153,12 @@ class LayerStep:
         outputs = []
         numbers = values.float()[:, :, None]
         rows = slice(row, row + len(query))
-        for start, chances in probabilities(query, keys, first, self.terms, bias):
-            outputs.append((chances @ numbers).flatten(1, 2))
-            if self.sequences.reads_scores:
-                tokens = self.sequences.num_tokens[rows, None] + start
-                self._accumulate(row, chances, tokens + np.arange(chances.shape[3]))
+        with torch.autocast(query.device.type, enabled=False):
+            for start, chances in probabilities(query, keys, first, self.terms, bias):
+                outputs.append((chances @ numbers).flatten(1, 2))
+                if self.sequences.reads_scores:
+                    tokens = self.sequences.num_tokens[rows, None] + start
+                    self._accumulate(row, chances, tokens + np.arange(chances.shape[3]))
         return torch.cat(outputs, 2).to(query.dtype)
 
     @torch.no_grad()

@@ -125,7 +125,12 @@ def bias_of(
             total = torch.zeros_like(total)  # it says all there is to say
         for extra in (custom, position_bias):
             if extra is not None:
-                total = total + _at(extra, row, own - first, held, heads)
+                more = _at(extra, row, own - first, held, heads)
+                if len(total) != len(more) and min(len(total), len(more)) > 1:  # of KV heads
+                    total, more = (
+                        one.repeat_interleave(heads[0] // len(one), 0) for one in (total, more)
+                    )
+                total = total + more
         return total
 
     return bias

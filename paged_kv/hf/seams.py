@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from transformers import AttentionInterface
-from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.modeling_outputs import MoEModelOutputWithPastAndCrossAttentions
 
 from paged_kv.kernels.rotary import Rotary
 
@@ -106,8 +106,9 @@ def logits_of(model: Any, hidden: Tensor) -> Tensor:
 
     Whatever it does besides the head (scales, softcaps) is done too.
     """
-    base = model.base_model
-    base.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=hidden[None])
+    output = MoEModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden[None])
+    base = model.get_decoder()  # OPT's head takes no detour over its base_model
+    base.forward = lambda *_, **__: output
     try:
         ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
         return model(input_ids=ids, use_cache=False).logits[0]

@@ -13,9 +13,9 @@ has changed, except scores.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from paged_kv.config import CompressionConfig
@@ -26,30 +26,14 @@ from paged_kv.hf.layer_step import LayerStep
 from paged_kv.hf.observed import QueryRing
 from paged_kv.hf.paged_attention import Terms
 from paged_kv.hf.pool import Geometry, PagePool
-from paged_kv.hf.stats import CacheStats, Counters
+from paged_kv.hf.stats import CacheStats, Counters, snapshot
+from paged_kv.hf.step import Step
 from paged_kv.hf.tables import PageTables
 from paged_kv.kernels.rotary import Rotary
 from paged_kv.plan import make_plan
 
 Tensor = torch.Tensor
 NEVER = 1 << 60  # a prompt's length while its end is not known
-
-
-@dataclass
-class Step:
-    """A forward pass.
-
-    Args:
-        counts: int64 [rows], new tokens.
-        starts: int64 [rows + 1], where a row's new tokens begin among those of all rows.
-        slots: int64 [layers, new tokens of all rows], where in the arena their entries go, counted
-            in entries.
-    """
-
-    counts: Int64s
-    starts: Int64s
-    slots: Tensor
-    done: set[int] = field(default_factory=set)
 
 
 class Sequences:
@@ -163,29 +147,27 @@ class Sequences:
             )
         self._bind(geometry)
         self._prompt_ends(counts)
-        size = self.size + counts
-        need = -(-size // self.pool.page_size) - self.tables.count
-        page_size = self.pool.page_size
-        last = self.tables.count - 1
-        written = (counts > 0) & (self.size % page_size > 0)
-        copies = self.tables.shared()
-        if self.reads_scores:  # every page of a row is written to
-            copies &= counts[:, None] > 0
-        else:
-            copies &= written[..., None] & (np.arange(copies.shape[2]) == last[..., None])
+        need = -(-(self.size + counts) // self.pool.page_size) - self.tables.count
+        copies = self._written(counts)
         self.pool.check(
-            int(need.sum() + copies.sum()), f"a step of {counts.sum()} tokens in {self._shape}"
+            int(need.sum() + copies.sum()),
+            f"a step of {counts.sum()} tokens in {len(self.layers)} layers and {self.num_rows} "
+            "sequences",
         )
         self.tables.own(copies)
         self.tables.extend(need)
         self.ring.note(self.num_tokens, counts)
-        self.step = self._make_step(counts)
-        self._reset_side(self.step)
+        self.step = Step(self.tables, self.size, self.num_tokens, counts)
         self.counters.note_pages(self.tables.num_pages)
 
-    @property
-    def _shape(self) -> str:
-        return f"{len(self.layers)} layers and {self.num_rows} sequences"
+    def _written(self, counts: Int64s) -> npt.NDArray[np.bool_]:
+        """bool [layers, rows, width]: shared pages that a step writes to."""
+        shared = self.tables.shared()
+        if self.reads_scores:  # each page of a row
+            return shared & (counts[:, None] > 0)
+        last = np.arange(shared.shape[2]) == (self.tables.count - 1)[..., None]
+        is_partial = (counts > 0) & (self.size % self.pool.page_size > 0)
+        return shared & last & is_partial[..., None]
 
     def _bind(self, geometry: Geometry) -> None:
         if self.tables.arena is None:
@@ -212,31 +194,10 @@ class Sequences:
         if late:
             self.compact()
 
-    def _make_step(self, counts: Int64s) -> Step:
-        starts = np.append(0, np.cumsum(counts))
-        row = np.repeat(np.arange(len(counts)), counts)
-        slot = self.size[:, row] + np.arange(starts[-1]) - starts[row]
-        page, offset = slot // self.pool.page_size, slot % self.pool.page_size
-        layer = np.arange(len(self.layers))[:, None]
-        places = self.tables.ids[layer, row, page] * self.pool.page_size + offset
-        return Step(counts, starts, torch.from_numpy(places).to(self._device))
-
     @property
     def _device(self) -> torch.device:
         assert self.tables.arena is not None
         return self.tables.arena.geometry.device
-
-    def _reset_side(self, step: Step) -> None:
-        """Nothing is known of new entries but their positions."""
-        assert self.tables.arena is not None
-        for name, tensor in self.tables.arena.side.items():
-            new: Tensor | float = {"weights": 1.0, "scores": 0.0}.get(name, 0.0)
-            if name == "positions":
-                row = np.repeat(np.arange(len(step.counts)), step.counts)
-                first = self.num_tokens[row] - step.starts[row]
-                own = torch.from_numpy(first + np.arange(step.starts[-1])).to(tensor)
-                new = own.repeat(len(self.layers))
-            tensor.flatten(1)[:, step.slots.flatten()] = new
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> Tensor:
         """Stores a layer's new entries and attends to all that each row holds.
@@ -251,10 +212,8 @@ class Sequences:
         Returns:
             [rows, heads, q, size].
         """
-        step, index = self._enter(layer, terms)
         flat = key.transpose(0, 1).flatten(1, 2), value.transpose(0, 1).flatten(1, 2)
-        self._store(index, step.slots[index], *flat)
-        return LayerStep(self, index, terms).attend(0, query, key, value)
+        return self._enter(layer, terms, *flat).attend(0, query, key, value)
 
     def attend_ragged(
         self,
@@ -276,34 +235,16 @@ class Sequences:
         Returns:
             of each row, [heads, tokens, size].
         """
-        step, index = self._enter(layer, terms)
-        self._store(index, step.slots[index], torch.cat(list(keys), 1), torch.cat(list(values), 1))
-        run = LayerStep(self, index, terms)
-        if (step.counts == 1).all():
-            stacked = (torch.stack(list(part)) for part in (queries, keys, values))
-            return list(run.attend(0, *stacked))
-        outputs = []
-        for row, (query, key, value) in enumerate(zip(queries, keys, values, strict=True)):
-            if step.counts[row] == 0:
-                outputs.append(query.new_empty(len(query), 0, value.shape[-1]))
-                continue
-            outputs.append(run.attend(row, query[None], key[None], value[None])[0])
-        return outputs
+        run = self._enter(layer, terms, torch.cat(list(keys), 1), torch.cat(list(values), 1))
+        return run.attend_ragged(queries, keys, values)
 
-    def _enter(self, layer: int, terms: Terms) -> tuple[Step, int]:
+    def _enter(self, layer: int, terms: Terms, keys: Tensor, values: Tensor) -> LayerStep:
+        """A layer attends in this step; its new entries are stored, [kv_heads, tokens, size]."""
         assert self.step is not None, "no step has begun"
         index = self.index[layer]
-        self.step.done.add(index)
         self.terms[index] = terms
-        return self.step, index
-
-    def _store(self, index: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """New entries [kv_heads, tokens, size] of a layer."""
-        arena = self.tables.arena
-        assert arena is not None
-        with torch.no_grad():
-            arena.keys.flatten(1, 2).index_copy_(1, slots, keys.to(arena.keys.dtype))
-            arena.values.flatten(1, 2).index_copy_(1, slots, values.to(arena.values.dtype))
+        self.step.store(index, keys, values)
+        return LayerStep(self, index, terms)
 
     def end(self) -> None:
         """The step's tokens are held from now on; then what is due compacts."""
@@ -355,19 +296,4 @@ class Sequences:
 
     def stats(self) -> CacheStats:
         """What is held, and what was given up."""
-        arena, counters, pages = self.tables.arena, self.counters, self.tables.num_pages
-        page_bytes = arena.page_bytes if arena else 0
-        side = pages * arena.side_bytes if arena else 0
-        return CacheStats(
-            sequences=self.num_rows,
-            tokens=int(self.num_tokens.sum()),
-            pages=pages,
-            entries=int(self.size.sum()),
-            evicted=counters.evicted,
-            merged=counters.num_merged,
-            spilled=0,
-            compactions=counters.compactions,
-            bytes_by_tier={"device": pages * page_bytes, "host": 0, "mmap": 0},
-            side_bytes=side + self.ring.num_bytes,
-            peak_bytes=counters.peak_pages * page_bytes,
-        )
+        return snapshot(self)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from paged_kv.hf.sequences import Sequences
 
 
 @dataclass(frozen=True)
@@ -64,3 +68,23 @@ class Counters:
     def note_pages(self, num_pages: int) -> None:
         """So many are held now."""
         self.peak_pages = max(self.peak_pages, num_pages)
+
+
+def snapshot(sequences: Sequences) -> CacheStats:
+    """What a cache holds, and what it has given up."""
+    tables, counters = sequences.tables, sequences.counters
+    page_bytes = tables.arena.page_bytes if tables.arena else 0
+    side_bytes = tables.arena.side_bytes if tables.arena else 0
+    return CacheStats(
+        sequences=sequences.num_rows,
+        tokens=int(sequences.num_tokens.sum()),
+        pages=tables.num_pages,
+        entries=int(sequences.size.sum()),
+        evicted=counters.evicted,
+        merged=counters.num_merged,
+        spilled=0,
+        compactions=counters.compactions,
+        bytes_by_tier={"device": tables.num_pages * page_bytes, "host": 0, "mmap": 0},
+        side_bytes=tables.num_pages * side_bytes + sequences.ring.num_bytes,
+        peak_bytes=counters.peak_pages * page_bytes,
+    )

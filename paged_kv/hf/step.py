@@ -1,0 +1,59 @@
+"""The new tokens of one forward pass, and where their entries go."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from paged_kv.core.page_pool import Int64s
+from paged_kv.hf.tables import PageTables
+
+Tensor = torch.Tensor
+_WHEN_WRITTEN = {"weights": 1.0, "scores": 0.0}
+
+
+class Step:
+    """A forward pass; its pages have been allocated.
+
+    Args:
+        tables: pages of every layer and row.
+        size: int64 [layers, rows], entries held before.
+        num_tokens: int64 [rows], tokens processed before.
+        counts: int64 [rows], new tokens.
+    """
+
+    def __init__(
+        self, tables: PageTables, size: Int64s, num_tokens: Int64s, counts: Int64s
+    ) -> None:
+        assert tables.arena is not None
+        self.counts, self.arena = counts, tables.arena
+        self.done: set[int] = set()  # layers that have stored theirs
+        row = np.repeat(np.arange(len(counts)), counts)
+        nth = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+        slot, page_size = size[:, row] + nth, self.arena.page_size
+        page = tables.ids[np.arange(len(size))[:, None], row, slot // page_size]
+        places = page * page_size + slot % page_size
+        # int64 [layers, tokens of all rows]: where in the arena, counted in entries
+        self.places = torch.from_numpy(places).to(self.arena.geometry.device)
+        self._forget(num_tokens[row] + nth)
+
+    def _forget(self, tokens: Int64s) -> None:
+        """Nothing is known of the new entries but that they hold these tokens."""
+        for name, tensor in self.arena.side.items():
+            new: Tensor | float = _WHEN_WRITTEN.get(name, 0.0)
+            if name == "positions":
+                new = torch.from_numpy(tokens).to(tensor).repeat(len(self.places))
+            tensor.flatten(1)[:, self.places.flatten()] = new
+
+    @torch.no_grad()
+    def store(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Stores the new entries of a layer.
+
+        Args:
+            layer: index among those of the cache.
+            keys: [kv_heads, tokens of all rows, head_dim].
+            values: [kv_heads, tokens of all rows, size].
+        """
+        self.done.add(layer)
+        for tensor, new in ((self.arena.keys, keys), (self.arena.values, values)):
+            tensor.flatten(1, 2).index_copy_(1, self.places[layer], new.to(tensor.dtype))

@@ -1,0 +1,314 @@
+"""PagedCache: what it holds is what its budget says, nothing is lost, mistakes are refused."""
+
+from __future__ import annotations
+
+import gc
+import random
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from reference_loop import load_model
+from transformers import LogitsProcessor
+
+from paged_kv import registry
+from paged_kv.config import CompressionConfig
+from paged_kv.hf import PagedCache, PagePool, PoolFull
+
+NAMES = [*(name for name in registry.available() if name != "full"), "pyramidal+snapkv"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Any:
+    return load_model(tiny_models.saved("llama", tmp_path_factory.mktemp("models")))
+
+
+def tokens(*shape: int) -> torch.Tensor:
+    rng = random.Random(sum(shape))
+    count = torch.Size(shape).numel()
+    return torch.tensor([rng.randrange(3, tiny_models.VOCAB_SIZE) for _ in range(count)]).view(
+        shape
+    )
+
+
+def generate(model: Any, ids: torch.Tensor, cache: Any, count: int = 40, **more: Any) -> Any:
+    """Greedy; the new tokens of each row."""
+    lengths = {"max_new_tokens": count, "min_new_tokens": count, "pad_token_id": 0}
+    found = model.generate(ids, past_key_values=cache, do_sample=False, **lengths, **more)
+    return found[:, ids.shape[1] :]
+
+
+class Dictated(LogitsProcessor):
+    """The next tokens are given: each row's differ, so that no two entries are alike and tie."""
+
+    def __init__(self, rows: torch.Tensor, start: int) -> None:
+        self.rows, self.start = rows, start
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        token = self.rows[:, input_ids.shape[1] - self.start, None]
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+
+def logits(model: Any, ids: torch.Tensor, follow: torch.Tensor, cache: Any, **more: Any) -> Any:
+    """[rows, steps, vocabulary] of generate(), which continues with `follow` [rows, steps]."""
+    more |= {"return_dict_in_generate": True, "output_logits": True, "pad_token_id": 0}
+    more["logits_processor"] = [Dictated(follow, ids.shape[1])]
+    count = follow.shape[1]
+    output = model.generate(
+        ids, past_key_values=cache, max_new_tokens=count, do_sample=False, **more
+    )
+    assert output.sequences[:, ids.shape[1] :].equal(follow)
+    return torch.stack(output.logits, 1)
+
+
+@pytest.mark.parametrize("policy", NAMES)
+def test_a_left_padded_row_is_its_solo_run(policy, model):
+    """Rows of 170, 130, 37 and 1 tokens; some begin to drop at once, some later, one never."""
+    lengths, budget, end = [170, 130, 37, 1], 160 if "pyramidal" in policy else 100, 170
+    orders = [torch.randperm(250, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    rows = torch.stack(orders) + 3
+    mask = torch.stack([torch.arange(end) >= end - length for length in lengths]).long()
+    with PagedCache(model.config, policy, budget) as cache:
+        found = logits(model, rows[:, :end], rows[:, end:], cache, attention_mask=mask)
+        assert cache.stats().compactions > 0
+    for row, length in enumerate(lengths):
+        one = rows[row : row + 1]
+        with PagedCache(model.config, policy, budget) as cache:
+            solo = logits(model, one[:, end - length : end], one[:, end:], cache)
+        torch.testing.assert_close(found[row], solo[0], atol=3e-4, rtol=0)
+
+
+@pytest.mark.parametrize("policy", ["streaming", "snapkv", "h2o", "value_merge"])
+def test_held_entries_stay_within_a_page_of_the_budget(policy, model):
+    """After a short prompt, at each step; memory is that of the pages and a few more."""
+    with PagedCache(model.config, policy, 128) as cache, torch.inference_mode():
+        ids = tokens(2, 400)
+        model(ids[:, :20], past_key_values=cache)
+        for step in range(20, 400):
+            model(ids[:, step : step + 1], past_key_values=cache)
+            stats, count = cache.stats(), 6 * 2
+            assert stats.entries == count * min(step + 1, 128 + (step + 1 - 128) % 32)
+            assert stats.pages <= count * (128 // 32 + 1)
+            assert stats.bytes == stats.pages * 2 * 32 * 2 * 32 * 4
+        assert stats.peak_bytes == count * 5 * 2 * 32 * 2 * 32 * 4
+        side = 1 + stats.side_bytes / stats.bytes
+        assert cache.pool.capacity_bytes <= stats.peak_bytes * side * 1.4
+
+
+@pytest.mark.parametrize("compress_prefill", [True, False])
+def test_memory_during_a_long_prompt(compress_prefill, model):
+    """In chunks of 512: a chunk more than the budget, or all of the prompt until its end."""
+    ids, page_bytes = tokens(1, 2000), 2 * 32 * 2 * 32 * 4
+    options = {"compress_prefill": compress_prefill}
+    with PagedCache(model.config, "snapkv", 256, **options) as cache:
+        generate(model, ids, cache, 3, prefill_chunk_size=512)
+        stats, entries = cache.stats(), 512 + 256 + 32 if compress_prefill else 2000
+        peak = stats.peak_bytes / page_bytes / 6 * 32
+        assert entries - 32 <= peak <= entries + 32
+        assert stats.entries <= 6 * (256 + 32)
+        # What the prompt took is given back, not only marked as free.
+        assert cache.pool.capacity_bytes <= 6 * (256 + 4 * 32) * (2 * 2 * 32 * 4 + 2 * 4)
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_memory_of_8192_tokens_on_a_real_model(smollm2_dir):
+    """Budget 2,048: within one page per layer at each step, within a chunk more in the prompt."""
+    model = load_model(smollm2_dir).to(torch.bfloat16)
+    page = 2 * 3 * 32 * 64 * 2 * 30  # bytes of a page in all layers
+    ids = tokens(1, 8192)
+    with torch.inference_mode():
+        options = {"compress_prefill": True}
+        with PagedCache(model.config, "streaming", 2048, **options) as cache:
+            for start in range(0, 8192 - 64, 512):
+                model(ids[:, start : start + 512], past_key_values=cache, logits_to_keep=1)
+                assert cache.stats().bytes <= (2048 // 32 + 1) * page
+                assert cache.stats().peak_bytes <= ((2048 + 512) // 32 + 1) * page
+            for step in range(8192 - 64, 8192):
+                model(ids[:, step : step + 1], past_key_values=cache)
+                assert (2048 // 32) * page <= cache.stats().bytes <= (2048 // 32 + 1) * page
+            assert cache.get_seq_length() >= 8192 - 64
+        with PagedCache(model.config, "streaming", 2048) as cache:
+            for start in range(0, 8192, 512):
+                model(ids[:, start : start + 512], past_key_values=cache, logits_to_keep=1)
+                assert cache.stats().bytes == (start + 512) // 32 * page
+            model(ids[:, :1], past_key_values=cache)
+            assert cache.stats().bytes <= (2048 // 32 + 1) * page
+            assert cache.stats().peak_bytes == 8192 // 32 * page
+
+
+def test_nothing_is_lost(model):
+    """100 calls on one pool: some end, some fail in the middle, some are abandoned."""
+    pool = PagePool(num_pages=400)
+    for index in range(100):
+        policy = ["full", "streaming", "snapkv", "h2o"][index % 4]
+        cache = PagedCache(model.config, policy, None if policy == "full" else 96, pool=pool)
+        rows = 1 + index % 3
+        if index % 5 == 1:
+            with pytest.raises(RuntimeError, match="in the middle"), failing(model, index % 5):
+                generate(model, tokens(rows, 110), cache, 5)
+            with pytest.raises(ValueError, match=r"interrupted.*reset\(\)"):
+                generate(model, tokens(rows, 110), cache, 5)
+            cache.reset()
+            assert pool.num_held == 0
+        generate(model, tokens(rows, 100 + index % 40), cache, 5, num_beams=rows)
+        assert pool.num_held == cache.stats().pages > 0
+        if index % 2:
+            cache.close()
+        del cache
+        gc.collect()
+        pool.check_integrity()
+        assert pool.num_held == 0
+    assert model.config._attn_implementation == "sdpa"
+
+
+class failing:
+    """A layer of the model raises."""
+
+    def __init__(self, model: Any, layer: int) -> None:
+        self.module = model.model.layers[layer].mlp
+
+    def __enter__(self) -> None:
+        def fail(*_: Any) -> None:
+            raise RuntimeError("in the middle")
+
+        self.hook = self.module.register_forward_pre_hook(fail)
+
+    def __exit__(self, *_: Any) -> None:
+        self.hook.remove()
+
+
+def test_abandoned_generators_give_their_pages_back(model):
+    pool = PagePool(num_pages=100)
+
+    def stream():
+        cache = PagedCache(model.config, pool=pool)
+        for step in range(100):
+            yield model(tokens(1, 5), past_key_values=cache).logits
+            assert step < 3
+
+    steps = stream()
+    next(steps), next(steps)
+    assert pool.num_held == 6
+    del steps
+    gc.collect()
+    assert pool.num_held == 0
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_pool_shared_by_caches_is_never_exceeded(model):
+    pool = PagePool(num_pages=60)
+    first = PagedCache(model.config, "streaming", 96, pool=pool)
+    generate(model, tokens(1, 200), first, 10)
+    assert first.stats().pages == pool.num_held == 24
+    second = PagedCache(model.config, pool=pool)
+    with pytest.raises(PoolFull, match=r"num_pages 60 is too small.*needs 42 more.*36 are free"):
+        generate(model, tokens(1, 200), second, 10)
+    assert pool.num_held == 24
+    expected = generate(model, tokens(1, 150), PagedCache(model.config), 10)
+    assert generate(model, tokens(1, 150), second, 10).tolist() == expected.tolist()
+    again = generate(model, tokens(1, 40), PagedCache(model.config), 10)
+    first.close()
+    second.reset()
+    assert generate(model, tokens(1, 40), second, 10).tolist() == again.tolist()
+
+
+@pytest.mark.parametrize("policy", ["full", "snapkv", "h2o", "value_merge"])
+def test_scattered_pages_change_nothing(policy, model):
+    """A crowded pool has no runs of neighbours: entries are gathered."""
+    budget = None if policy == "full" else 96
+    ids = tokens(2, 130)
+    with PagedCache(model.config, policy, budget) as cache:
+        expected = generate(model, ids, cache)
+        assert (cache.sequences.tables.first >= 0).all()
+    pool = PagePool(num_pages=150)
+    holes = PagedCache(model.config, pool=pool)
+    holes_ids = [tokens(1, 32) for _ in range(20)]
+    caches = []
+    for one in holes_ids:  # every second page of a part of the pool
+        caches.append(PagedCache(model.config, pool=pool))
+        model(one, past_key_values=caches[-1])
+    for cache in caches[::2]:
+        cache.close()
+    with PagedCache(model.config, policy, budget, pool=pool) as cache:
+        assert generate(model, ids, cache).tolist() == expected.tolist()
+        assert (cache.sequences.tables.first < 0).any()
+    holes.close()
+
+
+def test_beams_share_pages(model):
+    with PagedCache(model.config) as cache:
+        generate(model, tokens(1, 160), cache, 40, num_beams=4)
+        stats = cache.stats()
+        assert stats.sequences == 4
+        assert stats.pages < 4 * 6 * 7  # 199 tokens
+        cache.pool.check_integrity()
+
+
+def test_positions_and_lengths_are_those_of_the_whole_text(model):
+    with PagedCache(model.config, "streaming", 96) as cache:
+        generate(model, tokens(1, 150), cache, 20)
+        assert cache.get_seq_length() == 169
+        assert cache.stats().tokens == 169
+        assert cache.stats().entries < 6 * 128
+
+
+def test_config_objects_and_stats(model):
+    config = CompressionConfig.from_dict({"policy": "snapkv", "budget": 96})
+    with PagedCache(model.config, config) as cache:
+        generate(model, tokens(1, 150), cache, 10)
+        stats = cache.stats()
+    assert stats.bytes_by_tier == {"device": stats.bytes, "host": 0, "mmap": 0}
+    assert stats.evicted == 6 * (159 - stats.entries // 6)
+    with pytest.raises(ValueError, match="budget must be in it"):
+        PagedCache(model.config, config, budget=100)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"policy": "nonsense"}, "unknown kv-policy 'nonsense'; known are: full"),
+        ({"policy": "snapkv", "windw": 3}, "unknown paged_kv option windw"),
+        ({"policy": "snapkv", "budget": 40}, "budget 40 is too small: it must be at least"),
+        ({"policy": "snapkv", "budget": 1.5}, "budget must be"),
+        ({"page_format": "int3"}, "page_format must be one of native"),
+        ({"page_size": 0}, "page_size must be an integer >= 1"),
+        ({"page_size": 16, "pool": PagePool(5)}, "page_size 16 differs from the pool's, 32"),
+    ],
+)
+def test_wrong_arguments(arguments, message, model):
+    with pytest.raises(ValueError, match=message):
+        PagedCache(model.config, **arguments)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_pool_too_small_for_one_sequence(model):
+    pool = PagePool(num_pages=5)
+    with PagedCache(model.config, pool=pool) as cache:
+        with pytest.raises(PoolFull, match="needs 6 more pages, 5 are free.*at least 6"):
+            generate(model, tokens(1, 3), cache)
+        assert pool.num_held == 0
+    with pytest.raises(ValueError, match="num_pages must be an integer >= 1, not 0"):
+        PagePool(num_pages=0)
+
+
+def test_another_batch_size_or_model_or_nothing_at_all(model, tmp_path):
+    cache = PagedCache(model.config, "streaming", 96)
+    generate(model, tokens(2, 20), cache, 2)
+    with pytest.raises(ValueError, match="holds 2 sequences, but the batch has 3"):
+        generate(model, tokens(3, 40), cache, 2)
+    other = load_model(tiny_models.saved("llama-one-kv-head", tmp_path))
+    before = cache.stats()
+    with pytest.raises(ValueError, match="another model's config"):
+        generate(other, tokens(2, 40), cache, 2)
+    other_cache = PagedCache(other.config)
+    with pytest.raises(ValueError, match="a cache serves one model"):
+        generate(other, tokens(2, 40), cache, 2)
+    other_cache.close()
+    assert cache.stats() == before
+    cache.close()
+    cache.close()
+    for use in (cache.stats, cache.reset, lambda: generate(model, tokens(1, 4), cache)):
+        with pytest.raises(ValueError, match="closed: make a new one"):
+            use()
