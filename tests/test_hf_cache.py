@@ -286,7 +286,7 @@ def test_wrong_arguments(arguments, message, model):
 def test_a_pool_too_small_for_one_sequence(model):
     pool = PagePool(num_pages=5)
     with PagedCache(model.config, pool=pool) as cache:
-        with pytest.raises(PoolFull, match="needs 6 more pages, 5 are free.*at least 6"):
+        with pytest.raises(PoolFull, match=r"needs 6 more pages, 5 are free.*at least 6"):
             generate(model, tokens(1, 3), cache)
         assert pool.num_held == 0
     with pytest.raises(ValueError, match="num_pages must be an integer >= 1, not 0"):

@@ -59,8 +59,8 @@ class Handle:
 
 def _not_replaceable(operation: str) -> ValueError:
     return ValueError(
-        f"a PagedCache has no {operation}: its keys and values are in pages. Either it was made with "
-        "another model's config than this one's, or this model computes with cached keys itself "
+        f"a PagedCache has no {operation}: its keys and values are in pages. Either it was made "
+        "with another model's config, or this model computes with its cached keys itself "
         "instead of calling transformers' AttentionInterface; for that one use DynamicCache"
     )
 

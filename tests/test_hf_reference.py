@@ -1,0 +1,74 @@
+"""PagedCache gives what the reference engine gives, which holds entries in plain lists.
+
+Every policy and its options, pyramids, fractions, chunks, pages of other sizes. The tokens are
+given and all different, so that no two entries are alike and tie.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from policy_cases import CASES
+from reference_loop import load_model
+
+from paged_kv.config import CompressionConfig
+from paged_kv.hf import PagedCache
+from paged_kv.hf.reference import ReferenceEngine
+
+PROMPT, END = 150, 250
+NAMED = [(name, options) for name, several in CASES.items() for options in several]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Any:
+    return load_model(tiny_models.saved("llama", tmp_path_factory.mktemp("models")))
+
+
+def chunks(prompt_chunk: int) -> list[tuple[int, int]]:
+    prompt = [(s, min(s + prompt_chunk, PROMPT)) for s in range(0, PROMPT, prompt_chunk)]
+    return prompt + [(step, step + 1) for step in range(PROMPT, END)]
+
+
+@torch.inference_mode()
+def check(
+    model: Any, options: dict[str, Any], page_size: int = 32, prompt_chunk: int = PROMPT
+) -> None:
+    config = CompressionConfig.from_dict(options)
+    tokens = torch.randperm(END, generator=torch.Generator().manual_seed(0)) + 3
+    engine = ReferenceEngine(model, config, page_size, PROMPT)
+    with PagedCache(model.config, config, page_size=page_size) as cache:
+        for start, end in chunks(prompt_chunk):
+            found = model(tokens[None, start:end], past_key_values=cache).logits[0]
+            hidden = engine.process(tokens[start:end].tolist())
+            torch.testing.assert_close(found, engine.logits(hidden), atol=3e-4, rtol=0)
+        assert cache.sequences.size[:, 0].tolist() == engine.num_kept
+        assert cache.stats().entries < 0.8 * 6 * END
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), NAMED, ids=[f"{name} {options}" for name, options in NAMED]
+)
+def test_policies(name, options, model):
+    check(model, {"policy": name, "budget": 100, **options})
+
+
+@pytest.mark.parametrize("name", ["streaming", "snapkv", "h2o", "value_merge", "past_future"])
+@pytest.mark.parametrize("page_size", [8, 16, 64])
+def test_pages_of_other_sizes(name, page_size, model):
+    check(model, {"policy": name, "budget": 110}, page_size)
+
+
+@pytest.mark.parametrize("name", ["streaming", "snapkv", "h2o", "value_merge"])
+def test_pyramids_and_skipped_layers(name, model):
+    check(model, {"policy": f"pyramidal+{name}", "budget": 150})
+    check(model, {"policy": name, "budget": 100, "skip_layers": [0, 3]})
+
+
+@pytest.mark.parametrize("name", ["streaming", "snapkv", "h2o", "value_merge"])
+@pytest.mark.parametrize("compress_prefill", [True, False])
+def test_fractions_and_chunks(name, compress_prefill, model):
+    options = {"policy": name, "budget": 0.5, "min_budget": 80}
+    check(model, {**options, "compress_prefill": compress_prefill}, prompt_chunk=40)
