@@ -64,4 +64,4 @@ lint: venv
 	$(BIN)/mypy
 
 test: setup lint
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile # engines mostly start, on one core

@@ -5,6 +5,9 @@ from pathlib import Path
 
 # Before torch is imported: threads that spin while they wait slow down a busy machine 20 times.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTEST_XDIST_WORKER" in os.environ:  # others use the cores, too: one each, and anyone
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 import pytest
 from hypothesis import settings

@@ -1,4 +1,9 @@
-"""Two engines, one answer: every policy in transformers gives vLLM's tokens, on a real model."""
+"""Two engines, one answer: every policy in transformers gives vLLM's tokens, on a real model.
+
+An engine and 512 tokens for each of 20 policies take 15 minutes: `pytest -m exhaustive` runs all of
+them, `make test` four that cover what policies read and do (test_policy_equivalence.py and
+test_hf_reference.py have each of them on a small model).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +21,12 @@ from paged_kv.hf.loading import encode, load_model
 pytestmark = [pytest.mark.vllm, pytest.mark.model, pytest.mark.slow]
 
 BUDGET, PROMPT, NEW = 192, 300, 256
-NAMES = [*(name for name in registry.available() if name != "full"), "pyramidal+snapkv"]
+ALWAYS = {"streaming", "h2o", "pyramidal+snapkv", "value_merge"}
+NAMES = [
+    pytest.param(name, marks=[] if name in ALWAYS else [pytest.mark.exhaustive])
+    for name in [*registry.available(), "pyramidal+snapkv"]
+    if name != "full"
+]
 
 
 @pytest.fixture(scope="module")

