@@ -11,9 +11,12 @@ from pathlib import Path
 import engines
 import pytest
 import tiny_models
+import torch
+from reference_loop import load_model
 
 from paged_kv import registry
 from paged_kv.config import CompressionConfig
+from paged_kv.hf import PagedCache
 
 TESTS = Path(__file__).parent
 DOCUMENT = TESTS.parent / "docs" / "adding-a-policy.md"
@@ -90,7 +93,7 @@ def test_it_passes_the_matrix(installed):
 
 @pytest.mark.vllm
 @pytest.mark.parametrize("policy", [NAME, f"pyramidal+{NAME}"])
-def test_it_runs_in_vllm(policy, installed, tmp_path):
+def test_it_gives_the_same_tokens_in_both_engines(policy, installed, tmp_path):
     model = tiny_models.saved("llama", tmp_path)
     settings = {"skip_tokenizer_init": True, "kv_cache_memory_bytes": 32 << 20}
     kv = {"policy": policy, "budget": 128, "pyramid_beta": 1.5}
@@ -101,3 +104,9 @@ def test_it_runs_in_vllm(policy, installed, tmp_path):
         assert first == second
         assert engines.worker(llm).compactor.num_events > 0
         assert engines.block_pool(llm).get_num_free_blocks() == total
+    loaded, settings = load_model(model), {"max_new_tokens": 60, "min_new_tokens": 60}
+    for own, expected in zip([prompt, prompt[5:90]], first, strict=True):
+        with PagedCache(loaded.config, **kv) as cache:
+            ids = torch.tensor([own])
+            found = loaded.generate(ids, past_key_values=cache, do_sample=False, **settings)
+            assert found[0, len(own) :].tolist() == expected
