@@ -55,6 +55,16 @@ COMMANDS = {
         from_module("paged_kv.bench.demo"),
         "vllm-cpu,bench",
     ),
+    "generate": Command(
+        "write text with a compressed cache",
+        from_module("paged_kv.generate"),
+        "hf",
+    ),
+    "bench": Command(
+        "measure speed",
+        from_module("paged_kv.bench.commands"),
+        "hf,bench",
+    ),
     "eval": Command(
         "measure what a policy costs in quality",
         from_module("paged_kv.eval.commands"),

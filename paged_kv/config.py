@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 DEFAULT_PAGE_SIZE = 32
 DEFAULT_BUDGET = 1024
+VARIABLES = {"policy": "PAGED_KV_POLICY", "budget": "PAGED_KV_BUDGET"}
+CONFIG_VARIABLE = "PAGED_KV_POLICY_CONFIG"  # a JSON object of the other options
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,31 @@ class CompressionConfig:
             config.create_policy()  # it may refuse what it is given
         return config
 
+    @classmethod
+    def from_env(cls, **given: Any) -> CompressionConfig:
+        """Options that are given; what is not comes from the environment, then from the defaults.
+
+        A policy's own options in PAGED_KV_POLICY_CONFIG belong to the policy in PAGED_KV_POLICY:
+        they are left out where another one is given. A variable that is empty is not set.
+
+        Args:
+            given: flat options; None is not given.
+
+        Raises:
+            ValueError: see from_dict; names the variable, too, that has the value.
+        """
+        chosen = {key: value for key, value in given.items() if value is not None}
+        found = _environment()
+        if "policy" in found and chosen.get("policy", found["policy"]) != found["policy"]:
+            common = {f.name for f in fields(cls)}
+            found = {key: value for key, value in found.items() if key in common}
+        try:
+            return cls.from_dict(found | chosen)
+        except ValueError as error:
+            if not set(found) - set(chosen) - set(VARIABLES):
+                raise
+            raise ValueError(f"{error} (with the options in {CONFIG_VARIABLE})") from None
+
     def to_dict(self) -> dict[str, Any]:
         """The flat dict again, in values that JSON can carry."""
         result: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -156,6 +184,25 @@ def parse_json(text: str, name: str = "kv-policy-config") -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{name} must be a JSON object, not {text!r}")
     return values
+
+
+def _environment() -> dict[str, Any]:
+    """The flat options in the environment's variables. Raises ValueError."""
+    text = {name: os.environ.get(variable, "") for name, variable in VARIABLES.items()}
+    config = os.environ.get(CONFIG_VARIABLE, "")
+    options = parse_json(config, CONFIG_VARIABLE) if config.strip() else {}
+    for name, variable in VARIABLES.items():
+        if name in options:
+            raise ValueError(f"{CONFIG_VARIABLE} must not have {name}: use {variable}")
+    if policy := text["policy"].strip():
+        try:
+            registry.check(policy)
+        except ValueError as error:
+            raise ValueError(f"{VARIABLES['policy']}: {error}") from None
+        options["policy"] = policy
+    if budget := text["budget"].strip():
+        options["budget"] = parse_budget(VARIABLES["budget"], budget)
+    return options
 
 
 def _beta(name: str, value: Any) -> float:

@@ -50,6 +50,11 @@ SCRIPTS = {
         ["pyramidal+streaming", "pyramidal+streaming"],
         COST | {"budget", "batch", "step_ms", "share"},
     ),
+    "hf_batch": (
+        "--rounds 1 --requests 3 --longest 40 --output-len 4 --cases full streaming",
+        ["full", "streaming"],
+        COMPARED - {"idle_cpu"},
+    ),
     "same_process": (
         "--rounds 1 --requests 2 --prompt-len 16 --output-len 8",
         ["streaming"],

@@ -22,17 +22,19 @@ LEVELS = {
     "vllm": 4,
     "hf": 4,
     "bench": 5,
+    "generate": 5,
     "eval": 5,
     "cli": 6,
 }
 # Modules beside the folders: policies' names, options and budgets, which the engines read.
-LEVELS |= {"registry": 3, "config": 3, "plan": 3}
+LEVELS |= {"registry": 3, "config": 3, "plan": 3, "sampling": 3}
 LEVELS |= {"models": 0, "directory_cache": 0, "__init__": 0}  # not part of the chain
 SAME_LEVEL = {
     ("config", "registry"),
     ("plan", "config"),
     ("models", "directory_cache"),
     ("eval", "bench"),
+    ("generate", "bench"),
 }
 
 

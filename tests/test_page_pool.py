@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from paged_kv.core.page_pool import PageAllocator
+from paged_kv.hf.allocator import PageAllocator
 
 
 class World(RuleBasedStateMachine):

@@ -79,6 +79,32 @@ def ratios(path: Path, title: str, lines: Mapping[str, Sequence[tuple[float, flo
         plt.close(figure)
 
 
+def per_token(path: Path, title: str, times: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    """Milliseconds (y) by tokens of context (x); how often the last line is faster than the first.
+
+    Args:
+        path: the PNG.
+        title: above all.
+        times: by name: (tokens, milliseconds), at the same tokens for all.
+    """
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
+        for color, (name, points) in zip(COLORS, times.items(), strict=False):
+            axes.plot(*zip(*points, strict=True), "o-", color=color, label=name)
+        slow, *_, fast = times.values()
+        for (tokens, most), (_, least) in zip(slow, fast, strict=True):
+            axes.annotate(f"{most / least:.1f}×", (tokens, most), (0, 6), ha="center",
+                          textcoords="offset points", fontweight="bold")  # fmt: skip
+        axes.set(title=title, xlabel="tokens of context", ylabel="ms per token")
+        axes.set(xscale="log", yscale="log")
+        lengths = [tokens for tokens, _ in fast]
+        axes.set_xticks(lengths, [f"{tokens:,}" for tokens in lengths], minor=False)
+        axes.set_xticks([], minor=True)
+        axes.legend()
+        figure.savefig(path, dpi=130)
+        plt.close(figure)
+
+
 def _line(axes: Any, height: float, text: str, color: str) -> None:
     """A dashed line across, with its meaning at the right end."""
     axes.axhline(height, color=color, linewidth=1, linestyle="--")

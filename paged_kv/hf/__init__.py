@@ -14,7 +14,7 @@ _HOME = {
     "PagedEncoderDecoderCache": "encoder_decoder",
     "PagePool": "pool",
     "PoolFull": "pool",
-    "enable": "enable",
+    "enable": "enabling",
     "generate_batch": "batch",
 }
 __all__ = sorted(_HOME)

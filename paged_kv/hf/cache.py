@@ -13,7 +13,7 @@ from transformers.cache_utils import (
 )
 
 from paged_kv.config import CompressionConfig
-from paged_kv.hf import implementation, seams
+from paged_kv.hf import implementation, providers, seams
 from paged_kv.hf.arguments import check_page_format, read_options, read_pool
 from paged_kv.hf.attention_function import Handle
 from paged_kv.hf.masks import MaskSpec, counts_of
@@ -47,6 +47,8 @@ class PagedCache(Cache):
         page_size: entries per page.
         page_format: how pages store numbers; "native" is the model's dtype.
         pool: where pages come from, to share it or to limit it; None: memory of its own.
+        attention: what computes steps of one token: sdpa; flex, compiled, which reads scattered
+            pages in place; xformers, on GPUs.
         options: more of CompressionConfig's options, and those of the policy.
 
     Raises:
@@ -62,11 +64,13 @@ class PagedCache(Cache):
         page_size: int | None = None,
         page_format: str = "native",
         pool: PagePool | None = None,
+        attention: str = "sdpa",
         **options: Any,
     ) -> None:
         compression = read_options(policy, budget, options)
         pool, is_private = read_pool(pool, page_size), pool is None
         check_page_format(page_format)
+        provider = providers.create(attention, pool.page_size)
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError("an encoder-decoder model needs PagedEncoderDecoderCache(model, ...)")
         decoder = config.get_text_config(decoder=True)
@@ -79,7 +83,7 @@ class PagedCache(Cache):
         if compression.enabled:
             compression.check_page_size(pool.page_size)
         self.compression, self.pool = compression, pool
-        self.sequences = Sequences(compression, paged, len(types), pool, is_private)
+        self.sequences = Sequences(compression, paged, len(types), pool, is_private, provider)
         self.progress = [0]
         self._paged = paged
         self._padded_at = 0  # stream index behind the last padding

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from paged_kv.core.page_pool import Int64s
+from paged_kv.hf.allocator import Int64s
 from paged_kv.hf.pool import Arena
 from paged_kv.policies.region import Compaction, Region, moves
 

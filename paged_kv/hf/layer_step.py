@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from paged_kv.hf.paged_attention import Terms, fused, masked, probabilities
+from paged_kv.hf.providers import Held
 
 if TYPE_CHECKING:
     from paged_kv.hf.sequences import Sequences
@@ -73,6 +74,10 @@ class LayerStep:
         fresh = max(first) == 0 and num_queries > 1 and self.terms.bias is None
         if fresh and not explicit:  # what is stored is at hand
             return fused(query, key, value, first, self.terms.scale)
+        if num_queries == 1 and not explicit and self.terms.bias is None:
+            found = self._provided(row, query)
+            if found is not None:
+                return found
         apart = self.terms.bias is not None or (explicit and not alike)
         if num_rows > 1 and (apart or not self._together(row, num_rows, alike)):
             parts = (self._attend(row + i, *(t[i : i + 1] for t in (query, key, value)))
@@ -93,6 +98,17 @@ class LayerStep:
         if bias is not None:
             return masked(query, keys, values, bias[None].to(query.dtype), self.terms.scale)
         return fused(query, keys, values, first, self.terms.scale)
+
+    def _provided(self, row: int, query: Tensor) -> Tensor | None:
+        """Plain attention of one new token each, if somebody else than SDPA computes it."""
+        provider, rows = self.sequences.provider, slice(row, row + len(query))
+        if provider is None:
+            return None
+        pages = self.sequences.tables.ids[self.index, rows]
+        held = Held(self.arena, pages, self.sequences.size[self.index, rows] + 1)
+        if not provider.takes(query, held):
+            return None
+        return provider.attend(query, held, self.terms.scale)
 
     def _together(self, row: int, num_rows: int, alike: bool) -> bool:
         """Whether one call for all rows is worth it: on a CPU, copies and masks are not."""

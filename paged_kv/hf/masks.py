@@ -18,7 +18,7 @@ import torch
 from transformers import AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from paged_kv.core.page_pool import Int64s
+from paged_kv.hf.allocator import Int64s
 from paged_kv.hf.paged_attention import Bias
 
 NAME = "paged_kv"

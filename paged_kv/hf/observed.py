@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from paged_kv.core.page_pool import Int64s
+from paged_kv.hf.allocator import Int64s
 from paged_kv.policies.region import Queries
 
 Tensor = torch.Tensor

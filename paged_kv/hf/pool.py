@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from paged_kv.config import DEFAULT_PAGE_SIZE
-from paged_kv.core.page_pool import Int64s, PageAllocator, PoolFull
+from paged_kv.hf.allocator import Int64s, PageAllocator, PoolFull
 
 Tensor = torch.Tensor
 SIDE_DTYPES = {"positions": torch.int32, "weights": torch.float32, "scores": torch.float32}

@@ -19,13 +19,14 @@ import numpy.typing as npt
 import torch
 
 from paged_kv.config import CompressionConfig
-from paged_kv.core.page_pool import Int64s
 from paged_kv.core.schedule import Schedule
 from paged_kv.hf import compaction
+from paged_kv.hf.allocator import Int64s
 from paged_kv.hf.layer_step import LayerStep
 from paged_kv.hf.observed import QueryRing
 from paged_kv.hf.paged_attention import Terms
 from paged_kv.hf.pool import Geometry, PagePool
+from paged_kv.hf.providers import Provider
 from paged_kv.hf.stats import CacheStats, Counters, snapshot
 from paged_kv.hf.step import Step
 from paged_kv.hf.tables import PageTables
@@ -45,6 +46,7 @@ class Sequences:
         num_layers: of the model.
         pool: where pages come from.
         is_private: whether no other cache uses the pool.
+        provider: of attention in steps of one token; None: SDPA.
 
     Raises:
         ValueError: the budgets do not fit the model or the page size.
@@ -57,8 +59,9 @@ class Sequences:
         num_layers: int,
         pool: PagePool,
         is_private: bool,
+        provider: Provider | None = None,
     ) -> None:
-        self.pool, self.is_private = pool, is_private
+        self.pool, self.is_private, self.provider = pool, is_private, provider
         self.layers = np.array(layers, dtype=np.int64)
         self.index = {layer: index for index, layer in enumerate(layers)}
         self.policy = compression.create_policy() if compression.enabled else None

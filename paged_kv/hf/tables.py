@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from paged_kv.core.page_pool import Int64s
+from paged_kv.hf.allocator import Int64s
 from paged_kv.hf.pool import Arena, PagePool
 
 Bools = npt.NDArray[np.bool_]

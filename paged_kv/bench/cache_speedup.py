@@ -1,0 +1,84 @@
+"""`paged-kv bench cache-speedup`: what a token costs with a cache and without one.
+
+One sequence, in transformers: a PagedCache that drops nothing against use_cache=False. At each
+context length both produce one token in turn, so many times as there are rounds; the time of a
+token is that of one forward pass, without the prompt's, and the figures are medians. Both contexts
+grow by a token in each round. Prints a line of JSON per length and draws cache_speedup.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+
+from tqdm import tqdm
+
+from paged_kv import models
+from paged_kv.bench import script
+from paged_kv.bench.settings import model_config, random_prompts
+
+LENGTHS = (50, 200, 800, 2000)
+CACHED, UNCACHED = "PagedCache", "no cache"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `paged-kv bench cache-speedup`."""
+    add = parser.add_argument
+    add("--model", default="smollm2", help="smollm2 (the default), a directory or a hub name")
+    add("--lengths", type=script.positive, nargs="+", default=list(LENGTHS), metavar="N",
+        help=f"tokens of context (default {' '.join(map(str, LENGTHS))})")  # fmt: skip
+    add("--rounds", type=script.positive, default=5, metavar="N",
+        help="tokens that are timed at each length (default 5)")  # fmt: skip
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default float32")
+    add("--seed", type=int, default=0, metavar="N", help="of the random prompt (default 0)")
+    add("--out", type=Path, default=Path("results"), metavar="DIR", help="default results/")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Runs, prints, draws. Raises ValueError for what the user got wrong."""
+    args.model = models.resolve(args.model)
+    longest = max(args.lengths) + args.rounds + 1
+    limit = model_config(args.model).get("max_position_embeddings", longest)
+    if longest > limit:
+        raise ValueError(
+            f"lengths {max(args.lengths)} with rounds {args.rounds}: needs {longest} tokens, "
+            f"the model has {limit}"
+        )
+    args.out.mkdir(parents=True, exist_ok=True)
+    cases = measure(args)
+    from paged_kv.bench import plot
+
+    times = {
+        name: [(case["length"], case[f"{key}_ms"]) for case in cases]
+        for name, key in ((UNCACHED, "uncached"), (CACHED, "cached"))
+    }
+    title = f"{args.model.name}, {args.dtype}: time per generated token"
+    plot.per_token(args.out / "cache_speedup.png", title, times)
+
+
+def measure(args: argparse.Namespace) -> list[script.Json]:
+    """A case for each length, printed when it is known."""
+    from paged_kv.hf import PagedCache
+    from paged_kv.hf.decoding import Decoder, interleaved, load
+
+    model = load(args.model, args.dtype)
+    cases = []
+    for length in tqdm(sorted(args.lengths), unit="length"):
+        with PagedCache(model.config, "full") as cache:
+            decoders = {CACHED: Decoder(model, cache), UNCACHED: Decoder(model)}
+            for decoder in decoders.values():
+                decoder.read(random_prompts(args.model, 1, length, args.seed))
+            interleaved(decoders, 1)  # the first pass of a shape is slow
+            seconds = interleaved(decoders, args.rounds)
+        cached, uncached = (1e3 * statistics.median(seconds[name]) for name in decoders)
+        cases.append(
+            {
+                "length": length,
+                "cached_ms": round(cached, 3),
+                "uncached_ms": round(uncached, 3),
+                "speedup": round(uncached / cached, 2),
+            }
+        )
+        script.emit("cache_speedup", args, cases[-1])
+    return cases
