@@ -19,7 +19,7 @@ import torch
 
 from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig
 from paged_kv.core.schedule import Schedule
-from paged_kv.hf import attention, seams
+from paged_kv.hf import paged_attention, seams
 from paged_kv.hf.layer_cache import LayerCache, Window
 from paged_kv.hf.regions import Alike, Layer, apply, make_region
 from paged_kv.hf.seams import Terms
@@ -162,21 +162,33 @@ class ReferenceEngine:
         fields = {"positions": positions[None], "weights": one, "scores": one * 0}
         cache.append(num_new, keys=key, values=value, **fields)
         own.window.append(query, self.num_tokens)
-        if self._reads_scores or terms.softcap or terms.sinks is not None:
-            return self._explicit(cache, query, positions, terms)
-        return attention.fused(query, cache["keys"], cache["values"], terms)
+        bias = _outside(terms.sliding_window, num_new, cache.size, key.device)
+        plain = paged_attention.Terms(terms.scale, terms.softcap, terms.sinks)
+        if self._reads_scores or not plain.is_plain:
+            return self._explicit(cache, query, positions, plain, bias)
+        states = query[None], cache["keys"][None], cache["values"][None]
+        if bias is not None:
+            return paged_attention.masked(*states, bias[None], terms.scale)[0]
+        return paged_attention.fused(*states, [cache.size - num_new], terms.scale)[0]
 
     def _explicit(
-        self, cache: LayerCache, query: Tensor, positions: Tensor, terms: Terms
+        self,
+        cache: LayerCache,
+        query: Tensor,
+        positions: Tensor,
+        terms: paged_attention.Terms,
+        bias: Tensor | None,
     ) -> Tensor:
         """Attention by its probabilities, which the policy may want to accumulate."""
         outputs = []
-        for start, chances in attention.probabilities(query, cache["keys"], terms):
-            outputs.append((chances @ cache["values"][:, None]).flatten(0, 1))
+        first = [cache.size - query.shape[1]]
+        blocks = paged_attention.probabilities(query[None], cache["keys"][None], first, terms, bias)
+        for start, chances in blocks:
+            outputs.append((chances[0] @ cache["values"][:, None]).flatten(0, 1))
             if self._reads_scores:
                 assert self.policy is not None
-                own = positions[None, start : start + chances.shape[2]]
-                scores = self.policy.accumulate(cache["scores"][None], chances[None], own)
+                own = positions[None, start : start + chances.shape[3]]
+                scores = self.policy.accumulate(cache["scores"][None], chances, own)
                 cache["scores"].copy_(scores[0])
         return torch.cat(outputs, 1)
 
@@ -211,3 +223,15 @@ class ReferenceEngine:
 def _same_scores(old: Policy | None, new: Policy) -> bool:
     """Whether what one policy accumulated means the same to another."""
     return old is not None and type(old) is type(new) and old.settings == new.settings
+
+
+def _outside(
+    window: int | None, num_queries: int, num_entries: int, device: torch.device
+) -> Tensor | None:
+    """float32 [1, queries, entries]: -inf outside a sliding window over entries in order."""
+    if window is None or window >= num_entries:
+        return None
+    entries = torch.arange(num_entries, device=device)
+    queries = entries[num_entries - num_queries :, None]
+    inside = (entries <= queries) & (entries > queries - window)
+    return torch.where(inside, 0.0, -torch.inf)[None]
