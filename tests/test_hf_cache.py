@@ -299,7 +299,7 @@ def test_another_batch_size_or_model_or_nothing_at_all(model, tmp_path):
     with pytest.raises(ValueError, match="another model's config"):
         generate(other, tokens(2, 40), cache, 2)
     other_cache = PagedCache(other.config)
-    with pytest.raises(ValueError, match="a cache serves one model"):
+    with pytest.raises(ValueError, match="holds entries of another model"):
         generate(other, tokens(2, 40), cache, 2)
     other_cache.close()
     assert cache.stats() == before

@@ -95,12 +95,20 @@ def paged_attention(
         attention_mask: what our mask function gave, or a mask of the user's own.
         scaling: factor of the logits; None: head_dim ** -0.5.
         options: softcap, s_aux (sinks), position_bias; and what sdpa takes.
+
+    Raises:
+        ValueError: output_attentions is asked for; see PagedCache.attend.
     """
     if not isinstance(key, Handle):
         mask = attention_mask.dense() if isinstance(attention_mask, MaskSpec) else attention_mask
         if options.get("softcap") or options.get("s_aux") is not None:
             return _explicit(query, key, value, mask, _terms(query, scaling, options)), None
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **options)
+    if options.get("output_attentions"):
+        raise ValueError(
+            "output_attentions: a PagedCache never has the attention of all tokens; use a "
+            "DynamicCache and attn_implementation='eager' for that"
+        )
     heads = query.shape[1], key.key.shape[1]
     terms = _terms(query, scaling, options)
     terms = terms._replace(bias=bias_of(attention_mask, options.get("position_bias"), heads))

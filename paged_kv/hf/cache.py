@@ -86,6 +86,7 @@ class PagedCache(Cache):
         self.sequences = Sequences(compression, paged, len(types), pool, is_private, provider)
         self.progress = [0]
         self._paged = paged
+        self._owner: Any = None  # config of the model whose entries these are
         self._padded_at = 0  # stream index behind the last padding
         super().__init__(
             layers=[
@@ -153,9 +154,15 @@ class PagedCache(Cache):
 
     def _begin(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> None:
         rows = len(query)
+        owner = getattr(module, "config", None)
         if self.sequences.num_rows == 0:
-            self.sequences.rotary = seams.rotary_of_layer(module)
+            self._owner, self.sequences.rotary = owner, seams.rotary_of_layer(module)
             self.sequences.add_rows(rows)
+        if owner is not self._owner:
+            raise ValueError(
+                "this cache holds entries of another model: use a cache for each model, or call "
+                "reset()"
+            )
         if self.sequences.num_rows != rows:
             raise ValueError(
                 f"this cache holds {self.sequences.num_rows} sequences, but the batch has {rows}: "
