@@ -50,6 +50,11 @@ SCRIPTS = {
         ["pyramidal+streaming", "pyramidal+streaming"],
         COST | {"budget", "batch", "step_ms", "share"},
     ),
+    "hf_attention": (
+        "--rounds 1 --context 64 --batches 2",
+        ["runs", "scattered"],
+        {"dtype", "batch", "tokens", "dynamic_ms", "sdpa_ms", "flex_ms", "ratio", "ratios"},
+    ),
     "hf_batch": (
         "--rounds 1 --requests 3 --longest 40 --output-len 4 --cases full streaming",
         ["full", "streaming"],

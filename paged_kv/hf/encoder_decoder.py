@@ -1,0 +1,70 @@
+"""PagedEncoderDecoderCache: T5, BART and their like; the decoder's own past is in pages."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import Any
+
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+from paged_kv.hf import implementation, seams
+from paged_kv.hf.cache import PagedCache
+from paged_kv.hf.stats import CacheStats
+
+
+class PagedEncoderDecoderCache(EncoderDecoderCache):
+    """Self-attention in a PagedCache, cross-attention in transformers' own cache.
+
+    What cross-attention holds is the input: it does not grow, and is not compressed.
+
+    Args:
+        model: the encoder-decoder model. Not its config: the decoder's layers may read a copy.
+        options: those of PagedCache.
+
+    Raises:
+        ValueError: the model has no encoder; see PagedCache.
+    """
+
+    def __init__(self, model: Any, *args: Any, **options: Any) -> None:
+        if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise ValueError(
+                f"{type(model).__name__} is no encoder-decoder model: use PagedCache(model.config)"
+            )
+        decoder = model.get_decoder()
+        own = copy.deepcopy(decoder.config.get_text_config(decoder=True))
+        own.is_encoder_decoder = False
+        self._config = own
+        super().__init__(PagedCache(own, *args, **options), DynamicCache(config=own))
+        restore = [implementation.use(config) for config in seams.attention_configs(decoder)]
+        self._close = weakref.finalize(self, _undo, restore)
+
+    def check_dynamic_cache(self, method: str) -> None:
+        """Both caches grow: every method is there."""
+
+    def stats(self) -> CacheStats:
+        """Of the self-attention. Raises ValueError: it has been closed."""
+        return self.self_attention_cache.stats()
+
+    def reset(self) -> None:
+        """Forgets everything: the next batch may be another one, of another size."""
+        self.self_attention_cache.reset()
+        self.cross_attention_cache = DynamicCache(config=self._config)
+        for layer in range(len(self)):
+            self.is_updated[layer] = False
+
+    def close(self) -> None:
+        """Gives all pages back; the model gets its attention implementation back."""
+        self.self_attention_cache.close()
+        self._close()
+
+    def __enter__(self) -> PagedEncoderDecoderCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _undo(restore: list[Any]) -> None:
+    for one in restore:
+        one()
