@@ -25,9 +25,7 @@ class PageTables:
         is_bounded: whether tables stop growing at some length; others get more room to grow into.
     """
 
-    def __init__(
-        self, pool: PagePool, num_layers: int, is_private: bool, is_bounded: bool
-    ) -> None:
+    def __init__(self, pool: PagePool, num_layers: int, is_private: bool, is_bounded: bool) -> None:
         self.pool, self.is_private, self.is_bounded = pool, is_private, is_bounded
         self.arena: Arena | None = None  # known with the first keys
         self.ids = np.full((num_layers, 0, 0), -1, dtype=np.int64)
