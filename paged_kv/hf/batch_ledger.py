@@ -1,0 +1,134 @@
+"""Pages of the requests of a batch, counted before they are taken: who may run in the next step.
+
+Counts depend on the lengths alone (paged_kv.core.schedule), so they are known ahead:
+
+    held by a request        after a step:  n - evicted(n)               entries of each layer
+    needed for its next step while it runs: n + new - evicted(n)
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from paged_kv.core.schedule import Schedule, cdiv
+from paged_kv.hf.allocator import PoolFull
+
+
+class Ledger:
+    """Pages that requests hold or will hold at the end of the next step.
+
+    Args:
+        schedules: of the layers that have pages; None for one that keeps everything.
+        page_size: entries per page.
+        num_pages: most pages that may be held at once; None: any number.
+        chunk: most tokens of a prompt that are computed at once.
+    """
+
+    def __init__(
+        self,
+        schedules: Sequence[Schedule | None],
+        page_size: int,
+        num_pages: int | None,
+        chunk: int,
+    ) -> None:
+        self._layers = Counter(schedules)
+        self._page_size, self._chunk = page_size, chunk
+        self.num_pages = num_pages
+        self.taken: dict[str, int] = {}
+
+    @property
+    def num_free(self) -> float:
+        """Pages that nobody has taken; infinite without a limit."""
+        return float("inf") if self.num_pages is None else self.num_pages - sum(self.taken.values())
+
+    @property
+    def free_share(self) -> float:
+        """Of all pages."""
+        return 1.0 if self.num_pages is None else self.num_free / self.num_pages
+
+    def during(self, before: int, after: int, prompt_len: int) -> int:
+        """Pages of a sequence in the step that takes it from `before` to `after` tokens.
+
+        Between steps the two are the same.
+        """
+        total = 0
+        for schedule, count in self._layers.items():
+            dropped = schedule.evicted(before, prompt_len) if schedule else 0
+            total += count * cdiv(after - dropped, self._page_size)
+        return total
+
+    def peak(self, num_tokens: int, prompt_len: int) -> int:
+        """Most pages of a sequence on its way to so many tokens."""
+        total = 0
+        for schedule, count in self._layers.items():
+            entries = num_tokens
+            if schedule is not None:
+                chunk = min(self._chunk, prompt_len) if schedule.compress_prefill else 1
+                entries = schedule.max_retained(num_tokens, prompt_len, chunk)
+            total += count * cdiv(entries, self._page_size)
+        return total
+
+    def longest_step(self, num_tokens: int, prompt_len: int) -> int:
+        """Most tokens that may follow at once without skipping an eviction of a shorter step.
+
+        What is computed again must see what it saw: a step ends where the prompt does, and from
+        there on where something is dropped.
+        """
+        if num_tokens < prompt_len:
+            return prompt_len - num_tokens
+        found = [
+            _first_eviction(schedule, num_tokens, prompt_len, self._chunk)
+            for schedule in self._layers
+            if schedule is not None
+        ]
+        return min([*found, self._chunk])
+
+    def take(self, request: str, num_pages: int) -> bool:
+        """Whether there is room for a request to have so many pages; then it has them."""
+        if num_pages - self.taken.get(request, 0) > self.num_free:
+            return False
+        self.taken[request] = num_pages
+        return True
+
+    def give_back(self, request: str) -> None:
+        """A request has no pages any more."""
+        self.taken.pop(request, None)
+
+    def enough(self, lengths: Sequence[tuple[int, int]], max_requests: int) -> int:
+        """Pages that so many requests at once never exceed.
+
+        Args:
+            lengths: of each request, its tokens at its end and its prompt's.
+            max_requests: at once.
+        """
+        peaks = sorted((self.peak(*own) for own in lengths), reverse=True)
+        return sum(peaks[:max_requests])
+
+    def check(self, index: int, num_tokens: int, prompt_len: int) -> None:
+        """Refuses a prompt that could not even run alone.
+
+        Args:
+            index: of the prompt.
+            num_tokens: tokens at its end.
+            prompt_len: those of the prompt.
+
+        Raises:
+            PoolFull: it needs more than all pages.
+        """
+        needed = self.peak(num_tokens, prompt_len)
+        if self.num_pages is not None and needed > self.num_pages:
+            raise PoolFull(
+                f"num_pages {self.num_pages} is too small: prompt {index} ({prompt_len} tokens, "
+                f"{num_tokens - prompt_len + 1} new ones) needs {needed} pages of "
+                f"{self._page_size} entries: raise num_pages, or lower the budget or max_new_tokens"
+            )
+
+
+def _first_eviction(schedule: Schedule, num_tokens: int, prompt_len: int, limit: int) -> int:
+    """Tokens until more is dropped than now; at most `limit`."""
+    after = num_tokens + np.arange(1, limit + 1)
+    more = schedule.evicted(after, prompt_len) > schedule.evicted(num_tokens, prompt_len)
+    return int(more.argmax()) + 1 if more.any() else limit
