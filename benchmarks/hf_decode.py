@@ -31,7 +31,8 @@ def main(args: argparse.Namespace) -> None:
             model = load(args.model, dtype)
             for batch in batches:
                 measured = compare(args, model, args.context, batch, {"full": {}})["full"]
-                case = {"case": "full", "dtype": dtype, "batch": batch, "tokens": args.context}
+                case = {"case": "full", "policy": "full", "dtype": dtype, "batch": batch}
+                case["tokens"] = args.context
                 script.emit("hf_decode", args, {**case, **measured})
                 bar.update()
             if policies:

@@ -55,6 +55,13 @@ SCRIPTS = {
         ["runs", "scattered"],
         {"dtype", "batch", "tokens", "dynamic_ms", "sdpa_ms", "flex_ms", "ratio", "ratios"},
     ),
+    "hf_decode": (
+        "--rounds 1 --dtypes float32 --batches 2 --context 64 --long-context 600 "
+        "--policies streaming snapkv",
+        ["full", "budget", "budget"],
+        {"policy", "dtype", "batch", "tokens", "dynamic_ms", "paged_ms", "ratio", "ratios"}
+        | {"paged_bytes"},
+    ),
     "hf_batch": (
         "--rounds 1 --requests 3 --longest 40 --output-len 4 --cases full streaming",
         ["full", "streaming"],

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from paged_kv.hf.allocator import Int64s
-from paged_kv.hf.pool import Arena
+from paged_kv.hf.pool import Arena, entries_of
 from paged_kv.policies.region import Compaction, Region, moves
 
 if TYPE_CHECKING:
@@ -153,9 +153,9 @@ def _gather(sequences: Sequences, part: _Part, reads: frozenset[str] | None = No
     def side(name: str, padding: float) -> Tensor | None:
         if name != "positions" and name not in reads:
             return None
-        return _entries(arena.side[name], part.pages).masked_fill(~valid, padding)
+        return entries_of(arena.side[name], part.pages).masked_fill(~valid, padding)
 
-    positions = _entries(arena.side["positions"], part.pages).long().masked_fill(~valid, _PADDING)
+    positions = entries_of(arena.side["positions"], part.pages).long().masked_fill(~valid, _PADDING)
     terms = sequences.terms[part.layers[0]]
     sinks = None
     if terms.sinks is not None:
@@ -175,19 +175,13 @@ def _gather(sequences: Sequences, part: _Part, reads: frozenset[str] | None = No
         layers=torch.from_numpy(sequences.layers[part.layers]).to(device),
         heads=torch.arange(arena.geometry.num_heads, device=device),
         positions=positions,
-        keys=_entries(arena.keys, part.pages).float() if "keys" in reads else None,
-        values=_entries(arena.values, part.pages).float() if "values" in reads else None,
+        keys=entries_of(arena.keys, part.pages).float() if "keys" in reads else None,
+        values=entries_of(arena.values, part.pages).float() if "values" in reads else None,
         weights=side("weights", 0.0),
         scores=side("scores", 0.0),
         queries=queries,
         rotary=sequences.rotary() if sequences.rotary and "rotary" in reads else None,
     )
-
-
-def _entries(tensor: Tensor, pages: Tensor) -> Tensor:
-    """[layers, events, kv_heads, m, ...] of [kv_heads, pages, page_size, ...]."""
-    found = tensor.index_select(1, pages.flatten()).unflatten(1, pages.shape)
-    return found.flatten(3, 4).movedim(0, 2)
 
 
 def _apply(arena: Arena | None, pages: Tensor, region: Region, decided: Compaction) -> None:

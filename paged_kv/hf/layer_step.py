@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from paged_kv.hf.paged_attention import Terms, fused, masked, probabilities
+from paged_kv.hf.pool import entries_of
 from paged_kv.hf.providers import Held
 
 if TYPE_CHECKING:
@@ -131,15 +132,10 @@ class LayerStep:
             shape = (num_rows, flat.shape[0], size, *flat.shape[2:])
             strides = (spacing * flat.stride(1), *flat.stride())
             return flat.as_strided(shape, strides, start * flat.stride(1))
-        return self._gather(tensor, row, num_rows, size)
-
-    def _gather(self, tensor: Tensor, row: int, num_rows: int, size: int) -> Tensor:
-        """The same, copied."""
-        num_pages = -(-size // self.arena.page_size)
-        ids = self.sequences.tables.ids[self.index, row : row + num_rows, :num_pages]
-        index = torch.from_numpy(np.maximum(ids, 0).ravel()).to(tensor.device)
-        found = tensor.index_select(1, index).unflatten(1, (num_rows, num_pages))
-        return found.flatten(2, 3)[:, :, :size].transpose(0, 1)
+        num_pages = -(-size // page_size)
+        ids = tables.ids[self.index, row : row + num_rows, :num_pages]
+        pages = torch.from_numpy(np.maximum(ids, 0)).to(tensor.device)
+        return entries_of(tensor, pages)[:, :, :size]
 
     def _bias(self, row: int, first: int, num_heads: int, num_queries: int) -> Tensor:
         """float32 [heads or 1, queries, entries] of one row."""

@@ -112,6 +112,21 @@ class Arena:
             tensor[:, write] = tensor[:, read]
 
 
+def entries_of(tensor: Tensor, pages: Tensor) -> Tensor:
+    """Entries of pages, copied: [..., kv_heads, n * page_size, ...].
+
+    Args:
+        tensor: of an arena, [kv_heads, pages, page_size, ...].
+        pages: int64 [..., n], page ids.
+    """
+    heads, count = tensor.shape[:2]
+    first = torch.arange(heads, device=tensor.device)[:, None] * count
+    index = pages[..., None, :] + first  # [..., kv_heads, n]
+    found = tensor.flatten(0, 1).flatten(1).index_select(0, index.flatten())  # whole pages at once
+    size = (*index.shape[:-1], index.shape[-1] * tensor.shape[2], *tensor.shape[3:])
+    return found.view(size)
+
+
 class PagePool:
     """Pages for any number of caches and models on one device.
 
