@@ -13,7 +13,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from paged_kv.hf.masks import NAME, MaskSpec, bias_of
-from paged_kv.hf.paged_attention import Terms, probabilities
+from paged_kv.hf.paged_attention import Terms, mix, probabilities
 
 if TYPE_CHECKING:
     from paged_kv.hf.cache import PagedCache
@@ -136,7 +136,6 @@ def _explicit(query: Tensor, keys: Any, values: Any, mask: Tensor | None, terms:
         parts = probabilities(
             query[row : row + 1], keys[row : row + 1], [num_entries - num_queries], terms, bias
         )
-        numbers = values[row].float()[:, None]
-        found = [(chances[0] @ numbers).flatten(0, 1) for _, chances in parts]
-        outputs.append(torch.cat(found, 1))
-    return torch.stack(outputs).to(query.dtype).transpose(1, 2).contiguous()
+        numbers = values[row : row + 1].float()
+        outputs.append(torch.cat([mix(chances, numbers) for _, chances in parts], 2))
+    return torch.cat(outputs).to(query.dtype).transpose(1, 2).contiguous()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from paged_kv.hf.paged_attention import Terms, fused, masked, probabilities
+from paged_kv.hf.paged_attention import Terms, fused, masked, mix, probabilities
 from paged_kv.hf.pool import entries_of
 from paged_kv.hf.providers import Held
 
@@ -163,11 +163,11 @@ class LayerStep:
     ) -> Tensor:
         """Attention by its probabilities, in float32; a policy may want to add them up."""
         outputs = []
-        numbers = values.float()[:, :, None]
+        numbers = values.float()
         rows = slice(row, row + len(query))
         with torch.autocast(query.device.type, enabled=False):
             for start, chances in probabilities(query, keys, first, self.terms, bias):
-                outputs.append((chances @ numbers).flatten(1, 2))
+                outputs.append(mix(chances, numbers))
                 if self.sequences.reads_scores:
                     tokens = self.sequences.num_tokens[rows, None] + start
                     self._accumulate(row, chances, tokens + np.arange(chances.shape[3]))

@@ -136,5 +136,17 @@ def probabilities(
         )
 
 
+def mix(chances: Tensor, values: Tensor) -> Tensor:
+    """[rows, heads, queries, size]: values by their probabilities.
+
+    Args:
+        chances: float32 [rows, kv_heads, group, queries, m].
+        values: float32 [rows, kv_heads, m, size].
+    """
+    # One product for the query heads of a group: a product of each would copy the values.
+    mixed = chances.flatten(2, 3) @ values
+    return mixed.unflatten(2, chances.shape[2:4]).flatten(1, 2)
+
+
 def _shares(query: Tensor, keys: Tensor) -> bool:
     return query.shape[1] != keys.shape[1]

@@ -184,7 +184,7 @@ class ReferenceEngine:
         first = [cache.size - query.shape[1]]
         blocks = paged_attention.probabilities(query[None], cache["keys"][None], first, terms, bias)
         for start, chances in blocks:
-            outputs.append((chances[0] @ cache["values"][:, None]).flatten(0, 1))
+            outputs.append(paged_attention.mix(chances, cache["values"][None])[0])
             if self._reads_scores:
                 assert self.policy is not None
                 own = positions[None, start : start + chances.shape[3]]
