@@ -71,15 +71,22 @@ def run(sequences: Sequences, layers: Int64s, rows: Int64s, num_losers: Int64s) 
     sequences.counters.compactions += len(layers) * len(rows)
 
 
-def crop(sequences: Sequences, layers: Int64s, rows: Int64s, count: int) -> None:
-    """Rows lose their newest tokens in these layers, wherever compactions have put them.
+def crop(sequences: Sequences, count: int) -> None:
+    """Every row loses the entries of its newest tokens, wherever compactions have put them.
 
     Raises:
-        ValueError: some of them are gone already, in some KV heads.
+        ValueError: some of them are gone already, in some KV heads; nothing has changed.
     """
-    _own(sequences, layers, rows)
-    num_losers = np.full(len(rows), count, dtype=np.int64)
-    parts = list(_parts(sequences, layers, rows, num_losers))
+    moved = sequences.size < sequences.num_tokens
+    some = [(layers, np.flatnonzero(moved[layers[0]])) for layers in sequences.groups.values()]
+    compacted = [(layers, rows) for layers, rows in some if rows.size]
+    for layers, rows in compacted:
+        _own(sequences, layers, rows)
+    parts = [
+        part
+        for layers, rows in compacted
+        for part in _parts(sequences, layers, rows, np.full(len(rows), count, dtype=np.int64))
+    ]
     regions = [_gather(sequences, part, frozenset()) for part in parts]
     newest = [
         (region.positions >= (region.num_tokens - count)[:, None, None]) & region.valid
@@ -92,7 +99,8 @@ def crop(sequences: Sequences, layers: Int64s, rows: Int64s, count: int) -> None
         )
     for part, region, gone in zip(parts, regions, newest, strict=True):
         _apply(sequences.tables.arena, part.pages, region, Compaction(gone))
-    _shrink(sequences, layers, rows, num_losers)
+    sequences.size -= count  # of the others these are the last slots
+    sequences.tables.truncate(-(-sequences.size // sequences.pool.page_size))
 
 
 def _own(sequences: Sequences, layers: Int64s, rows: Int64s) -> None:

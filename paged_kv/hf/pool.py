@@ -194,6 +194,11 @@ class PagePool:
                 f"{self.num_held + num_pages}, lower the budget, or close other caches"
             )
 
+    def free_memory(self) -> None:
+        """Gives the memory back. No page may be held."""
+        assert self.num_held == 0, "pages are held"
+        self._arenas.clear()
+
     def check_integrity(self) -> None:
         """Asserts that free and held pages add up, and that the limit holds."""
         for arena in self._arenas.values():

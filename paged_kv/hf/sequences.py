@@ -19,9 +19,9 @@ import numpy.typing as npt
 import torch
 
 from paged_kv.config import CompressionConfig
-from paged_kv.core.schedule import Schedule
 from paged_kv.hf import compaction
 from paged_kv.hf.allocator import Int64s
+from paged_kv.hf.groups import layer_groups
 from paged_kv.hf.layer_step import LayerStep
 from paged_kv.hf.observed import QueryRing
 from paged_kv.hf.paged_attention import Terms
@@ -31,7 +31,6 @@ from paged_kv.hf.stats import CacheStats, Counters, snapshot
 from paged_kv.hf.step import Step
 from paged_kv.hf.tables import PageTables
 from paged_kv.kernels.rotary import Rotary
-from paged_kv.plan import make_plan
 
 Tensor = torch.Tensor
 NEVER = 1 << 60  # a prompt's length while its end is not known
@@ -66,14 +65,7 @@ class Sequences:
         self.index = {layer: index for index, layer in enumerate(layers)}
         self.policy = compression.create_policy() if compression.enabled else None
         self.compress_prefill = compression.compress_prefill
-        self.groups: dict[Schedule, Int64s] = {}  # indices of the layers with equal budgets
-        if compression.enabled:
-            plan = make_plan(compression, pool.page_size, num_layers, list(layers))
-            for index, layer in enumerate(layers):
-                schedule = plan.schedule(layer)
-                if schedule is not None:
-                    before = self.groups.get(schedule, np.zeros(0, dtype=np.int64))
-                    self.groups[schedule] = np.append(before, index)
+        self.groups = layer_groups(compression, pool.page_size, self.layers, num_layers)
         self.rotary: Callable[[], Rotary] | None = None  # makes the model's RoPE tables
         self.waits_for_crop = False  # tokens of a step are not final before crop
         self.clear()
@@ -85,9 +77,8 @@ class Sequences:
         self.num_tokens = np.zeros(0, dtype=np.int64)
         self.prompt_lens = np.zeros(0, dtype=np.int64)
         self.size = np.zeros((num_layers, 0), dtype=np.int64)  # entries
-        bounded = bool(self.groups) and not any(one.numerator for one in self.groups)
-        bounded &= sum(map(len, self.groups.values())) == num_layers
-        self.tables = PageTables(self.pool, num_layers, self.is_private, bounded)
+        grows = [one is None or one.numerator > 0 for one in self.groups]
+        self.tables = PageTables(self.pool, num_layers, self.is_private, not any(grows))
         self.ring = QueryRing(num_layers, window)
         self.terms: list[Terms] = [Terms(1.0)] * num_layers
         self.counters = Counters()
@@ -135,6 +126,8 @@ class Sequences:
         self.step = None
         self.select_rows([])
         self.clear()
+        if self.is_private:
+            self.pool.free_memory()
 
     def begin(self, counts: Int64s, geometry: Geometry) -> None:
         """A forward pass begins; counts [rows]: new tokens of each row.
@@ -271,13 +264,7 @@ class Sequences:
         if (self.num_tokens < count).any():
             raise ValueError(f"crop(-{count}): a sequence has {self.num_tokens.min()} tokens")
         if count:
-            moved = self.size < self.num_tokens
-            for _, layers in self.groups.items():
-                rows = np.flatnonzero(moved[layers[0]])
-                if rows.size:
-                    compaction.crop(self, layers, rows, count)
-            self.size -= count * ~moved
-            self.tables.truncate(-(-self.size // self.pool.page_size))
+            compaction.crop(self, count)
             self.num_tokens -= count
             self.ring.crop(self.num_tokens)
         self._late = False
@@ -289,6 +276,8 @@ class Sequences:
     def compact(self) -> None:
         """Every layer that holds more of a row than its schedule says gives up the surplus."""
         for schedule, layers in self.groups.items():
+            if schedule is None:
+                continue
             evicted = schedule.evicted(self.num_tokens, self.prompt_lens)
             surplus = self.size[layers[0]] - (self.num_tokens - evicted)
             rows = np.flatnonzero(surplus > 0)

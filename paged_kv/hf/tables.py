@@ -31,6 +31,7 @@ class PageTables:
         self.ids = np.full((num_layers, 0, 0), -1, dtype=np.int64)
         self.count = np.zeros((num_layers, 0), dtype=np.int64)
         self._start = np.zeros((num_layers, 0), dtype=np.int64)  # where empty tables begin
+        self._may_share = False
         self._first: Int64s | None = None
         self._spacing: list[int] = []
         self._num_pages = 0
@@ -71,6 +72,7 @@ class PageTables:
         """Row i is what row indices[i] was; pages of rows that occur twice are shared."""
         new = self.ids[:, indices]
         if self.arena is not None:
+            self._may_share |= len(np.unique(indices)) < len(indices)
             self.arena.pages.share(self._held(new))
             self.arena.pages.release(self._held(self.ids))
         self.ids, self.count = new, self.count[:, indices]
@@ -88,9 +90,11 @@ class PageTables:
 
     def shared(self) -> Bools:
         """bool [layers, rows, width]: pages that others hold, too."""
-        if self.arena is None or not self.ids.size:
+        if not self._may_share:
             return np.zeros(self.ids.shape, dtype=bool)
-        return (self.ids >= 0) & (self.arena.pages.references[np.maximum(self.ids, 0)] > 1)
+        found = (self.ids >= 0) & (self._arena.pages.references[np.maximum(self.ids, 0)] > 1)
+        self._may_share = bool(found.any())
+        return found
 
     def own(self, which: Bools) -> None:
         """Copies these shared pages, so that they can be written to: which [layers, rows, width].
