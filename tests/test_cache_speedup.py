@@ -87,10 +87,10 @@ def test_hf_decode_compares_with_transformers_own_cache(tiny):
     )
     assert result.returncode == 0, result.stderr
     cases = [json.loads(line) for line in result.stdout.splitlines()]
-    found = [(case["case"], case.get("policy"), case["batch"], case["tokens"]) for case in cases]
+    found = [(case["case"], case["policy"], case["batch"], case["tokens"]) for case in cases]
     assert found == [
-        ("full", None, 1, 200),
-        ("full", None, 2, 200),
+        ("full", "full", 1, 200),
+        ("full", "full", 2, 200),
         ("budget", "streaming", 1, 300),
         ("budget", "h2o", 1, 300),
     ]
