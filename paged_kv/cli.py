@@ -43,6 +43,20 @@ def from_module(path: str) -> Callable[[argparse.ArgumentParser], None]:
     return configure
 
 
+def from_modules(modules: dict[str, tuple[str, str]]) -> Callable[[argparse.ArgumentParser], None]:
+    """The `configure` of a subcommand that has subcommands: name -> (help, module path)."""
+
+    def configure(parser: argparse.ArgumentParser) -> None:
+        subparsers = parser.add_subparsers(dest="subcommand", metavar="NAME", required=True)
+        for name, (help_, path) in modules.items():
+            module = importlib.import_module(path)
+            subparser = subparsers.add_parser(name, help=help_, description=module.__doc__)
+            subparser.formatter_class = argparse.RawDescriptionHelpFormatter
+            from_module(path)(subparser)
+
+    return configure
+
+
 COMMANDS = {
     "policies": Command("list the compression policies", configure_policies),
     "model": Command(
@@ -62,12 +76,26 @@ COMMANDS = {
     ),
     "bench": Command(
         "measure speed",
-        from_module("paged_kv.bench.commands"),
+        from_modules(
+            {
+                "cache-speedup": (
+                    "what a token costs with a cache and without one",
+                    "paged_kv.bench.cache_speedup",
+                )
+            }
+        ),
         "hf,bench",
     ),
     "eval": Command(
         "measure what a policy costs in quality",
-        from_module("paged_kv.eval.commands"),
+        from_modules(
+            {
+                "perplexity": (
+                    "how well a text is predicted from a compressed cache",
+                    "paged_kv.eval.perplexity",
+                )
+            }
+        ),
         "hf,bench",
     ),
     "train-learned": Command(

@@ -10,8 +10,7 @@ from functools import cache
 from typing import Any
 
 import torch
-
-VOCAB_SIZE = 256
+from tiny_models import VOCAB_SIZE
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,

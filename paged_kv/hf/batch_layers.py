@@ -6,6 +6,7 @@ a policy, too; what is not dropped yet because pages are dropped whole, a mask h
 
 from __future__ import annotations
 
+from functools import cache, partial
 from typing import Any
 
 from transformers.cache_utils import get_layer_types_and_kwargs
@@ -21,7 +22,7 @@ def make_parts(model: Any, compression: CompressionConfig, pool: PagePool) -> li
     """Sequences that together hold all layers of a model, without a row yet.
 
     Raises:
-        ValueError: layers that have no pages; budgets that do not fit the model.
+        ValueError: layers that have no pages; budgets or a policy that do not fit the model.
     """
     config = model.config.get_text_config(decoder=True)
     types, arguments = get_layer_types_and_kwargs(config)
@@ -46,7 +47,9 @@ def make_parts(model: Any, compression: CompressionConfig, pool: PagePool) -> li
         )
         for window, layers in by_kind.items()
     ]
-    parts[0].rotary = lambda: seams.rotary_of(model)
+    parts[0].rotary = rotary = cache(partial(seams.rotary_of, model))
+    if parts[0].policy is not None and "rotary" in parts[0].policy.reads:
+        rotary()  # it may refuse
     return parts
 
 

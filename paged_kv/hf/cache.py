@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ from paged_kv.hf.masks import MaskSpec, counts_of
 from paged_kv.hf.paged_attention import Terms
 from paged_kv.hf.paged_layer import PagedLayer
 from paged_kv.hf.pool import Geometry, PagePool
-from paged_kv.hf.sequences import Sequences
+from paged_kv.hf.sequences import Sequences, interrupted
 from paged_kv.hf.stats import CacheStats
+from paged_kv.kernels.rotary import Rotary
 
 Tensor = torch.Tensor
 
@@ -86,6 +88,7 @@ class PagedCache(Cache):
         self.sequences = Sequences(compression, paged, len(types), pool, is_private, provider)
         self.progress = [0]
         self._paged = paged
+        self._is_broken = False
         self._owner: Any = None  # config of the model whose entries these are
         self._padded_at = 0  # stream index behind the last padding
         super().__init__(
@@ -105,6 +108,7 @@ class PagedCache(Cache):
         """Handles of a paged layer, for our attention function; tensors of any other."""
         self._check_open()
         if not isinstance(self.layers[layer_idx], PagedLayer):
+            self._check_length(layer_idx, key_states.shape[2])
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         new = key_states, value_states
         return Handle(self, layer_idx, *new, is_key=True), Handle(
@@ -155,9 +159,8 @@ class PagedCache(Cache):
     def _begin(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> None:
         rows = len(query)
         owner = getattr(module, "config", None)
-        if self.sequences.num_rows == 0:
-            self._owner, self.sequences.rotary = owner, seams.rotary_of_layer(module)
-            self.sequences.add_rows(rows)
+        if self.progress[0] == 0 and self.sequences.step is None:  # nothing is held
+            self._start(rows, owner, seams.rotary_of_layer(module))
         if owner is not self._owner:
             raise ValueError(
                 "this cache holds entries of another model: use a cache for each model, or call "
@@ -171,7 +174,26 @@ class PagedCache(Cache):
         geometry = Geometry(
             key.shape[1], key.shape[3], value.shape[3], key.dtype, value.dtype, key.device
         )
-        self.sequences.begin(counts_of(mask, rows, query.shape[2]), geometry)
+        try:
+            self.sequences.begin(counts_of(mask, rows, query.shape[2]), geometry)
+        except ValueError:
+            self._is_broken = any(self.is_linear[: self._paged[0]])  # their states have moved on
+            raise
+
+    def _start(self, rows: int, owner: Any, rotary: Callable[[], Rotary]) -> None:
+        """A batch begins. Raises ValueError: the policy needs RoPE, and the model has none."""
+        policy = self.sequences.policy
+        if policy is not None and "rotary" in policy.reads:
+            rotary()
+        self.sequences.release()  # rows of a batch that was refused
+        self._owner, self.sequences.rotary = owner, rotary
+        self.sequences.add_rows(rows)
+
+    def _check_length(self, layer: int, num_queries: int) -> None:
+        """A layer of transformers' own has seen what the others have; an error may come between."""
+        before = self.progress[0] - (num_queries if layer > self._paged[-1] else 0)
+        if self.layers[layer].get_seq_length() != before:
+            raise interrupted()
 
     def _end(self, num_queries: int, has_padding: bool) -> None:
         self.sequences.end()
@@ -182,6 +204,8 @@ class PagedCache(Cache):
     def _check_open(self) -> None:
         if not self._close.alive:
             raise ValueError("this PagedCache has been closed: make a new one")
+        if self._is_broken:
+            raise interrupted()
 
     def stats(self) -> CacheStats:
         """What it holds, and what it has given up. Raises ValueError: it has been closed."""
@@ -201,6 +225,7 @@ class PagedCache(Cache):
 
     def reset(self) -> None:
         """Forgets everything: the next batch may be another one, of another size."""
+        self._is_broken = False
         self._check_open()
         self.sequences.release()
         self.progress[0] = self._padded_at = 0

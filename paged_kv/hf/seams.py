@@ -139,7 +139,10 @@ def rotary_of_layer(module: Any) -> Callable[[], Rotary]:
     def make() -> Rotary:
         names = [name for name in vars(modeling) if name.endswith("RotaryEmbedding")]
         if config is None or len(names) != 1:
-            raise ValueError(f"{type(module).__name__} has no rotary embeddings that we know")
+            raise ValueError(
+                f"this policy needs the model's rotary position embeddings, and "
+                f"{type(module).__name__} has none that we know"
+            )
         embedding = getattr(modeling, names[0])(config=config).to(device)
         return _tables(embedding, config, device)
 

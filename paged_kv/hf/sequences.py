@@ -137,10 +137,7 @@ class Sequences:
             ValueError: the last step never ended, or these are keys of another model.
         """
         if self.step is not None:
-            raise ValueError(
-                "an error interrupted the last forward pass of this cache; call reset() (it gives "
-                "its pages back) or use a new one"
-            )
+            raise interrupted()
         self._bind(geometry)
         self._prompt_ends(counts)
         need = -(-(self.size + counts) // self.pool.page_size) - self.tables.count
@@ -188,7 +185,9 @@ class Sequences:
             late = self._late or bool((self.prompt_lens == NEVER).any())
             self.prompt_lens = np.zeros_like(self.prompt_lens)
         if late:
+            self._late = True  # until it is done
             self.compact()
+            self._late = False
 
     @property
     def _device(self) -> torch.device:
@@ -289,3 +288,11 @@ class Sequences:
     def stats(self) -> CacheStats:
         """What is held, and what was given up."""
         return snapshot(self)
+
+
+def interrupted() -> ValueError:
+    """What a cache says in which some layers have seen more than others."""
+    return ValueError(
+        "an error interrupted the last forward pass of this cache; call reset() (it gives its "
+        "pages back) or use a new one"
+    )
