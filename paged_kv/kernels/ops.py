@@ -1,0 +1,81 @@
+"""Operations on packed pages: checked, then given to the kernels that this machine has.
+
+Everything wrong with sizes, dtypes and indices is a ValueError before memory is touched.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from paged_kv.kernels import packed_reference
+from paged_kv.kernels.operands import Queries, Segment, Terms
+from paged_kv.kernels.page_layout import PageLayout
+from paged_kv.kernels.pages import Index
+
+Tensor = torch.Tensor
+
+
+def write(blocks: Tensor, layout: PageLayout, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+    """Stores new entries, quantized as the layout says.
+
+    Args:
+        blocks: uint8 [pages, kv_heads, block_bytes] of one layer.
+        layout: of the blocks.
+        keys: [tokens, kv_heads, key_size], after RoPE; float32, bfloat16 or float16.
+        values: [tokens, kv_heads, value_size].
+        slots: int64 [tokens], page id * page_size + offset; negative for tokens to leave out.
+            Distinct, or the entries are equal.
+    """
+    packed_reference.write(blocks, layout, keys, values, slots)
+
+
+def gather(stack: Tensor, layout: PageLayout, part: str, layers: Tensor, pages: Tensor) -> Tensor:
+    """Keys or values of whole pages: float32 [layers, rows, kv_heads, pages * page_size, size].
+
+    Args:
+        stack: uint8 [layers, pages, kv_heads, block_bytes].
+        layout: of the blocks.
+        part: "key" or "value".
+        layers: int64 [layers], indices in the stack.
+        pages: int64 [rows, pages], page ids.
+    """
+    return packed_reference.gather(stack, layout, part, layers, pages)
+
+
+def store(stack: Tensor, layout: PageLayout, part: str, index: Index, numbers: Tensor) -> None:
+    """Stores numbers in slots: what a merge made of entries.
+
+    Args:
+        stack: see gather.
+        layout: of the blocks.
+        part: "key" or "value".
+        index: see pages.Index. Distinct places, or equal numbers.
+        numbers: float32 [..., size], of the index's shape.
+    """
+    packed_reference.store(stack, layout, part, index, numbers)
+
+
+def move(stack: Tensor, layout: PageLayout, part: str, source: Index, target: Index) -> None:
+    """Copies the bytes of entries between slots.
+
+    Args:
+        stack: see gather.
+        layout: of the blocks.
+        part: "key" or "value".
+        source: which entries; see pages.Index.
+        target: where to, in the same order. No place is both one entry's source and another's
+            target; of equal targets the sources are equal.
+    """
+    packed_reference.move(stack, layout, part, source, target)
+
+
+def attend(output: Tensor, queries: Queries, segments: list[Segment], terms: Terms) -> None:
+    """Attention of new tokens to all that their rows hold, up to themselves.
+
+    Args:
+        output: [tokens, heads, value_size], of the queries' dtype; written.
+        queries: see Queries.
+        segments: one, or two; see Segment. Pages of a row beyond its count are not read.
+        terms: see Terms.
+    """
+    packed_reference.attend(output, queries, segments, terms)
