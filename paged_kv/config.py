@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from paged_kv import registry
 from paged_kv.core import options as opt
+from paged_kv.core.page_formats import FORMATS
 
 if TYPE_CHECKING:
     from paged_kv.policies.base import Policy
@@ -37,6 +38,9 @@ class CompressionConfig:
         skip_layers: indices of layers that keep everything.
         tiers: distinct budgets that a pyramid is quantized into.
         max_groups: KV cache groups allowed; each costs scheduling time.
+        page_format: how pages store numbers: native, int8, int4, fp8, or a file of `paged-kv
+            calibrate` with a format for each layer.
+        residual_pages: newest pages of a sequence that stay in the model's dtype.
         options: what the policy itself declares.
     """
 
@@ -50,6 +54,8 @@ class CompressionConfig:
     skip_layers: tuple[int, ...] = ()
     tiers: int = 3
     max_groups: int = 8
+    page_format: str = "native"
+    residual_pages: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -141,6 +147,13 @@ class CompressionConfig:
 
     def check_page_size(self, page_size: int) -> None:
         """Refuses budgets that leave no page to evict. Raises ValueError."""
+        residual = self.residual_pages * page_size
+        if residual > self.recent_window:
+            # Compactions move entries between pages; the residual must not be among them.
+            raise ValueError(
+                f"residual_pages {self.residual_pages} of {page_size} needs a recent_window of at "
+                f"least {residual}, not {self.recent_window}"
+            )
         needed = self.min_entries(page_size)
         name = "budget" if isinstance(self.budget, int) else "min_budget"
         value = self.budget if isinstance(self.budget, int) else self.min_budget
@@ -221,6 +234,14 @@ def _policy(name: str, value: Any) -> str:
     return str(value)
 
 
+def _page_format(name: str, value: Any) -> str:
+    if value not in FORMATS and not (isinstance(value, str) and value.endswith(".json")):
+        raise ValueError(
+            f"{name} must be one of {', '.join(FORMATS)} or a .json file, not {value!r}"
+        )
+    return str(value)
+
+
 _READERS: dict[str, Any] = {
     "policy": _policy,
     "budget": parse_budget,
@@ -232,4 +253,6 @@ _READERS: dict[str, Any] = {
     "skip_layers": _layers,
     "tiers": opt.integer(1, least=1).read,
     "max_groups": opt.integer(1, least=1).read,
+    "page_format": _page_format,
+    "residual_pages": opt.integer(0).read,
 }

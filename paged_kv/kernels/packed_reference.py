@@ -57,7 +57,7 @@ def _attend_row(
     states: Tensor, keys: Tensor, values: Tensor, row: int, segments: list[Segment], terms: Terms
 ) -> Tensor:
     """[tokens, heads, size], of states [tokens, heads, head_dim] and [kv_heads, m, size]."""
-    num_tokens, num_heads = states.shape[:2]
+    num_tokens = len(states)
     num_kv_heads, size = keys.shape[:2]
     place = torch.arange(size, device=keys.device)
     grouped = states.float().transpose(0, 1).unflatten(0, (num_kv_heads, -1))
@@ -94,7 +94,7 @@ def _entries(part: str, row: int, segments: list[Segment]) -> Tensor:
 
 
 def _places(row: int, first: Segment, size: int) -> tuple[Tensor, Tensor]:
-    """(page ids, offsets) of a row's slots, int64 [size]: the first segment's table has them all."""
+    """(page ids, offsets) of a row's slots, int64 [size]; the first segment has all pages."""
     slot = torch.arange(size, device=first.table.device)
     page_size = first.layout.page_size
     return first.table[row, slot // page_size].long(), slot % page_size

@@ -119,9 +119,7 @@ class PageLayout:
         values = self.value_offset + slot * self.value.data_bytes
         values = values + torch.arange(self.value.data_bytes)
         key_scales = scales(self.key_scale_offset, self.key)
-        return torch.cat(
-            [keys, key_scales, values, scales(self.value_scale_offset, self.value)], 1
-        )
+        return torch.cat([keys, key_scales, values, scales(self.value_scale_offset, self.value)], 1)
 
 
 def scales_to_bytes(scales: torch.Tensor) -> torch.Tensor:

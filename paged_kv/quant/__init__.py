@@ -4,27 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from paged_kv.core.page_formats import FORMATS, NATIVE
 from paged_kv.kernels.page_layout import Codec, PageLayout
 from paged_kv.quant.fp8 import Fp8
 from paged_kv.quant.int4 import Int4
 from paged_kv.quant.int8 import Int8
 from paged_kv.quant.native import Native
 
-NATIVE = "native"
 QUANTIZED: dict[str, type[Codec]] = {"int8": Int8, "int4": Int4, "fp8": Fp8}
-FORMATS = (NATIVE, *QUANTIZED)
+assert (NATIVE, *QUANTIZED) == FORMATS
 PAGE_SIZES = range(16, 129, 16)
-
-
-def check_format(name: str, option: str = "page_format") -> None:
-    """Raises ValueError unless pages can store numbers in this way.
-
-    Args:
-        name: of the format.
-        option: what the user calls it.
-    """
-    if name not in FORMATS:
-        raise ValueError(f"{option} must be one of {', '.join(FORMATS)}, not {name!r}")
 
 
 def make_layout(
@@ -42,7 +31,8 @@ def make_layout(
     Raises:
         ValueError: no such format, or packed pages cannot have these sizes.
     """
-    check_format(name)
+    if name not in FORMATS:
+        raise ValueError(f"page_format must be one of {', '.join(FORMATS)}, not {name!r}")
     for what, size in (("head_dim", key_size), ("head_dim", value_size)):
         if size < 16 or size % 16:
             raise ValueError(f"{what} {size}: packed pages need a multiple of 16")
