@@ -27,6 +27,8 @@ class Plan:
         num_groups: KV cache groups that the compressed layers fall into.
         num_other_groups: the rest (skipped and sliding-window layers).
         layers_per_page: layers that a page of vLLM's pool has room for.
+        formats: page format of each layer; None for pages as the engine has them. Empty: all None.
+        residual_pages: as in CompressionConfig.
     """
 
     page_size: int
@@ -35,6 +37,12 @@ class Plan:
     num_groups: int
     num_other_groups: int
     layers_per_page: int
+    formats: tuple[str | None, ...] = ()
+    residual_pages: int = 0
+
+    def format(self, layer: int) -> str | None:
+        """The page format of a layer, None for pages as the engine has them."""
+        return self.formats[layer] if self.formats else None
 
     def schedule(self, layer: int) -> Schedule | None:
         """The schedule of a layer, None for one that keeps everything."""
@@ -45,13 +53,14 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Values that JSON can carry, and from_json reads."""
-        return {**vars(self), "budgets": {str(k): list(v) for k, v in self.budgets.items()}}
+        budgets = {str(k): list(v) for k, v in self.budgets.items()}
+        return {**vars(self), "budgets": budgets, "formats": list(self.formats)}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Plan:
         """The plan that to_json wrote."""
         loaded = {int(layer): tuple(budget) for layer, budget in values["budgets"].items()}
-        return cls(**{**values, "budgets": loaded})
+        return cls(**{**values, "budgets": loaded, "formats": tuple(values["formats"])})
 
     def describe(self) -> str:
         """One line: what each run of layers gets."""

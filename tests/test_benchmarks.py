@@ -23,6 +23,20 @@ COST = {
 }
 
 # script -> (arguments, cases in the order of the lines, fields)
+PARTS = ("key", "value")
+FORMATS = [
+    "int8",
+    "int4",
+    "fp8",
+    "4 bits, symmetric",
+    "4 bits, minimum",
+    "4 bits, minimum, 2 groups",
+    "4 bits, rotated, symmetric",
+    "4 bits, rotated, minimum",
+    "4 bits, rotated, minimum, 2 groups, searched",
+    "4 bits, rotated, Gaussian levels",
+    "8 bits, rotated",
+]
 SCRIPTS = {
     "ample_pool": (
         "--rounds 2 --requests 2 --prompt-len 16 --output-len 8 --cases full streaming",
@@ -49,6 +63,11 @@ SCRIPTS = {
         "--cycles 1 --budgets 128 --batches 1 2 --cases pyramidal+streaming",
         ["pyramidal+streaming", "pyramidal+streaming"],
         COST | {"budget", "batch", "step_ms", "share"},
+    ),
+    "format_error": (
+        "--tokens 64",
+        FORMATS,
+        {"bits", "tokens"} | {f"{worst}{part}_error" for worst in ("", "worst_") for part in PARTS},
     ),
     "hf_attention": (
         "--rounds 1 --context 64 --batches 2",

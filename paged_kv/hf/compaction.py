@@ -4,7 +4,8 @@
     after    | s s x x | x x x   |  freed            the rest stays where it is
 
 vLLM's tables only grow at their end, so there survivors move towards the tail; here pages are freed
-at the tail, and a row stays in the pages that it has.
+at the tail, and a row stays in the pages that it has. Of a row with a residual, the newest pages
+stay as they are: those before them are freed, and the table closes up.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from paged_kv.hf.allocator import Int64s
-from paged_kv.hf.pool import Arena, entries_of
+from paged_kv.hf.arena import Arena, Places, entries_of
 from paged_kv.policies.region import Compaction, Region, moves
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class _Part(NamedTuple):
     """Some rows in some layers.
 
     Args:
+        arena: where the entries are.
         layers: int64 [layers], indices among those of the cache.
         rows: int64 [events].
         pages: int64 [layers, events, pages], on the device.
@@ -37,6 +39,7 @@ class _Part(NamedTuple):
         num_losers: int64 [events].
     """
 
+    arena: Arena
     layers: Int64s
     rows: Int64s
     pages: Tensor
@@ -45,7 +48,7 @@ class _Part(NamedTuple):
 
 
 def run(sequences: Sequences, layers: Int64s, rows: Int64s, num_losers: Int64s) -> None:
-    """Rows give up entries in layers whose budgets are equal.
+    """Rows give up entries in layers whose budgets and page formats are equal.
 
     Args:
         sequences: the cache.
@@ -56,13 +59,14 @@ def run(sequences: Sequences, layers: Int64s, rows: Int64s, num_losers: Int64s) 
     Raises:
         PoolFull: the rows share pages with others, and there is no room for copies of their own.
     """
-    policy, tables = sequences.policy, sequences.tables
+    policy = sequences.policy
     assert policy is not None
     _own(sequences, layers, rows)
+    tails = sequences.residual.counts(sequences.num_tokens)
     for part in _parts(sequences, layers, rows, num_losers):
         region = _gather(sequences, part)
         decided = policy.compact(region)
-        _apply(tables.arena, part.pages, region, decided)
+        _apply(part, region, decided, tails[part.rows])
         if decided.weights is not None and region.weights is not None:
             gained = (decided.weights - region.weights).masked_fill(decided.losers, 0.0)
             sequences.counters.merged.append(gained.sum() / gained.shape[2])
@@ -78,7 +82,7 @@ def crop(sequences: Sequences, count: int) -> None:
         ValueError: some of them are gone already, in some KV heads; nothing has changed.
     """
     moved = sequences.size < sequences.num_tokens
-    some = [(layers, np.flatnonzero(moved[layers[0]])) for layers in sequences.groups.values()]
+    some = [(layers, np.flatnonzero(moved[layers[0]])) for _, layers in sequences.groups]
     compacted = [(layers, rows) for layers, rows in some if rows.size]
     for layers, rows in compacted:
         _own(sequences, layers, rows)
@@ -98,7 +102,7 @@ def crop(sequences: Sequences, count: int) -> None:
             "last recent_window can always be cropped: raise recent_window"
         )
     for part, region, gone in zip(parts, regions, newest, strict=True):
-        _apply(sequences.tables.arena, part.pages, region, Compaction(gone))
+        _apply(part, region, Compaction(gone), np.zeros_like(part.rows))
     sequences.size -= count  # of the others these are the last slots
     sequences.tables.truncate(-(-sequences.size // sequences.pool.page_size))
 
@@ -114,18 +118,25 @@ def _own(sequences: Sequences, layers: Int64s, rows: Int64s) -> None:
 
 
 def _shrink(sequences: Sequences, layers: Int64s, rows: Int64s, num_losers: Int64s) -> None:
+    tables, page_size = sequences.tables, sequences.pool.page_size
+    tails = sequences.residual.counts(sequences.num_tokens)
+    for row, num in zip(rows.tolist(), num_losers.tolist(), strict=True):
+        if tails[row]:
+            end = int(sequences.size[layers[0], row] - tails[row])
+            assert end % page_size == num % page_size == 0, "the residual begins with a page"
+            for layer in layers:
+                tables.move_to_end(layer, row, (end - num) // page_size, end // page_size)
     sequences.size[np.ix_(layers, rows)] -= num_losers
-    count = sequences.tables.count.copy()
+    count = tables.count.copy()
     left = sequences.size[np.ix_(layers, rows)]
-    count[np.ix_(layers, rows)] = -(-left // sequences.pool.page_size)
-    sequences.tables.truncate(count)
+    count[np.ix_(layers, rows)] = -(-left // page_size)
+    tables.truncate(count)
 
 
 def _parts(sequences: Sequences, layers: Int64s, rows: Int64s, num_losers: Int64s) -> list[_Part]:
     """Rows of similar size, in a few layers at a time: keys and copies of them can be large."""
     tables, page_size = sequences.tables, sequences.pool.page_size
-    arena = tables.arena
-    assert arena is not None
+    arena = tables.arena(layers[0])
     sizes = sequences.size[layers[0], rows]
     parts = []
     magnitude = np.frexp(sizes)[1]
@@ -139,15 +150,15 @@ def _parts(sequences: Sequences, layers: Int64s, rows: Int64s, num_losers: Int64
             some = layers[start : start + at_once]
             ids = tables.ids[np.ix_(some, rows[chosen])][..., :num_pages]
             pages = torch.from_numpy(np.maximum(ids, 0)).to(arena.geometry.device)
-            parts.append(_Part(some, rows[chosen], pages, sizes[chosen], num_losers[chosen]))
+            own = rows[chosen], pages, sizes[chosen], num_losers[chosen]
+            parts.append(_Part(arena, some, *own))
     return parts
 
 
 def _gather(sequences: Sequences, part: _Part, reads: frozenset[str] | None = None) -> Region:
     """What the rows hold, as the policy sees it."""
-    policy, arena = sequences.policy, sequences.tables.arena
+    policy, arena = sequences.policy, part.arena
     assert policy is not None
-    assert arena is not None
     if reads is None:
         reads = policy.reads | ({"keys"} if policy.observation_window else frozenset())
     device = arena.geometry.device
@@ -183,8 +194,8 @@ def _gather(sequences: Sequences, part: _Part, reads: frozenset[str] | None = No
         layers=torch.from_numpy(sequences.layers[part.layers]).to(device),
         heads=torch.arange(arena.geometry.num_heads, device=device),
         positions=positions,
-        keys=entries_of(arena.keys, part.pages).float() if "keys" in reads else None,
-        values=entries_of(arena.values, part.pages).float() if "values" in reads else None,
+        keys=arena.entries("keys", part.pages).float() if "keys" in reads else None,
+        values=arena.entries("values", part.pages).float() if "values" in reads else None,
         weights=side("weights", 0.0),
         scores=side("scores", 0.0),
         queries=queries,
@@ -192,25 +203,40 @@ def _gather(sequences: Sequences, part: _Part, reads: frozenset[str] | None = No
     )
 
 
-def _apply(arena: Arena | None, pages: Tensor, region: Region, decided: Compaction) -> None:
-    """Survivors of what is freed move into the losers' places; those that changed are written."""
-    assert arena is not None
+def _apply(part: _Part, region: Region, decided: Compaction, tails: Int64s) -> None:
+    """Survivors of what is freed move into the losers' places; those that changed are written.
+
+    Args:
+        part: whose entries they are.
+        region: what they hold.
+        decided: what becomes of it.
+        tails: int64 [events], entries behind the freed ones, which stay where they are.
+    """
+    arena, pages = part.arena, part.pages
     index = torch.arange(region.positions.shape[-1], device=pages.device)
-    end = region.num_entries[:, None, None]
+    end = (region.num_entries - torch.from_numpy(tails).to(pages.device))[:, None, None]
     freed = (index >= end - region.num_losers[:, None, None]) & (index < end)
     source, target = moves(decided, freed, region.max_losers, spare=0)
     head = torch.arange(arena.geometry.num_heads, device=pages.device)[:, None]
 
-    def places(slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def places(slots: Tensor) -> Places:
         page = pages[:, :, None].expand(*slots.shape[:3], -1).gather(-1, slots // arena.page_size)
         return head.expand_as(slots), page, slots % arena.page_size
 
     read, write = places(source), places(target)
-    changed = {"keys": decided.keys, "values": decided.values, "weights": decided.weights}
-    for name, tensor in {"keys": arena.keys, "values": arena.values, **arena.side}.items():
-        new = changed.get(name)
-        if new is None:
-            tensor[write] = tensor[read]
-        else:
-            own = source if new.dim() == source.dim() else source[..., None]
-            tensor[write] = new.take_along_dim(own, source.dim() - 1).to(tensor.dtype)
+    arena.move(read, write)
+    for tensor in arena.side.values():
+        tensor[write] = tensor[read]
+    if decided.changed is None:
+        return
+    # What has not changed keeps its bytes: quantized again, it could become something else.
+    new = decided.changed.gather(-1, source)
+    column, there = source[new], tuple(own[new] for own in write)
+    layer, event, own_head, _ = new.nonzero(as_tuple=True)
+    for name in ("keys", "values"):
+        numbers = getattr(decided, name)
+        if numbers is not None:
+            arena.put(name, there, numbers[layer, event, own_head, column])
+    if decided.weights is not None:
+        weights = decided.weights[layer, event, own_head, column]
+        arena.side["weights"][there] = weights

@@ -1,6 +1,9 @@
-"""Layers with equal budgets, which compact together."""
+"""Layers with equal budgets and page formats, which compact together."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,25 +13,43 @@ from paged_kv.hf.allocator import Int64s
 from paged_kv.plan import make_plan
 
 
+class Group(NamedTuple):
+    """Layers that compact together.
+
+    Args:
+        schedule: how much they keep; None: everything.
+        layers: int64, indices among the layers of the cache.
+    """
+
+    schedule: Schedule | None
+    layers: Int64s
+
+
 def layer_groups(
-    compression: CompressionConfig, page_size: int, layers: Int64s, num_layers: int
-) -> dict[Schedule | None, Int64s]:
-    """Places in `layers` by schedule; None for layers that keep everything.
+    compression: CompressionConfig,
+    page_size: int,
+    layers: Int64s,
+    num_layers: int,
+    formats: Sequence[str],
+) -> list[Group]:
+    """The groups of a cache's layers.
 
     Args:
         compression: what each layer keeps.
         page_size: entries per page.
         layers: int64, indices in the model of the layers that a cache holds.
         num_layers: of the model.
+        formats: page format of each of `layers`.
 
     Raises:
         ValueError: the budgets do not fit the model or the page size.
     """
-    if not compression.enabled:
-        return {None: np.arange(len(layers))}
-    plan = make_plan(compression, page_size, num_layers, layers.tolist())
-    schedules = [plan.schedule(layer) for layer in layers.tolist()]
-    return {
-        one: np.array([place for place, other in enumerate(schedules) if other == one])
-        for one in dict.fromkeys(schedules)
-    }
+    schedules: list[Schedule | None] = [None] * len(layers)
+    if compression.enabled:
+        plan = make_plan(compression, page_size, num_layers, layers.tolist())
+        schedules = [plan.schedule(layer) for layer in layers.tolist()]
+    kinds = list(zip(schedules, formats, strict=True))
+    return [
+        Group(one[0], np.array([place for place, other in enumerate(kinds) if other == one]))
+        for one in dict.fromkeys(kinds)
+    ]

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from paged_kv.hf.arena import NativeArena, entries_of
 from paged_kv.hf.paged_attention import Terms, fused, masked, mix, probabilities
-from paged_kv.hf.pool import entries_of
 from paged_kv.hf.providers import Held
 
 if TYPE_CHECKING:
@@ -29,9 +29,8 @@ class LayerStep:
 
     def __init__(self, sequences: Sequences, index: int, terms: Terms) -> None:
         self.sequences, self.index, self.terms = sequences, index, terms
-        arena = sequences.tables.arena
-        assert arena is not None
-        self.arena, self.policy = arena, sequences.policy
+        self.arena, self.policy = sequences.tables.arena(index), sequences.policy
+        self.device = self.arena.geometry.device
 
     def attend(self, row: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[rows, heads, q, size]: attention of q new queries in each of some rows.
@@ -73,7 +72,7 @@ class LayerStep:
         explicit = self.sequences.reads_scores or not self.terms.is_plain
         alike = min(first) == max(first)
         fresh = max(first) == 0 and num_queries > 1 and self.terms.bias is None
-        if fresh and not explicit:  # what is stored is at hand
+        if fresh and not explicit and self._is_exact:  # what is stored is at hand
             return fused(query, key, value, first, self.terms.scale)
         if num_queries == 1 and not explicit and self.terms.bias is None:
             found = self._provided(row, query)
@@ -85,10 +84,7 @@ class LayerStep:
                      for i in range(num_rows))  # fmt: skip
             return torch.cat(list(parts))
         size = max(first) + num_queries
-        keys, values = (
-            self._read(tensor, row, num_rows, size)
-            for tensor in (self.arena.keys, self.arena.values)
-        )
+        keys, values = (self._numbers(part, row, num_rows, size) for part in ("keys", "values"))
         if keys.dtype != query.dtype or values.dtype != query.dtype:
             keys, values = keys.to(query.dtype), values.to(query.dtype)
         bias = None
@@ -100,10 +96,19 @@ class LayerStep:
             return masked(query, keys, values, bias[None].to(query.dtype), self.terms.scale)
         return fused(query, keys, values, first, self.terms.scale)
 
+    @property
+    def _is_exact(self) -> bool:
+        """Whether what is read is what was stored."""
+        return isinstance(self.arena, NativeArena)
+
+    def _numbers(self, part: str, row: int, num_rows: int, size: int) -> Tensor:
+        """[rows, kv_heads, size, ...]: the first keys, or values, of rows."""
+        return self._read(self.arena.content[part], row, num_rows, size)
+
     def _provided(self, row: int, query: Tensor) -> Tensor | None:
         """Plain attention of one new token each, if somebody else than SDPA computes it."""
         provider, rows = self.sequences.provider, slice(row, row + len(query))
-        if provider is None:
+        if provider is None or not isinstance(self.arena, NativeArena):
             return None
         pages = self.sequences.tables.ids[self.index, rows]
         held = Held(self.arena, pages, self.sequences.size[self.index, rows] + 1)
@@ -113,7 +118,7 @@ class LayerStep:
 
     def _together(self, row: int, num_rows: int, alike: bool) -> bool:
         """Whether one call for all rows is worth it: on a CPU, copies and masks are not."""
-        if self.arena.keys.device.type != "cpu":
+        if self.device.type != "cpu":
             return True
         in_place = num_rows == self.sequences.num_rows and self.sequences.tables.spacing[self.index]
         runs = (self.sequences.tables.first[self.index, row : row + num_rows] >= 0).all()
@@ -140,7 +145,7 @@ class LayerStep:
     def _bias(self, row: int, first: int, num_heads: int, num_queries: int) -> Tensor:
         """float32 [heads or 1, queries, entries] of one row."""
         assert self.terms.bias is not None
-        device, size = self.arena.keys.device, first + num_queries
+        device, size = self.device, first + num_queries
         num_tokens = int(self.sequences.num_tokens[row])
         queries = torch.arange(num_tokens, num_tokens + num_queries, device=device)
         if self.policy is None:  # entries are where they were written

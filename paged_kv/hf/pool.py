@@ -3,128 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
-
-import torch
 
 from paged_kv.config import DEFAULT_PAGE_SIZE
-from paged_kv.hf.allocator import Int64s, PageAllocator, PoolFull
-
-Tensor = torch.Tensor
-SIDE_DTYPES = {"positions": torch.int32, "weights": torch.float32, "scores": torch.float32}
-
-
-class Geometry(NamedTuple):
-    """What the pages of a model look like.
-
-    Args:
-        num_heads: KV heads.
-        key_size: numbers of a key.
-        value_size: numbers of a value.
-        key_dtype: of a key's numbers.
-        value_dtype: of a value's numbers.
-        device: where the pages are.
-    """
-
-    num_heads: int
-    key_size: int
-    value_size: int
-    key_dtype: torch.dtype
-    value_dtype: torch.dtype
-    device: torch.device
-
-    def page_bytes(self, page_size: int) -> int:
-        """Bytes of the keys and values of one page."""
-        entry = self.key_size * self.key_dtype.itemsize
-        entry += self.value_size * self.value_dtype.itemsize
-        return self.num_heads * page_size * entry
-
-
-class Arena:
-    """Pages of one geometry; a page is page_size entries of one layer in all of its KV heads.
-
-    keys and values are [kv_heads, pages, page_size, size], so that the entries of neighbouring
-    pages are a view [kv_heads, entries, size].
-
-    Args:
-        geometry: see Geometry.
-        page_size: entries per page.
-        capacity: pages.
-    """
-
-    def __init__(self, geometry: Geometry, page_size: int, capacity: int) -> None:
-        self.geometry, self.page_size = geometry, page_size
-        self.pages = PageAllocator(capacity)
-        self.keys = self._zeros(geometry.key_dtype, geometry.key_size)
-        self.values = self._zeros(geometry.value_dtype, geometry.value_size)
-        self.side: dict[str, Tensor] = {}  # [kv_heads, pages, page_size] by name
-
-    def _zeros(self, dtype: torch.dtype, *size: int) -> Tensor:
-        # Zeros: what no entry has been written to is read where rows of a batch differ in length,
-        # and masked; a NaN there would spread.
-        shape = (self.geometry.num_heads, self.pages.capacity, self.page_size, *size)
-        return torch.zeros(shape, dtype=dtype, device=self.geometry.device)
-
-    def need_side(self, names: set[str]) -> None:
-        """Keeps these beside the pages: positions, weights, scores."""
-        for name in names - set(self.side):
-            self.side[name] = self._zeros(SIDE_DTYPES[name])
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All that is kept per page, [kv_heads, pages, ...]."""
-        return [self.keys, self.values, *self.side.values()]
-
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of a page's keys and values."""
-        return self.geometry.page_bytes(self.page_size)
-
-    @property
-    def side_bytes(self) -> int:
-        """Bytes that are kept beside the keys and values of a page."""
-        numbers = self.geometry.num_heads * self.page_size
-        return numbers * sum(tensor.element_size() for tensor in self.side.values())
-
-    def resize(self, capacity: int, source: Int64s, target: Int64s) -> None:
-        """Has so many pages from now on; copies pages from `source` to `target`, frees the rest.
-
-        Args:
-            capacity: pages.
-            source: page ids before.
-            target: page ids afterwards, in the same order.
-        """
-        old, before = self.pages, (self.keys, self.values, self.side)
-        self.pages = PageAllocator(capacity)
-        self.pages.references[target] = old.references[source]
-        self.pages.num_held = len(target)
-        read, write = (torch.from_numpy(ids).to(self.geometry.device) for ids in (source, target))
-        self.keys = self._zeros(before[0].dtype, before[0].shape[-1])
-        self.values = self._zeros(before[1].dtype, before[1].shape[-1])
-        self.side = {name: self._zeros(tensor.dtype) for name, tensor in before[2].items()}
-        for new, tensor in zip(self.tensors, [*before[:2], *before[2].values()], strict=True):
-            new[:, write] = tensor[:, read]
-
-    def copy(self, source: Int64s, target: Int64s) -> None:
-        """Copies whole pages."""
-        read, write = (torch.from_numpy(ids).to(self.geometry.device) for ids in (source, target))
-        for tensor in self.tensors:
-            tensor[:, write] = tensor[:, read]
-
-
-def entries_of(tensor: Tensor, pages: Tensor) -> Tensor:
-    """Entries of pages, copied: [..., kv_heads, n * page_size, ...].
-
-    Args:
-        tensor: of an arena, [kv_heads, pages, page_size, ...].
-        pages: int64 [..., n], page ids.
-    """
-    heads, count = tensor.shape[:2]
-    first = torch.arange(heads, device=tensor.device)[:, None] * count
-    index = pages[..., None, :] + first  # [..., kv_heads, n]
-    found = tensor.flatten(0, 1).flatten(1).index_select(0, index.flatten())  # whole pages at once
-    size = (*index.shape[:-1], index.shape[-1] * tensor.shape[2], *tensor.shape[3:])
-    return found.view(size)
+from paged_kv.hf.allocator import PoolFull
+from paged_kv.hf.arena import Arena, Geometry, make_arena
 
 
 class PagePool:
@@ -164,11 +46,16 @@ class PagePool:
         tensors = (tensor for arena in self._arenas.values() for tensor in arena.tensors)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    def arena(self, geometry: Geometry) -> Arena:
+    def arena(self, geometry: Geometry, grows: bool = False) -> Arena:
         """The pages of this geometry.
 
+        Args:
+            geometry: see Geometry.
+            grows: whether memory is taken when it is needed even if there is a limit, which is one
+                for all arenas: other geometries will have pages, too.
+
         Raises:
-            ValueError: the pool's pages are on another device.
+            ValueError: the pool's pages are on another device; the format cannot have these sizes.
         """
         if geometry not in self._arenas:
             devices = {other.device for other in self._arenas}
@@ -177,7 +64,8 @@ class PagePool:
                     f"this PagePool has pages on {devices.pop()}; a pool per device is needed, "
                     f"another one for {geometry.device}"
                 )
-            self._arenas[geometry] = Arena(geometry, self.page_size, self.num_pages or 0)
+            capacity = 0 if self._arenas or grows else self.num_pages or 0
+            self._arenas[geometry] = make_arena(geometry, self.page_size, capacity)
         return self._arenas[geometry]
 
     def check(self, num_pages: int, why: str) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from paged_kv.hf.allocator import Int64s
-from paged_kv.hf.pool import Arena
+from paged_kv.hf.arena import NativeArena
 
 Tensor = torch.Tensor
 CHOICES = ("sdpa", "flex", "xformers")
@@ -32,7 +32,7 @@ class Held(NamedTuple):
         sizes: int64 [rows], entries; at least 1.
     """
 
-    arena: Arena
+    arena: NativeArena
     pages: Int64s
     sizes: Int64s
 

@@ -19,14 +19,18 @@ import numpy.typing as npt
 import torch
 
 from paged_kv.config import CompressionConfig
+from paged_kv.core.page_formats import NATIVE, layer_formats
 from paged_kv.hf import compaction
 from paged_kv.hf.allocator import Int64s
+from paged_kv.hf.arena import Geometry, PackedArena
 from paged_kv.hf.groups import layer_groups
 from paged_kv.hf.layer_step import LayerStep
 from paged_kv.hf.observed import QueryRing
+from paged_kv.hf.packed_step import PackedStep
 from paged_kv.hf.paged_attention import Terms
-from paged_kv.hf.pool import Geometry, PagePool
+from paged_kv.hf.pool import PagePool
 from paged_kv.hf.providers import Provider
+from paged_kv.hf.residual import Residual
 from paged_kv.hf.stats import CacheStats, Counters, snapshot
 from paged_kv.hf.step import Step
 from paged_kv.hf.tables import PageTables
@@ -48,7 +52,8 @@ class Sequences:
         provider: of attention in steps of one token; None: SDPA.
 
     Raises:
-        ValueError: the budgets do not fit the model or the page size.
+        ValueError: the budgets do not fit the model or the page size; a file of page formats is
+            not one, or not of this model.
     """
 
     def __init__(
@@ -65,7 +70,13 @@ class Sequences:
         self.index = {layer: index for index, layer in enumerate(layers)}
         self.policy = compression.create_policy() if compression.enabled else None
         self.compress_prefill = compression.compress_prefill
-        self.groups = layer_groups(compression, pool.page_size, self.layers, num_layers)
+        self.page_format = compression.page_format
+        formats = layer_formats(compression.page_format, num_layers)
+        self.formats = [formats[layer] for layer in layers]
+        self.residual_pages = compression.residual_pages
+        self.groups = layer_groups(
+            compression, pool.page_size, self.layers, num_layers, self.formats
+        )
         self.rotary: Callable[[], Rotary] | None = None  # makes the model's RoPE tables
         self.waits_for_crop = False  # tokens of a step are not final before crop
         self.clear()
@@ -77,8 +88,9 @@ class Sequences:
         self.num_tokens = np.zeros(0, dtype=np.int64)
         self.prompt_lens = np.zeros(0, dtype=np.int64)
         self.size = np.zeros((num_layers, 0), dtype=np.int64)  # entries
-        grows = [one is None or one.numerator > 0 for one in self.groups]
-        self.tables = PageTables(self.pool, num_layers, self.is_private, not any(grows))
+        grows = [one.schedule is None or one.schedule.numerator > 0 for one in self.groups]
+        self.tables = PageTables(self.pool, self.formats, self.is_private, not any(grows))
+        self.residual = Residual(num_layers, self.residual_pages, self.pool.page_size)
         self.ring = QueryRing(num_layers, window)
         self.terms: list[Terms] = [Terms(1.0)] * num_layers
         self.counters = Counters()
@@ -109,8 +121,8 @@ class Sequences:
         self.num_tokens = np.pad(self.num_tokens, (0, num_rows))
         self.prompt_lens = np.append(self.prompt_lens, np.array(lens, dtype=np.int64))
         self.size = np.pad(self.size, ((0, 0), (0, num_rows)))
-        self.tables.add_rows(num_rows)
-        self.ring.add_rows(num_rows)
+        for rows in (self.tables, self.ring, self.residual):
+            rows.add_rows(num_rows)
 
     def select_rows(self, indices: Sequence[int]) -> None:
         """Row i is what row indices[i] was: reorders, repeats and drops rows."""
@@ -118,8 +130,8 @@ class Sequences:
         index = np.asarray(indices, dtype=np.int64)
         self.num_tokens, self.prompt_lens = self.num_tokens[index], self.prompt_lens[index]
         self.size = self.size[:, index]
-        self.tables.select_rows(index)
-        self.ring.select_rows(index)
+        for rows in (self.tables, self.ring, self.residual):
+            rows.select_rows(index)
 
     def release(self) -> None:
         """Gives all pages back; the rows are gone."""
@@ -150,8 +162,10 @@ class Sequences:
         self.tables.own(copies)
         self.tables.extend(need)
         self.ring.note(self.num_tokens, counts)
+        if self.residual_pages:
+            self.residual.note(self.num_tokens, counts)
         self.step = Step(self.tables, self.size, self.num_tokens, counts)
-        self.counters.note_pages(self.tables.num_pages)
+        self.counters.note_bytes(self.tables.num_bytes[0] + self.residual.num_bytes)
 
     def _written(self, counts: Int64s) -> npt.NDArray[np.bool_]:
         """bool [layers, rows, width]: shared pages that a step writes to."""
@@ -163,15 +177,19 @@ class Sequences:
         return shared & last & is_partial[..., None]
 
     def _bind(self, geometry: Geometry) -> None:
-        if self.tables.arena is None:
-            self.tables.arena = self.pool.arena(geometry)
+        if not self.tables.parts:
+            self.tables.bind(geometry)
+            if self.residual_pages:
+                self.residual.bind(geometry)
             names = {"positions"} if self.policy else set()
             reads = self.policy.reads if self.policy else frozenset()
-            self.tables.arena.need_side(names | (set(reads) & {"weights", "scores"}))
-        elif self.tables.arena.geometry != geometry:
+            for arena, _ in self.tables.parts:
+                arena.need_side(names | (set(reads) & {"weights", "scores"}))
+        held = self.tables.parts[0].arena.geometry._replace(page_format=NATIVE)
+        if held != geometry:
             raise ValueError(
-                f"this cache holds {self.tables.arena.geometry}, but these keys and values are "
-                f"{geometry}: a cache serves one model, on one device, in one dtype; call reset()"
+                f"this cache holds {held}, but these keys and values are {geometry}: a cache "
+                "serves one model, on one device, in one dtype; call reset()"
             )
 
     def _prompt_ends(self, counts: Int64s) -> None:
@@ -191,8 +209,7 @@ class Sequences:
 
     @property
     def _device(self) -> torch.device:
-        assert self.tables.arena is not None
-        return self.tables.arena.geometry.device
+        return self.tables.parts[0].arena.geometry.device
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> Tensor:
         """Stores a layer's new entries and attends to all that each row holds.
@@ -239,7 +256,11 @@ class Sequences:
         index = self.index[layer]
         self.terms[index] = terms
         self.step.store(index, keys, values)
-        return LayerStep(self, index, terms)
+        if not isinstance(self.tables.arena(index), PackedArena):
+            return LayerStep(self, index, terms)
+        if self.residual_pages:
+            self.residual.write(index, keys, values)
+        return PackedStep(self, index, terms)
 
     def end(self) -> None:
         """The step's tokens are held from now on; then what is due compacts."""
@@ -266,6 +287,7 @@ class Sequences:
             compaction.crop(self, count)
             self.num_tokens -= count
             self.ring.crop(self.num_tokens)
+            self.residual.crop(self.num_tokens)
         self._late = False
         if not self.knows_prompts:
             self.prompt_lens = np.zeros_like(self.prompt_lens)
@@ -274,7 +296,7 @@ class Sequences:
     @torch.no_grad()
     def compact(self) -> None:
         """Every layer that holds more of a row than its schedule says gives up the surplus."""
-        for schedule, layers in self.groups.items():
+        for schedule, layers in self.groups:
             if schedule is None:
                 continue
             evicted = schedule.evicted(self.num_tokens, self.prompt_lens)

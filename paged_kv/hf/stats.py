@@ -26,7 +26,8 @@ class CacheStats:
         merged: tokens that went into other entries so far (mean over KV heads).
         spilled: entries that are on a lower tier.
         compactions: times that a layer of a sequence gave up entries.
-        bytes_by_tier: of the keys and values held.
+        page_format: how pages store numbers; see CompressionConfig.
+        bytes_by_tier: of the keys and values held, scales and residual included.
         side_bytes: of what policies keep beside them: positions, scores, weights, last queries.
         peak_bytes: the most that keys and values took at once.
     """
@@ -39,6 +40,7 @@ class CacheStats:
     merged: float
     spilled: int
     compactions: int
+    page_format: str
     bytes_by_tier: dict[str, int]
     side_bytes: int
     peak_bytes: int
@@ -55,7 +57,7 @@ class Counters:
 
     evicted: int = 0
     compactions: int = 0
-    peak_pages: int = 0
+    peak_bytes: int = 0
     merged: list[torch.Tensor] = field(default_factory=list)  # scalars, read when asked for
 
     @property
@@ -65,16 +67,15 @@ class Counters:
             self.merged = [torch.stack(self.merged).sum()]
         return float(self.merged[0]) if self.merged else 0.0
 
-    def note_pages(self, num_pages: int) -> None:
-        """So many are held now."""
-        self.peak_pages = max(self.peak_pages, num_pages)
+    def note_bytes(self, num_bytes: int) -> None:
+        """Keys and values take so many now."""
+        self.peak_bytes = max(self.peak_bytes, num_bytes)
 
 
 def snapshot(sequences: Sequences) -> CacheStats:
     """What a cache holds, and what it has given up."""
     tables, counters = sequences.tables, sequences.counters
-    page_bytes = tables.arena.page_bytes if tables.arena else 0
-    side_bytes = tables.arena.side_bytes if tables.arena else 0
+    num_bytes, side_bytes = tables.num_bytes
     return CacheStats(
         sequences=sequences.num_rows,
         tokens=int(sequences.num_tokens.sum()),
@@ -84,7 +85,8 @@ def snapshot(sequences: Sequences) -> CacheStats:
         merged=counters.num_merged,
         spilled=0,
         compactions=counters.compactions,
-        bytes_by_tier={"device": tables.num_pages * page_bytes, "host": 0, "mmap": 0},
-        side_bytes=tables.num_pages * side_bytes + sequences.ring.num_bytes,
-        peak_bytes=counters.peak_pages * page_bytes,
+        page_format=sequences.page_format,
+        bytes_by_tier={"device": num_bytes + sequences.residual.num_bytes, "host": 0, "mmap": 0},
+        side_bytes=side_bytes + sequences.ring.num_bytes,
+        peak_bytes=counters.peak_bytes,
     )

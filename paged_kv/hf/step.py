@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 import torch
 
@@ -25,25 +27,28 @@ class Step:
     def __init__(
         self, tables: PageTables, size: Int64s, num_tokens: Int64s, counts: Int64s
     ) -> None:
-        assert tables.arena is not None
-        self.counts, self.arena = counts, tables.arena
+        self.counts, self.tables = counts, tables
+        self._size = size
         self.done: set[int] = set()  # layers that have stored theirs
         row = np.repeat(np.arange(len(counts)), counts)
         nth = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
-        slot, page_size = size[:, row] + nth, self.arena.page_size
+        slot, page_size = size[:, row] + nth, tables.pool.page_size
         page = tables.ids[np.arange(len(size))[:, None], row, slot // page_size]
         places = page * page_size + slot % page_size
+        self._device = tables.parts[0].arena.geometry.device
         # int64 [layers, tokens of all rows]: where in the arena, counted in entries
-        self.places = torch.from_numpy(places).to(self.arena.geometry.device)
+        self.places = torch.from_numpy(places).to(self._device)
         self._forget(num_tokens[row] + nth)
 
     def _forget(self, tokens: Int64s) -> None:
         """Nothing is known of the new entries but that they hold these tokens."""
-        for name, tensor in self.arena.side.items():
-            new: Tensor | float = _WHEN_WRITTEN.get(name, 0.0)
-            if name == "positions":
-                new = torch.from_numpy(tokens).to(tensor).repeat(len(self.places))
-            tensor.flatten(1)[:, self.places.flatten()] = new
+        for arena, layers in self.tables.parts:
+            places = self.places[torch.from_numpy(layers)]
+            for name, tensor in arena.side.items():
+                new: Tensor | float = _WHEN_WRITTEN.get(name, 0.0)
+                if name == "positions":
+                    new = torch.from_numpy(tokens).to(tensor).repeat(len(places))
+                tensor.flatten(1)[:, places.flatten()] = new
 
     @torch.no_grad()
     def store(self, layer: int, keys: Tensor, values: Tensor) -> None:
@@ -55,5 +60,20 @@ class Step:
             values: [kv_heads, tokens of all rows, size].
         """
         self.done.add(layer)
-        for tensor, new in ((self.arena.keys, keys), (self.arena.values, values)):
-            tensor.flatten(1, 2).index_copy_(1, self.places[layer], new.to(tensor.dtype))
+        self.tables.arena(layer).write(keys, values, self.places[layer])
+
+    @cached_property
+    def page_ids(self) -> Tensor:
+        """int32 [layers, rows, width]: the tables, for the kernels; -1 past an end."""
+        return torch.from_numpy(self.tables.ids.astype(np.int32)).to(self._device)
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """int32 [layers, rows]: entries, the new ones included."""
+        return torch.from_numpy((self._size + self.counts).astype(np.int32)).to(self._device)
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """int32 [rows + 1]: where each row's new tokens begin among all."""
+        starts = np.concatenate([[0], np.cumsum(self.counts)])
+        return torch.from_numpy(starts.astype(np.int32)).to(self._device)

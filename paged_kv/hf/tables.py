@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
 from paged_kv.hf.allocator import Int64s
-from paged_kv.hf.pool import Arena, PagePool
+from paged_kv.hf.arena import Arena, Geometry
+from paged_kv.hf.pool import PagePool
 
 Bools = npt.NDArray[np.bool_]
 _NOWHERE = 1 << 40  # a page that no pool has
+
+
+class Part(NamedTuple):
+    """Layers whose pages are in one arena.
+
+    Args:
+        arena: where they are.
+        layers: int64, indices among those of the tables.
+    """
+
+    arena: Arena
+    layers: Int64s
 
 
 class PageTables:
@@ -19,22 +35,42 @@ class PageTables:
 
     Args:
         pool: where pages come from.
-        num_layers: layers that have pages.
+        formats: page format of each layer that has pages.
         is_private: whether nobody else has pages of the pool, and it has no limit: then its memory
             is laid out for these tables alone.
         is_bounded: whether tables stop growing at some length; others get more room to grow into.
     """
 
-    def __init__(self, pool: PagePool, num_layers: int, is_private: bool, is_bounded: bool) -> None:
+    def __init__(
+        self, pool: PagePool, formats: Sequence[str], is_private: bool, is_bounded: bool
+    ) -> None:
         self.pool, self.is_private, self.is_bounded = pool, is_private, is_bounded
-        self.arena: Arena | None = None  # known with the first keys
+        self.formats = np.array(formats)
+        self.parts: list[Part] = []  # known with the first keys
+        num_layers = len(formats)
         self.ids = np.full((num_layers, 0, 0), -1, dtype=np.int64)
         self.count = np.zeros((num_layers, 0), dtype=np.int64)
         self._start = np.zeros((num_layers, 0), dtype=np.int64)  # where empty tables begin
         self._may_share = False
         self._first: Int64s | None = None
         self._spacing: list[int] = []
-        self._num_pages = 0
+        self._num_pages: list[int] = []
+
+    def bind(self, geometry: Geometry) -> None:
+        """The first keys have come. Raises ValueError: see PagePool.arena."""
+        names = dict.fromkeys(self.formats.tolist())
+        self.parts = [
+            Part(
+                self.pool.arena(geometry._replace(page_format=name), grows=len(names) > 1),
+                np.flatnonzero(self.formats == name),
+            )
+            for name in names
+        ]
+
+    def arena(self, layer: int) -> Arena:
+        """Where a layer's pages are."""
+        return next(part.arena for part in self.parts if part.arena.geometry.page_format
+                    == self.formats[layer])  # fmt: skip
 
     def _changed(self) -> None:
         self._first = None
@@ -47,7 +83,7 @@ class PageTables:
             start = self.ids[:, :, :1]
             run = (self.ids == start + index) | (index >= self.count[..., None])
             self._first = np.where(run.all(-1), self.ids[:, :, :1].sum(-1), -1)
-            self._num_pages = len(np.unique(self._held(self.ids)))
+            self._num_pages = [len(np.unique(held)) for _, held in self._held(self.ids)]
             self._spacing = [_spacing(first) for first in self._first]
         return self._first
 
@@ -59,7 +95,18 @@ class PageTables:
     @property
     def num_pages(self) -> int:
         """Pages held; one that rows share counts once."""
-        return self._num_pages if self.first is not None else 0
+        return sum(self._num_pages) if self.first is not None else 0
+
+    @property
+    def num_bytes(self) -> tuple[int, int]:
+        """Bytes of the keys and values in the pages held, and of what lies beside them."""
+        counts = self._num_pages if self.first is not None else []
+        arenas = [part.arena for part in self.parts]
+        held = list(zip(counts, arenas, strict=True))
+        return (
+            sum(count * arena.page_bytes for count, arena in held),
+            sum(count * arena.side_bytes for count, arena in held),
+        )
 
     def add_rows(self, num_rows: int) -> None:
         """Empty tables at the end."""
@@ -71,10 +118,11 @@ class PageTables:
     def select_rows(self, indices: Int64s) -> None:
         """Row i is what row indices[i] was; pages of rows that occur twice are shared."""
         new = self.ids[:, indices]
-        if self.arena is not None:
-            self._may_share |= len(np.unique(indices)) < len(indices)
-            self.arena.pages.share(self._held(new))
-            self.arena.pages.release(self._held(self.ids))
+        self._may_share |= len(np.unique(indices)) < len(indices)
+        for arena, held in self._held(new):
+            arena.pages.share(held)
+        for arena, held in self._held(self.ids):
+            arena.pages.release(held)
         self.ids, self.count = new, self.count[:, indices]
         self._start = self._start[:, indices]
         self._changed()
@@ -82,17 +130,26 @@ class PageTables:
     def truncate(self, count: Int64s) -> None:
         """Keeps the first pages only: count [layers, rows]."""
         gone = np.arange(self.ids.shape[2]) >= np.minimum(count, self.count)[..., None]
-        if self.arena is not None:
-            self.arena.pages.release(self._held(np.where(gone, self.ids, -1)))
+        for arena, held in self._held(np.where(gone, self.ids, -1)):
+            arena.pages.release(held)
         self.ids = np.where(gone, -1, self.ids)
         self.count = np.minimum(count, self.count)
         self._changed()
 
+    def move_to_end(self, layer: int, row: int, start: int, end: int) -> None:
+        """Pages [start, end) of a table become its last ones."""
+        own, count = self.ids[layer, row], self.count[layer, row]
+        own[:count] = np.concatenate([own[:start], own[end:count], own[start:end]])
+        self._changed()
+
     def shared(self) -> Bools:
         """bool [layers, rows, width]: pages that others hold, too."""
-        if not self._may_share:
-            return np.zeros(self.ids.shape, dtype=bool)
-        found = (self.ids >= 0) & (self._arena.pages.references[np.maximum(self.ids, 0)] > 1)
+        found = np.zeros(self.ids.shape, dtype=bool)
+        if not self._may_share or not self.ids.size:
+            return found
+        for arena, layers in self.parts:
+            ids = self.ids[layers]
+            found[layers] = (ids >= 0) & (arena.pages.references[np.maximum(ids, 0)] > 1)
         self._may_share = bool(found.any())
         return found
 
@@ -101,35 +158,36 @@ class PageTables:
 
         The pool must have room for as many pages.
         """
-        arena = self._arena
-        old = self.ids[which]
-        if not old.size:
-            return
-        if arena.pages.num_free < old.size:
-            self._grow(old.size)
-        new = arena.pages.find_free(old.size)
-        arena.pages.take(new)
-        arena.copy(old, new)
-        arena.pages.release(old)
-        self.ids[which] = new
-        self._changed()
+        for arena, layers in self.parts:
+            place = layers[which[layers].nonzero()[0]], *which[layers].nonzero()[1:]
+            old = self.ids[place]
+            if not old.size:
+                continue
+            self._need(arena, old.size)
+            new = arena.pages.find_free(old.size)
+            arena.pages.take(new)
+            arena.copy(old, new)
+            arena.pages.release(old)
+            self.ids[place] = new
+            self._changed()
 
     def extend(self, need: Int64s) -> None:
         """Adds pages: need [layers, rows]. The pool must have room for as many pages."""
-        arena = self._arena
         if not need.any():
             return
         width = int((self.count + need).max())
         missing = width - self.ids.shape[2]
         if missing > 0:
             self.ids = np.pad(self.ids, ((0, 0), (0, 0), (0, missing)), constant_values=-1)
-        layers, rows = np.nonzero(need)
-        if self.is_private and not self._grows(layers, rows, need[layers, rows]):
-            self._lay_out(self.count + need)
-        left = need[layers, rows]
-        for num in np.unique(left):
-            chosen = left == num
-            self._extend(arena, layers[chosen], rows[chosen], int(num))
+        for part in self.parts:
+            nth, rows = np.nonzero(need[part.layers])
+            layers = part.layers[nth]
+            left = need[layers, rows]
+            if self.is_private and left.size and not self._grows(part.arena, layers, rows, left):
+                self._lay_out(part, self.count + need)
+            for num in np.unique(left):
+                chosen = left == num
+                self._extend(part.arena, layers[chosen], rows[chosen], int(num))
         self.count += need
         self._changed()
 
@@ -155,11 +213,10 @@ class PageTables:
         room = length + length // 4 + 2 if self.pool.num_pages is None else length
         starts = arena.pages.find_runs(count, room) if alone else None
         if starts is None and alone and self.pool.num_pages is None:
-            self._grow(count * room)
+            self._grow(arena, count * room)
             starts = arena.pages.find_runs(count, room)
         if starts is None:  # a crowded pool, or shared pages: wherever there is room
-            if arena.pages.num_free < count * num:
-                self._grow(count * num)
+            self._need(arena, count * num)
             more = arena.pages.find_free(count * num)
             arena.pages.take(more)
             self.ids[layers, rows, held:length] = more.reshape(count, num)
@@ -170,10 +227,17 @@ class PageTables:
         arena.pages.release(old.ravel())
         self.ids[layers, rows, :length] = new
 
-    def _grow(self, num_pages: int) -> None:
-        """More memory for a pool without a limit."""
-        assert self.pool.num_pages is None, "the pool must be checked before"
-        arena = self._arena
+    def _need(self, arena: Arena, num_pages: int) -> None:
+        """So many pages are free."""
+        if self.pool.num_pages is None and arena.pages.num_free < num_pages:
+            self._grow(arena, num_pages)
+        elif arena.pages.num_free < num_pages:  # of several arenas under one limit
+            self._grow(arena, num_pages - arena.pages.num_free)
+
+    def _grow(self, arena: Arena, num_pages: int) -> None:
+        """More memory, of which the pool's limit has enough left."""
+        limit = self.pool.num_pages
+        assert limit is None or arena.pages.capacity + num_pages <= limit, "was not checked before"
         held = np.flatnonzero(arena.pages.references)
         arena.resize(arena.pages.capacity + num_pages, held, held)
 
@@ -183,46 +247,45 @@ class PageTables:
         last = self.ids[layers, rows, np.maximum(held, 1) - 1]
         return np.where(held > 0, last, self._start[layers, rows] - 1)
 
-    def _grows(self, layers: Int64s, rows: Int64s, need: Int64s) -> bool:
+    def _grows(self, arena: Arena, layers: Int64s, rows: Int64s, need: Int64s) -> bool:
         """Whether all of these tables have the pages that they need behind their last one."""
         last = self._last(layers, rows)[:, None]
         wanted = last + 1 + np.minimum(np.arange(need.max()), need[:, None] - 1)
-        return bool(self._arena.pages.are_free(wanted).all())
+        return bool(arena.pages.are_free(wanted).all())
 
     def trim(self) -> None:
         """Gives memory back that a pool of this cache alone has, but hardly needs."""
-        if not self.is_private or self.arena is None:
-            return
-        least = int((self.count + 1).sum())
-        most = least + self.count.size if self.is_bounded else 2 * least
-        if self.arena.pages.capacity > most:
-            self._lay_out(self.count, spare=1)
+        for part in self.parts if self.is_private else []:
+            count = self.count[part.layers]
+            least = int((count + 1).sum())
+            most = least + count.size if self.is_bounded else 2 * least
+            if part.arena.pages.capacity > most:
+                self._lay_out(part, self.count, spare=1)
 
-    def _lay_out(self, count: Int64s, spare: int | None = None) -> None:
-        """Memory for these tables alone: each a run, with room to grow.
+    def _lay_out(self, part: Part, count: Int64s, spare: int | None = None) -> None:
+        """Memory of an arena for these tables alone: each a run, with room to grow.
 
         Args:
+            part: the arena, and which tables are there.
             count: int64 [layers, rows], pages that each is to have soon; not fewer than now.
             spare: more free pages behind each; None: as many as suit.
         """
-        ids = self._held(self.ids)
-        if len(np.unique(ids)) < len(ids):
+        own, count = self.ids[part.layers], count[part.layers]
+        held = own >= 0
+        if len(np.unique(own[held])) < held.sum():
             return  # shared pages are no runs
         room = count + (spare if spare is not None else 2 + (not self.is_bounded) * count // 4)
         start = (np.cumsum(room) - room.ravel()).reshape(count.shape)
-        new = np.where(self.ids >= 0, start[..., None] + np.arange(self.ids.shape[2]), -1)
-        self._arena.resize(int(room.sum()), ids, self._held(new))
-        self.ids, self._start = new, start
+        new = np.where(held, start[..., None] + np.arange(own.shape[2]), -1)
+        part.arena.resize(int(room.sum()), own[held], new[held])
+        self.ids[part.layers], self._start[part.layers] = new, start
         self._changed()
 
-    @property
-    def _arena(self) -> Arena:
-        assert self.arena is not None, "no keys yet"
-        return self.arena
-
-    @staticmethod
-    def _held(ids: Int64s) -> Int64s:
-        return ids[ids >= 0]
+    def _held(self, ids: Int64s) -> Iterator[tuple[Arena, Int64s]]:
+        """Each arena with the pages in it of these tables, [layers, ...]."""
+        for arena, layers in self.parts:
+            own = ids[layers]
+            yield arena, own[own >= 0]
 
 
 def _spacing(first: Int64s) -> int:

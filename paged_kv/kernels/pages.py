@@ -51,6 +51,27 @@ class Part:
                 self.elements = elements[:, columns]
             else:
                 self.stack = view
+        self.num_heads = stack.shape[2]
+        self.page_size = len(elements) if elements is not None else stack.shape[3]
+        self.size = self.stack.shape[-1] if self.elements is None else self.elements.shape[-1]
+
+    def gather(self, layers: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+        """Numbers of whole pages: float32 [layers, sequences, heads, pages * page_size, size].
+
+        Args:
+            layers: int64 [layers].
+            pages: int64 [sequences, pages], page ids.
+        """
+        index = region_index(layers, pages, self.num_heads, self.page_size)
+        return self.decode(self.read(index)).flatten(-3, -2)
+
+    def move(self, source: Index, target: Index) -> None:
+        """Copies entries between slots, all read before any is written; see write."""
+        self.write(target, self.read(source))
+
+    def store(self, index: Index, numbers: torch.Tensor) -> None:
+        """Stores float32 numbers; see write."""
+        self.write(index, self.encode(numbers))
 
     def read(self, index: Index) -> torch.Tensor:
         """The stored bits: [..., size]."""
@@ -118,7 +139,7 @@ class Pages:
         self.keys = Part(stack, slice(0, key_size), key, elements)
         self.values = Part(stack, slice(key_size, None), value, elements)
         self.num_layers, self.num_pages, self.num_heads = stack.shape[:3]
-        self.page_size = len(elements) if elements is not None else stack.shape[3]
+        self.page_size = self.keys.page_size
         self.device = stack.device
 
 

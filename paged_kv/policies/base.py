@@ -50,6 +50,15 @@ class Policy(ABC):
     merges: bool = False
     """Whether survivors change. Then `reads` has weights, and whatever changes."""
 
+    sums_attention: bool = False
+    """Whether accumulate adds the probabilities, summed over group and queries, and no more: a
+    kernel can then do it on its way, instead of a second pass."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "accumulate" in vars(cls) and "sums_attention" not in vars(cls):
+            cls.sums_attention = False  # what an inherited one said was of an inherited accumulate
+
     def __init__(
         self, num_sink_tokens: int, recent_window: int, options: Mapping[str, Any] | None = None
     ) -> None:
@@ -162,6 +171,8 @@ class Wrapper(Policy):
         super().__init__(inner.num_sink_tokens, inner.recent_window, options)
         self.inner = inner
         self.reads = type(self).reads | inner.reads
+        own = type(self).accumulate is not Wrapper.accumulate
+        self.sums_attention = inner.sums_attention and not own
 
     @property
     def observation_window(self) -> int:

@@ -23,6 +23,7 @@ class H2O(ScoringPolicy):
 
     options = {"heavy_ratio": number(0.5, 0, 1), "recent_ratio": number(0.5, 0, 1)}
     reads = frozenset({"scores"})
+    sums_attention = True
 
     def __init__(
         self, num_sink_tokens: int, recent_window: int, options: Mapping[str, Any] | None = None

@@ -1,4 +1,9 @@
-"""int4: two numbers per byte, rotated, a scale and a minimum per token, KV head and group."""
+"""int4: two numbers per byte, rotated, a scale and a minimum per token, KV head and group.
+
+Chosen by measured error (docs/experiments.md): without the rotation the few large channels of keys
+leave no levels for the others; groups of 32 channels and a minimum beat a single symmetric scale;
+a search for better scales, or levels that are not evenly spaced, gain less than they cost.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +28,7 @@ class Int4(Codec):
     def __init__(self, size: int) -> None:
         super().__init__(size)
         self.rotation = size & -size  # the largest power of two that divides it
-        self.num_groups = 1
+        self.num_groups = size // (32 if size % 32 == 0 else 16)
         self.num_scales = 2 * self.num_groups  # all scales, then all minimums
 
     @property

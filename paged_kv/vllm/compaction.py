@@ -10,33 +10,25 @@ nothing waits for a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
 
-from paged_kv.kernels.reference import move_entries
+from paged_kv.kernels.page_layout import PageLayout
 from paged_kv.kernels.rotary import Rotary
 from paged_kv.policies.base import Events, Int64s, Policy, PositionalPolicy
 from paged_kv.vllm import observation, regions
 from paged_kv.vllm.block_table import physical, skip
-from paged_kv.vllm.layer_group import Stack, caches_of, find_rotary, make_stacks
-from paged_kv.vllm.layout import stack_layers
+from paged_kv.vllm.layer_group import Stack, find_rotary, make_stacks, movers
 from paged_kv.vllm.observation import StepRows
 from paged_kv.vllm.requests import RequestRows
 from paged_kv.vllm.spec import PagedSpec
-
-
-class _Pages(NamedTuple):
-    """Pages of the layers of one builder: stacked views, and where an entry lies in a page."""
-
-    stacks: list[torch.Tensor]
-    elements: torch.Tensor | None
 
 
 @dataclass
@@ -67,15 +59,23 @@ class Compactor:
         runner: vLLM's model runner (V1 or V2).
         policy: picks the survivors.
         layers: Attention layers by name (vLLM's static forward context).
+        layouts: of those whose pages are packed.
 
     Raises:
         ValueError: the policy needs the model's RoPE, and the model has no plain one.
     """
 
-    def __init__(self, runner: Any, policy: Policy, layers: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        runner: Any,
+        policy: Policy,
+        layers: dict[str, Any],
+        layouts: Mapping[str, PageLayout] | None = None,
+    ) -> None:
         self.runner = runner
         self.policy = policy
         self.layers = layers
+        self.layouts = layouts or {}
         self.num_events = 0
         self.positional = isinstance(policy, PositionalPolicy)
         self.requests = RequestRows(runner, policy.observation_window)
@@ -85,7 +85,7 @@ class Compactor:
         self._in_step = False
         self._pending: list[_Pending] = []
         self._observed: dict[str, _Observed] = {}  # by layer name
-        self._pages: dict[tuple[str, ...], _Pages] = {}
+        self._movers: dict[tuple[str, ...], list[Callable[..., None]]] = {}
         self._stacks: dict[tuple[str, ...], list[Stack]] = {}
 
     @property
@@ -95,7 +95,7 @@ class Compactor:
 
     def reset_pages(self) -> None:
         """Forgets the caches: they have been allocated anew."""
-        self._pages.clear()
+        self._movers.clear()
         self._stacks.clear()
 
     @contextmanager
@@ -167,6 +167,19 @@ class Compactor:
         for batch in observed.batches:
             observation.accumulate(self.policy, stack, layer, query, batch)
 
+    def scores(self, layer_name: str) -> torch.Tensor | None:
+        """Where a layer's attention has to add its probabilities, [pages, kv_heads, page_size].
+
+        None if it need not. Packed pages only: vLLM's kernels add nothing.
+        """
+        if layer_name not in self._observed or not self._summed(layer_name):
+            return None
+        stack, layer = self._observed[layer_name].stacks[layer_name]
+        return stack.side.tensors["scores"][layer]
+
+    def _summed(self, layer_name: str) -> bool:
+        return self.policy.sums_attention and layer_name in self.layouts
+
     def _note_tokens(
         self,
         names: tuple[str, ...],
@@ -198,7 +211,7 @@ class Compactor:
         window = self.policy.observation_window
         ring = observation.last_queries(step, window, table.device) if window else None
         batches: list[observation.QueryBatch] = []
-        if "scores" in self.policy.reads:
+        if "scores" in self.policy.reads and not self._summed(names[0]):
             batches += observation.query_batches(step, table, stacks[0].pages.page_size)
         places = [(stack, layer) for stack in stacks for layer in range(stack.pages.num_layers)]
         observed = _Observed(dict(zip(names, places, strict=True)), ring, batches)
@@ -226,17 +239,15 @@ class Compactor:
             physical(slots, rows, table, pending.block_size)
             for slots in (moves.source, moves.target)
         )
-        pages = self._pages_of(pending.layer_names)
-        for cache in pages.stacks:
-            move_entries(cache, source, target, pages.elements)
-
-    def _pages_of(self, layer_names: tuple[str, ...]) -> _Pages:
-        if layer_names not in self._pages:
-            caches, elements = caches_of([self.layers[name] for name in layer_names])
-            self._pages[layer_names] = _Pages(stack_layers(caches), elements)
-        return self._pages[layer_names]
+        names = pending.layer_names
+        if names not in self._movers:
+            self._movers[names] = movers(names, self.layers, self.layouts)
+        for move in self._movers[names]:
+            move(source, target)
 
     def _stacks_of(self, layer_names: tuple[str, ...]) -> list[Stack]:
         if layer_names not in self._stacks:
-            self._stacks[layer_names] = make_stacks(layer_names, self.layers, self.policy)
+            self._stacks[layer_names] = make_stacks(
+                layer_names, self.layers, self.policy, self.layouts
+            )
         return self._stacks[layer_names]

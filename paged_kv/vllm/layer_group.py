@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -10,7 +13,10 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
+from paged_kv.kernels.packed_pages import PackedPages
+from paged_kv.kernels.page_layout import PageLayout
 from paged_kv.kernels.pages import Number, Pages
+from paged_kv.kernels.reference import move_entries
 from paged_kv.kernels.rotary import Rotary
 from paged_kv.policies.base import Policy
 from paged_kv.vllm.layout import probe_elements, stack_layers
@@ -23,23 +29,15 @@ class Stack:
     Args:
         names: of the layers.
         layers: vLLM's Attention layers.
-        cache: [layers, pages, heads, page_size, content], or the last two flattened.
-        elements: see Pages.
+        pages: of these layers.
         policy: says what is kept beside the pages.
     """
 
     def __init__(
-        self,
-        names: list[str],
-        layers: list[Any],
-        cache: torch.Tensor,
-        elements: torch.Tensor | None,
-        policy: Policy,
+        self, names: list[str], layers: list[Any], pages: Pages | PackedPages, policy: Policy
     ) -> None:
-        first, device = layers[0], cache.device
-        key, value = _number(first, "_k_scale_float"), _number(first, "_v_scale_float")
-        self.pages = Pages(cache, first.head_size, key, value, elements)
-        pages = self.pages
+        first, device = layers[0], pages.device
+        self.pages = pages
         shape = (pages.num_layers, pages.num_pages, pages.num_heads, pages.page_size)
         self.side = SideData(policy, shape, device)
         self.ring = None  # [layers, rows, window, query heads, head_dim]: token t at t % window
@@ -66,16 +64,58 @@ class Stack:
         return heads.movedim(-4, -2)
 
 
-def make_stacks(names: tuple[str, ...], layers: dict[str, Any], policy: Policy) -> list[Stack]:
-    """The stacks of these layers; see Stack."""
-    chosen = [layers[name] for name in names]
-    caches, elements = caches_of(chosen)
-    stacks, start = [], 0
-    for cache in stack_layers(caches):
-        part = slice(start, start + len(cache))
-        start = part.stop
-        stacks.append(Stack(list(names[part]), chosen[part], cache, elements, policy))
+def make_stacks(
+    names: tuple[str, ...],
+    layers: dict[str, Any],
+    policy: Policy,
+    layouts: Mapping[str, PageLayout],
+) -> list[Stack]:
+    """The stacks of these layers; see Stack. layouts: of those with packed pages."""
+    stacks = []
+    for part, cache, elements in _caches(names, layers, layouts):
+        chosen = [layers[name] for name in part]
+        first = chosen[0]
+        if part[0] in layouts:
+            pages: Pages | PackedPages = PackedPages(cache, layouts[part[0]])
+        else:
+            key, value = _number(first, "_k_scale_float"), _number(first, "_v_scale_float")
+            pages = Pages(cache, first.head_size, key, value, elements)
+        stacks.append(Stack(part, chosen, pages, policy))
     return stacks
+
+
+def movers(
+    names: tuple[str, ...], layers: dict[str, Any], layouts: Mapping[str, PageLayout]
+) -> list[Callable[..., None]]:
+    """Functions (source, target) that move entries in all of these layers; see move_entries."""
+    return [
+        PackedPages(cache, layouts[part[0]]).move
+        if part[0] in layouts
+        else partial(move_entries, cache, elements=elements)
+        for part, cache, elements in _caches(names, layers, layouts)
+    ]
+
+
+def _caches(
+    names: tuple[str, ...], layers: dict[str, Any], layouts: Mapping[str, PageLayout]
+) -> Iterator[tuple[list[str], torch.Tensor, torch.Tensor | None]]:
+    """(names, stacked caches, elements) of neighbours that one index operation serves."""
+    for layout, run in groupby(names, layouts.get):
+        own = list(run)
+        chosen = [layers[name] for name in own]
+        if layout is None:
+            caches, elements = caches_of(chosen)
+        else:
+            caches, elements = [packed_view(layer.kv_cache) for layer in chosen], None
+        start = 0
+        for cache in stack_layers(caches):
+            yield own[start : start + len(cache)], cache, elements
+            start += len(cache)
+
+
+def packed_view(cache: torch.Tensor) -> torch.Tensor:
+    """uint8 [pages, kv_heads, block_bytes] of a layer's cache."""
+    return cache.view(torch.uint8).flatten(2)
 
 
 def caches_of(layers: list[Any]) -> tuple[list[torch.Tensor], torch.Tensor | None]:

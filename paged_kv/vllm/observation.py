@@ -130,7 +130,7 @@ def accumulate(
     pages = stack.pages
     chosen = torch.tensor([layer], device=pages.device)
     index = region_index(chosen, batch.pages, pages.num_heads, pages.page_size)
-    keys = pages.keys.decode(pages.keys.read(index)).flatten(-3, -2)[0]
+    keys = pages.keys.gather(chosen, batch.pages)[0]
     stored = stack.side.read("scores", index)
     assert stored is not None
     scores = stored.flatten(-2)[0]

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from paged_kv.kernels.pages import region_index, slot_index
+from paged_kv.kernels.packed_pages import PackedPart
+from paged_kv.kernels.pages import Index, Part, region_index, slot_index
 from paged_kv.kernels.rotary import Rotary
 from paged_kv.policies.base import Events, Int64s, Policy
 from paged_kv.policies.region import Compaction, Queries, Region, moves
@@ -58,7 +59,7 @@ def compact(
         pages = page_ids(table, similar.rows, first, end, stack.pages.page_size)
         # A layer's keys, values and copies of them can be large: a few layers at a time.
         numbers = pages.numel() * stack.pages.page_size * stack.pages.num_heads
-        at_once = max(1, MAX_NUMBERS // (numbers * stack.pages.keys.stack.shape[-1]))
+        at_once = max(1, MAX_NUMBERS // (numbers * stack.pages.keys.size))
         layers = torch.arange(stack.pages.num_layers, device=pages.device)
         for chosen in layers.split(at_once):
             region = _gather(policy, stack, chosen, pages, similar, rotary)
@@ -95,9 +96,8 @@ def _gather(
     )
 
     def part(name: str) -> torch.Tensor | None:
-        source = getattr(stack.pages, name)
         needed = name in policy.reads or (name == "keys" and policy.observation_window)
-        return source.decode(source.read(index)).flatten(-3, -2) if needed else None
+        return getattr(stack.pages, name).gather(layers, pages) if needed else None
 
     def side(name: str, padding: float) -> torch.Tensor | None:
         values = stack.side.read(name, index)
@@ -151,11 +151,32 @@ def _apply(
     write = slot_index(layers, pages, target, page_size)
     for name in ("keys", "values"):
         part, new = getattr(stack.pages, name), getattr(decided, name)
-        part.write(write, part.read(read) if new is None else part.encode(_at(new, source)))
+        part.move(read, write)
+        if new is not None:
+            _store(part, write, _at(new, source), decided, source)
     for name in stack.side.tensors:
         new = decided.weights if name == "weights" and decided.weights is not None else None
         old = getattr(region, name)
         stack.side.write(name, write, (old if new is None else new).gather(-1, source))
+
+
+def _store(
+    part: Part | PackedPart,
+    index: Index,
+    numbers: torch.Tensor,
+    decided: Compaction,
+    source: torch.Tensor,
+) -> None:
+    """Stores numbers in place of the entries that a merge has changed.
+
+    Those that only moved have their bits already: rounding them anew would cost accuracy. A GPU,
+    whose formats give the same bits again, must not wait to hear which these are.
+    """
+    if decided.changed is not None and numbers.device.type == "cpu":
+        chosen = decided.changed.expand(decided.losers.shape).gather(-1, source)
+        index = tuple(place.expand(chosen.shape)[chosen] for place in index)  # type: ignore[assignment]
+        numbers = numbers[chosen]
+    part.store(index, numbers)
 
 
 def _at(entries: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from itertools import repeat
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
@@ -97,20 +98,31 @@ class RequestRows:
             start: its length before this step.
             after: its length after this step.
         """
+        soon = schedule.evicted(after + self.window - 1, prompt_lens) > 0
+        return self.rows(metadata, soon & (self.window > 0), start)
+
+    def rows(
+        self, metadata: CommonAttentionMetadata, wanted: npt.NDArray[np.bool_], start: Int64s
+    ) -> Int64s:
+        """Row of each batch index; requests get one, if they have none, where it is wanted.
+
+        Args:
+            metadata: of the batch.
+            wanted: bool [requests].
+            start: see of_batch.
+        """
         if metadata.req_idx is None:
             keys: list[Any] = self.runner.input_batch.req_ids[: metadata.num_reqs]
         else:
             keys = np.asarray(metadata.req_idx).tolist()
         rows = np.fromiter(map(self._rows.get, keys, repeat(NOBODY)), np.int64, len(keys))
-        if self.window:
-            soon = schedule.evicted(after + self.window - 1, prompt_lens) > 0
-            for index in np.flatnonzero((rows == NOBODY) & soon):  # once per request
-                rows[index] = self._take(keys[index], int(start[index]))
+        for index in np.flatnonzero((rows == NOBODY) & wanted):  # once per request
+            rows[index] = self._take(keys[index], int(start[index]))
         return rows
 
     def _take(self, key: Any, first_token: int) -> int:
         if not self._free:
-            logger.warning("more requests share their pages than expected: more memory for queries")
+            logger.warning("more requests share their pages than expected: more memory for them")
             self.grow(2 * self.num_rows)
         row = self._rows[key] = self._free.pop()
         self.first_token[row] = first_token

@@ -1,0 +1,253 @@
+"""The memory of pages of one geometry: numbers as the model has them, or packed by a format."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+
+from paged_kv.core.page_formats import NATIVE
+from paged_kv.hf.allocator import Int64s, PageAllocator
+from paged_kv.kernels import ops
+from paged_kv.kernels.pages import Index
+from paged_kv.quant import make_layout
+
+Tensor = torch.Tensor
+Places = tuple[Tensor, Tensor, Tensor]  # int64 (KV head, page, offset in the page), of one shape
+SIDE_DTYPES = {"positions": torch.int32, "weights": torch.float32, "scores": torch.float32}
+
+
+class Geometry(NamedTuple):
+    """What the pages of a model look like.
+
+    Args:
+        num_heads: KV heads.
+        key_size: numbers of a key.
+        value_size: numbers of a value.
+        key_dtype: of a key's numbers.
+        value_dtype: of a value's numbers.
+        device: where the pages are.
+        page_format: how they are stored; see paged_kv.quant.
+    """
+
+    num_heads: int
+    key_size: int
+    value_size: int
+    key_dtype: torch.dtype
+    value_dtype: torch.dtype
+    device: torch.device
+    page_format: str = NATIVE
+
+
+class Arena(ABC):
+    """Pages of one geometry; a page is page_size entries of one layer in all of its KV heads.
+
+    Args:
+        geometry: see Geometry.
+        page_size: entries per page.
+        capacity: pages.
+    """
+
+    def __init__(self, geometry: Geometry, page_size: int, capacity: int) -> None:
+        self.geometry, self.page_size = geometry, page_size
+        self.pages = PageAllocator(capacity)
+        self.content: dict[str, Tensor] = {}  # keys and values, [kv_heads, pages, ...] by name
+        self.side: dict[str, Tensor] = {}  # [kv_heads, pages, page_size] by name
+
+    @abstractmethod
+    def write(self, keys: Tensor, values: Tensor, places: Tensor) -> None:
+        """Stores new entries.
+
+        Args:
+            keys: [kv_heads, tokens, key_size].
+            values: [kv_heads, tokens, value_size].
+            places: int64 [tokens], page * page_size + offset.
+        """
+
+    @abstractmethod
+    def entries(self, part: str, pages: Tensor) -> Tensor:
+        """Copies keys or values of pages: [..., kv_heads, n * page_size, size], some float dtype.
+
+        Args:
+            part: "keys" or "values".
+            pages: int64 [..., n], page ids.
+        """
+
+    @abstractmethod
+    def move(self, source: Places, target: Places) -> None:
+        """Copies keys and values between slots; no slot is a source and another's target."""
+
+    @abstractmethod
+    def put(self, part: str, places: Places, numbers: Tensor) -> None:
+        """Stores keys or values that a merge has made, float32 [..., size]."""
+
+    def _zeros(self, dtype: torch.dtype, *size: int) -> Tensor:
+        # Zeros: what no entry has been written to is read where rows of a batch differ in length,
+        # and masked; a NaN there would spread.
+        shape = (self.geometry.num_heads, self.pages.capacity, *size)
+        return torch.zeros(shape, dtype=dtype, device=self.geometry.device)
+
+    def need_side(self, names: set[str]) -> None:
+        """Keeps these beside the pages: positions, weights, scores."""
+        for name in names - set(self.side):
+            self.side[name] = self._zeros(SIDE_DTYPES[name], self.page_size)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that is kept per page, [kv_heads, pages, ...]."""
+        return [*self.content.values(), *self.side.values()]
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page's keys and values."""
+        return sum(_page_bytes(tensor) for tensor in self.content.values())
+
+    @property
+    def side_bytes(self) -> int:
+        """Bytes that are kept beside the keys and values of a page."""
+        return sum(_page_bytes(tensor) for tensor in self.side.values())
+
+    def resize(self, capacity: int, source: Int64s, target: Int64s) -> None:
+        """Has so many pages from now on; copies pages from `source` to `target`, frees the rest.
+
+        Args:
+            capacity: pages.
+            source: page ids before.
+            target: page ids afterwards, in the same order.
+        """
+        old = self.pages
+        self.pages = PageAllocator(capacity)
+        self.pages.references[target] = old.references[source]
+        self.pages.num_held = len(target)
+        read, write = (torch.from_numpy(ids).to(self.geometry.device) for ids in (source, target))
+        for tensors in (self.content, self.side):
+            for name, tensor in tensors.items():
+                tensors[name] = self._zeros(tensor.dtype, *tensor.shape[2:])
+                tensors[name][:, write] = tensor[:, read]
+
+    def copy(self, source: Int64s, target: Int64s) -> None:
+        """Copies whole pages."""
+        read, write = (torch.from_numpy(ids).to(self.geometry.device) for ids in (source, target))
+        for tensor in self.tensors:
+            tensor[:, write] = tensor[:, read]
+
+
+class NativeArena(Arena):
+    """Numbers as the model has them, in keys and values [kv_heads, pages, page_size, size].
+
+    Entries of neighbouring pages are a view [kv_heads, entries, size].
+    """
+
+    def __init__(self, geometry: Geometry, page_size: int, capacity: int) -> None:
+        super().__init__(geometry, page_size, capacity)
+        self.content = {
+            "keys": self._zeros(geometry.key_dtype, page_size, geometry.key_size),
+            "values": self._zeros(geometry.value_dtype, page_size, geometry.value_size),
+        }
+
+    @property
+    def keys(self) -> Tensor:
+        """[kv_heads, pages, page_size, key_size]."""
+        return self.content["keys"]
+
+    @property
+    def values(self) -> Tensor:
+        """[kv_heads, pages, page_size, value_size]."""
+        return self.content["values"]
+
+    def write(self, keys: Tensor, values: Tensor, places: Tensor) -> None:
+        """See Arena."""
+        for tensor, new in ((self.keys, keys), (self.values, values)):
+            tensor.flatten(1, 2).index_copy_(1, places, new.to(tensor.dtype))
+
+    def entries(self, part: str, pages: Tensor) -> Tensor:
+        """See Arena; in the stored dtype."""
+        return entries_of(self.content[part], pages)
+
+    def move(self, source: Places, target: Places) -> None:
+        """See Arena."""
+        for tensor in self.content.values():
+            tensor[target] = tensor[source]
+
+    def put(self, part: str, places: Places, numbers: Tensor) -> None:
+        """See Arena."""
+        tensor = self.content[part]
+        tensor[places] = numbers.to(tensor.dtype)
+
+
+class PackedArena(Arena):
+    """Blocks of bytes, [kv_heads, pages, block_bytes]; see paged_kv.kernels.page_layout."""
+
+    def __init__(self, geometry: Geometry, page_size: int, capacity: int) -> None:
+        super().__init__(geometry, page_size, capacity)
+        self.layout = make_layout(
+            geometry.page_format,
+            geometry.key_dtype,
+            geometry.key_size,
+            geometry.value_size,
+            page_size,
+        )
+        self.content = {"blocks": self._zeros(torch.uint8, self.layout.block_bytes)}
+
+    @property
+    def blocks(self) -> Tensor:
+        """uint8 [pages, kv_heads, block_bytes], as the kernels take them: a view."""
+        return self.content["blocks"].transpose(0, 1)
+
+    def write(self, keys: Tensor, values: Tensor, places: Tensor) -> None:
+        """See Arena."""
+        ops.write(self.blocks, self.layout, keys.transpose(0, 1), values.transpose(0, 1), places)
+
+    def entries(self, part: str, pages: Tensor) -> Tensor:
+        """See Arena; float32."""
+        layer = torch.zeros(1, dtype=torch.int64, device=pages.device)
+        flat = pages.flatten(0, -2)
+        found = ops.gather(self.blocks[None], self.layout, _PARTS[part], layer, flat)[0]
+        return found.unflatten(0, pages.shape[:-1])
+
+    def move(self, source: Places, target: Places) -> None:
+        """See Arena."""
+        for part in _PARTS.values():
+            stack = self.blocks[None]
+            ops.move(stack, self.layout, part, _in_stack(source), _in_stack(target))
+
+    def put(self, part: str, places: Places, numbers: Tensor) -> None:
+        """See Arena."""
+        index = _in_stack(places)
+        ops.store(self.blocks[None], self.layout, _PARTS[part], index, numbers.float())
+
+
+_PARTS = {"keys": "key", "values": "value"}
+
+
+def make_arena(geometry: Geometry, page_size: int, capacity: int) -> Arena:
+    """Memory for pages. Raises ValueError: the format cannot have these sizes."""
+    kind = NativeArena if geometry.page_format == NATIVE else PackedArena
+    return kind(geometry, page_size, capacity)
+
+
+def entries_of(tensor: Tensor, pages: Tensor) -> Tensor:
+    """Entries of pages, copied: [..., kv_heads, n * page_size, ...].
+
+    Args:
+        tensor: of an arena, [kv_heads, pages, page_size, ...].
+        pages: int64 [..., n], page ids.
+    """
+    heads, count = tensor.shape[:2]
+    first = torch.arange(heads, device=tensor.device)[:, None] * count
+    index = pages[..., None, :] + first  # [..., kv_heads, n]
+    found = tensor.flatten(0, 1).flatten(1).index_select(0, index.flatten())  # whole pages at once
+    size = (*index.shape[:-1], index.shape[-1] * tensor.shape[2], *tensor.shape[3:])
+    return found.view(size)
+
+
+def _in_stack(places: Places) -> Index:
+    """The same places, in a stack of one layer."""
+    head, page, offset = places
+    return torch.zeros_like(page), page, head, offset
+
+
+def _page_bytes(tensor: Tensor) -> int:
+    """Bytes of a page, of [kv_heads, pages, ...]."""
+    return tensor.shape[0] * tensor.shape[2:].numel() * tensor.element_size()
