@@ -21,10 +21,12 @@ from typing import Any
 from paged_kv import models
 from paged_kv.bench.settings import kv_bytes_per_token, model_config
 from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig, parse_json
+from paged_kv.core.page_formats import FORMATS
 from paged_kv.core.schedule import cdiv
 from paged_kv.sampling import Sampling
 
 MAX_CHAT_TOKENS = 8192  # of vLLM's pool
+OWN = ("policy", "budget", "page_format", "residual_pages")  # have arguments of their own
 SLACK_PAGES = 64  # pages of vLLM's pool beside those of the longest sequence
 
 
@@ -42,7 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--policy-config", metavar="JSON", help="more options")
     add("--page-size", type=int, default=DEFAULT_PAGE_SIZE, metavar="N",
         help=f"whole pages are evicted (default {DEFAULT_PAGE_SIZE})")  # fmt: skip
-    add("--page-format", default="native", metavar="NAME", help="how pages store entries: native")
+    add("--page-format", metavar="F", help=f"how pages store numbers: {', '.join(FORMATS)}, or a "
+        "file of paged-kv calibrate (default native)")  # fmt: skip
+    add("--residual-pages", type=int, metavar="N",
+        help="newest pages that stay in the model's dtype (default 0)")  # fmt: skip
     add("--engine", choices=("hf", "vllm"), default="hf", help="default hf")
     add("--max-new-tokens", type=int, default=256, metavar="N", help="default 256")
     add("--temperature", type=float, metavar="T",
@@ -95,18 +100,13 @@ def read_config(args: argparse.Namespace) -> CompressionConfig:
     if args.page_size < 1:
         raise ValueError(f"page-size must be an integer >= 1, not {args.page_size}")
     more = parse_json(args.policy_config, "policy-config") if args.policy_config else {}
-    for name in ("policy", "budget"):
+    given = {name: getattr(args, name) for name in OWN}
+    for name in OWN:
         if name in more:
-            raise ValueError(f"policy-config must not have {name}: use --{name}")
-    config = CompressionConfig.from_env(policy=args.policy, budget=args.budget, **more)
+            raise ValueError(f"policy-config must not have {name}: use --{name.replace('_', '-')}")
+    config = CompressionConfig.from_env(**given, **more)
     if config.enabled:
         config.check_page_size(args.page_size)
-    if args.page_format != "native":
-        from paged_kv.hf.arguments import check_page_format
-
-        check_page_format(args.page_format)
-        if args.engine == "vllm":
-            raise ValueError(f"page-format {args.page_format}: engine vllm has native pages only")
     return config
 
 
@@ -142,12 +142,10 @@ def start(
     if args.engine == "hf":
         from paged_kv.hf import text as hf
 
-        return hf.TextGenerator(
-            model, tokenizer, config, sampling, args.page_size, args.page_format
-        )
+        return hf.TextGenerator(model, tokenizer, config, sampling, args.page_size)
     from paged_kv.vllm import text as vllm
 
-    policy = config.to_dict() if config.enabled else {}
+    policy = {} if config == CompressionConfig() else config.to_dict()
     pool_tokens = (cdiv(max_len, args.page_size) + SLACK_PAGES) * args.page_size
     pool_bytes = pool_tokens * kv_bytes_per_token(model)
     return vllm.TextGenerator(model, policy, sampling, args.page_size, max_len, pool_bytes)

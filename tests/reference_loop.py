@@ -95,6 +95,14 @@ class Sequence_:
         """Tokens at these positions have come into a layer."""
         self.positions[layer] += positions
 
+    def extend(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores new entries [heads, tokens, dim]; returns all, as attention reads them."""
+        self.keys[layer] = torch.cat([self.keys[layer], keys], 1)
+        self.values[layer] = torch.cat([self.values[layer], values], 1)
+        return self.keys[layer], self.values[layer]
+
     def see(self, layer: int, query: torch.Tensor, weights: torch.Tensor) -> None:
         """Queries [heads, tokens, dim] and what they gave to the entries [heads, tokens, kept]."""
 
@@ -135,8 +143,7 @@ class Sequence_:
         query = rotate(heads(module.q_proj), cos, sin)
         new_keys = rotate(heads(module.k_proj), cos, sin)
         new_values = heads(module.v_proj)
-        self.keys[index] = keys = torch.cat([self.keys[index], new_keys], 1)
-        self.values[index] = values = torch.cat([self.values[index], new_values], 1)
+        keys, values = self.extend(index, new_keys, new_values)
         group = len(query) // len(keys)  # query heads per KV head
         scores = query @ keys.repeat_interleave(group, 0).transpose(1, 2) * module.scaling
         # Everything that was held is visible to every new token; among themselves they are causal.

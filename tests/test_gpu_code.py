@@ -250,7 +250,8 @@ def test_asynchronous_scheduling_gets_the_asynchronous_scheduler():
             parallel_config=SimpleNamespace(worker_cls="vllm.v1.worker.gpu_worker.Worker"),
             scheduler_config=SimpleNamespace(async_scheduling=asynchronous, scheduler_cls=None),
         )
-        options._install(config)
+        options._install_worker(config)
+        options._install_scheduler(config)
         assert config.parallel_config.worker_cls == "paged_kv.vllm.worker.PagedGPUWorker"
         return config.scheduler_config.scheduler_cls
 

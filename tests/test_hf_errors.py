@@ -36,7 +36,7 @@ def generate(model: Any, ids: torch.Tensor, cache: Any, count: int = 40) -> Any:
         ({"policy": "snapkv", "windw": 3}, "unknown paged_kv option windw"),
         ({"policy": "snapkv", "budget": 40}, "budget 40 is too small: it must be at least"),
         ({"policy": "snapkv", "budget": 1.5}, "budget must be"),
-        ({"page_format": "int3"}, "page_format must be one of native"),
+        ({"page_format": "int3"}, "page_format must be one of native, int8, int4, fp8 or a .json"),
         ({"page_size": 0}, "page_size must be an integer >= 1"),
         ({"page_size": 16, "pool": PagePool(5)}, "page_size 16 differs from the pool's, 32"),
     ],

@@ -192,7 +192,7 @@ def test_half_precision(name, dtype):
     for options in [{}, *POLICIES]:
         with PagedCache(model.config, **PAGES, **options) as cache:
             output = generate(model, inputs, cache)
-            arena = cache.sequences.tables.arena
+            arena = cache.sequences.tables.arena(0)
             assert arena.keys.dtype == arena.values.dtype == dtype
             assert {t.dtype for t in arena.side.values()} <= {torch.float32, torch.int32}
         assert output.logits[-1].isfinite().all()
@@ -222,7 +222,7 @@ def test_scores_stay_float32():
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 model(tokens, past_key_values=cache)
             tables = cache.sequences.tables
-            found = tables.arena.side["scores"][:, tables.ids[0, 0]].flatten(1)[:, :200]
+            found = tables.arena(0).side["scores"][:, tables.ids[0, 0]].flatten(1)[:, :200]
         # Each query gives each of its heads' entries 1 in all: rounded to bfloat16 it would not.
         assert found.sum(1).tolist() == pytest.approx([2 * 200] * 2, abs=0.01)
         scores.append(found)

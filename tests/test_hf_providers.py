@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from paged_kv.hf import PagedCache, PagePool, providers
 from paged_kv.hf.paged_attention import visible
-from paged_kv.hf.pool import Arena, Geometry
+from paged_kv.hf.arena import Geometry, NativeArena
 from paged_kv.hf.providers import Flex, Held, paged_bias
 
 SNAPKV = {"policy": "snapkv", "budget": 80, "observation_window": 16, "page_size": 16}
@@ -23,7 +23,7 @@ def held(sizes: list[int], page_size: int = 16, kv_heads: int = 3, dtype=torch.f
     counts = -(-own // page_size)
     capacity = int(counts.sum()) + 5
     geometry = Geometry(kv_heads, 64, 64, dtype, dtype, torch.device("cpu"))
-    arena = Arena(geometry, page_size, capacity)
+    arena = NativeArena(geometry, page_size, capacity)
     arena.keys.normal_()
     arena.values.normal_()
     order = np.random.default_rng(0).permutation(capacity)
@@ -198,7 +198,7 @@ def test_xformers_mask_of_a_cache_after_compactions():
         own = cache.sequences
         assert cache.stats().compactions > 0
         for layer in range(4):
-            ids, arena = own.tables.ids[layer], own.tables.arena
+            ids, arena = own.tables.ids[layer], own.tables.arena(0)
             spare = np.flatnonzero(arena.pages.references == 0)[0]  # see held()
             what = Held(arena, np.where(ids < 0, spare, ids), own.size[layer])
             bias = paged_bias(what, [1] * 6, torch.device("cpu"))

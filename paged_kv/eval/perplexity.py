@@ -9,10 +9,11 @@ prompt  the first N tokens (--prompt-tokens) are processed as one chunk and comp
 stream  every token is processed by itself while the policy holds the budget from the first one on;
         the M tokens after the first N are predicted.
 
-One line per policy and budget: nll is the mean over the targets of -log p, ppl its exponential;
-kept the entries held per layer (mean), right after the compression (prompt) or at the end (stream);
-bytes_per_token the bytes of their keys and values, in the dtype that was run, per token seen; side
-data of a policy is not counted. seconds: processing, compressing and scoring, without loading.
+One line per page format, policy and budget: nll is the mean over the targets of -log p, ppl its
+exponential; kept the entries held per layer (mean), right after the compression (prompt) or at the
+end (stream); bytes_per_token the bytes of their keys and values as pages store them, scales and
+residual included (native: in the dtype that was run), per token seen; side data of a policy is not
+counted. seconds: processing, compressing and scoring, without loading.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +33,7 @@ from tqdm import tqdm
 from paged_kv import models, registry
 from paged_kv.bench.script import positive
 from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig, parse_budget, parse_json
+from paged_kv.core.page_formats import FORMATS, NATIVE
 from paged_kv.eval.task import Case, Outcome, Task, check_case, read_tokens
 
 DEFAULTS = {"prompt": (1024, 512), "stream": (1, 4095)}  # protocol -> (prompt, score) tokens
@@ -38,6 +41,8 @@ FIXED = {  # options that the command line or the protocol decides on -> what to
     "policy": "--policy",
     "budget": "--budget",
     "compress_prefill": "--protocol",
+    "page_format": "--page-format",
+    "residual_pages": "--residual-pages",
 }
 
 
@@ -46,6 +51,7 @@ class Row(NamedTuple):
 
     policy: str
     budget: int | float | None  # None for the policy that ignores it
+    page_format: str
     protocol: str
     nll: float
     ppl: float
@@ -63,6 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--budget", default="256", metavar="B[,B...]", help="entries kept per layer, or with a "
         "point the fraction kept (default 256; ignored by full)")  # fmt: skip
     add("--policy-config", metavar="JSON", help="more options, for all policies given")
+    add("--page-format", default=NATIVE, metavar="F[,F...]",
+        help=f"{', '.join(FORMATS)}, or files of paged-kv calibrate (default native)")  # fmt: skip
+    add("--residual-pages", type=int, default=0, metavar="N",
+        help="newest pages that stay in the model's dtype (default 0)")  # fmt: skip
     add("--engine", choices=("reference", "vllm"), default="reference", help="default reference")
     add("--protocol", choices=tuple(DEFAULTS), default="prompt", help="default prompt")
     add("--offset", type=int, default=0, metavar="N", help="tokens of the text to skip")
@@ -93,20 +103,23 @@ def main(args: argparse.Namespace) -> None:
 
 
 def read_cases(args: argparse.Namespace) -> list[Case]:
-    """Every policy with every budget; `full` once. Raises ValueError."""
+    """Every page format with every policy and budget; `full` once. Raises ValueError."""
     more = parse_json(args.policy_config, "policy-config") if args.policy_config else {}
     for name in FIXED:
         if name in more:
             raise ValueError(f"policy-config must not have {name}: use {FIXED[name]}")
     cases = []
     budgets = [parse_budget("budget", text) for text in args.budget.split(",")]
-    for policy in args.policy.split(","):
+    for page_format, policy in product(args.page_format.split(","), args.policy.split(",")):
         registry.check(policy)
+        paging = {"page_format": page_format}
+        if page_format != NATIVE:
+            paging["residual_pages"] = args.residual_pages
         if policy == registry.FULL:
-            cases.append(Case(policy, None, CompressionConfig()))
+            cases.append(Case(policy, None, CompressionConfig.from_dict(paging)))
             continue
         for budget in budgets:
-            options = {"policy": policy, "budget": budget, "compress_prefill": True}
+            options = {"policy": policy, "budget": budget, "compress_prefill": True, **paging}
             cases.append(Case(policy, budget, CompressionConfig.from_dict({**more, **options})))
     return cases
 
@@ -144,6 +157,7 @@ def _row(task: Task, case: Case, outcome: Outcome) -> Row:
     return Row(
         policy=case.policy,
         budget=budget,
+        page_format=case.config.page_format,
         protocol=task.protocol,
         nll=round(outcome.nll, 6),
         ppl=round(math.exp(outcome.nll), 4),

@@ -17,7 +17,7 @@ from paged_kv.eval.task import Case, Outcome, Task
 from paged_kv.hf.loading import load_model
 from paged_kv.hf.reference import ReferenceEngine
 
-MOST_AT_ONCE = 256  # tokens of a stream, and rows of logits
+MOST_AT_ONCE = 256  # tokens, and rows of logits
 
 
 def run_all(task: Task, cases: list[Case], bar: Any) -> Iterator[Outcome]:
@@ -51,24 +51,27 @@ class _Prompts:
         task = self.task
         prefill, seconds = self._prefill(config)
         bar.update(task.num_prompt)
-        start = time.perf_counter()
+        begin = time.perf_counter()
         engine = prefill.fork(config)
         engine.compact()
         kept, num_bytes = _mean(engine.num_kept), engine.cache_bytes
-        hidden = engine.process(task.tokens[task.num_prompt : -1], compact=False)
-        nll = _sum_nll(engine, hidden, task.tokens[task.num_prompt + 1 :]) / task.num_scored
+        total, size = 0.0, _at_once(config, task)
+        for start, end in _cuts(task.num_prompt, task.num_tokens - 1, size):
+            hidden = engine.process(task.tokens[start:end], compact=False)
+            total += _sum_nll(engine, hidden, task.tokens[start + 1 : end + 1])
+        nll = total / task.num_scored
         bar.update(task.num_tokens - task.num_prompt)
-        return Outcome(nll, kept, num_bytes, seconds + time.perf_counter() - start)
+        return Outcome(nll, kept, num_bytes, seconds + time.perf_counter() - begin)
 
     def _prefill(self, config: CompressionConfig) -> tuple[ReferenceEngine, float]:
         """An engine that has processed the prompt and dropped nothing, and the seconds it took."""
-        key, own = None, CompressionConfig()
+        paging = {"page_format": config.page_format, "residual_pages": config.residual_pages}
+        own = CompressionConfig(**paging)
+        key: Any = config.page_format
         if config.enabled and "scores" in config.create_policy().reads:
             options = tuple(sorted(config.options.items()))
-            key, own = (
-                (config.selector, config.num_sink_tokens, config.recent_window, options),
-                config,
-            )
+            settings = (config.selector, config.num_sink_tokens, config.recent_window, options)
+            key, own = (config.page_format, settings), config
         if key not in self.prefills:
             start = time.perf_counter()
             engine = ReferenceEngine(self.model, own, self.task.page_size, observe=self.observe)
@@ -97,7 +100,7 @@ class _Streams:
         start_time = time.perf_counter()
         engine = ReferenceEngine(self.model, config, task.page_size)
         total = 0.0
-        for start, end in _chunks(engine, task.num_tokens):
+        for start, end in _chunks(engine, task.num_tokens, _at_once(config, task)):
             hidden = engine.process(task.tokens[start:end])
             first = max(start, task.num_prompt - 1)  # the first token that predicts a target
             last = min(end, task.num_tokens - 1)  # the last token predicts nothing
@@ -109,13 +112,26 @@ class _Streams:
         return Outcome(total / task.num_scored, _mean(engine.num_kept), engine.cache_bytes, seconds)
 
 
-def _chunks(engine: ReferenceEngine, num_tokens: int) -> Iterator[tuple[int, int]]:
+def _at_once(config: CompressionConfig, task: Task) -> int:
+    """Steps end at multiples of it. The residual of a token is that of its page's last token."""
+    return task.page_size if config.residual_pages else MOST_AT_ONCE
+
+
+def _chunks(engine: ReferenceEngine, num_tokens: int, size: int) -> Iterator[tuple[int, int]]:
     """(start, end) of runs of tokens; something is dropped at their ends only."""
     start = 0
     for end in range(1, num_tokens + 1):
-        if end == num_tokens or end - start == MOST_AT_ONCE or engine.drops_at(end):
+        if end == num_tokens or end % size == 0 or engine.drops_at(end):
             yield start, end
             start = end
+
+
+def _cuts(start: int, end: int, size: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of the parts of a range that end at multiples of size."""
+    while start < end:
+        stop = min(end, (start // size + 1) * size)
+        yield start, stop
+        start = stop
 
 
 def _sum_nll(engine: ReferenceEngine, hidden: torch.Tensor, targets: Any) -> float:

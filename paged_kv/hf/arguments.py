@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig
-from paged_kv.hf.pool import PagePool
+import torch
 
-FORMATS = ("native",)
+from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig
+from paged_kv.core.page_formats import NATIVE, layer_formats
+from paged_kv.hf.pool import PagePool
+from paged_kv.quant import make_layout
 
 
 def read_options(
@@ -31,7 +33,34 @@ def read_pool(pool: PagePool | None, page_size: int | None) -> PagePool:
     return pool
 
 
-def check_page_format(name: str) -> None:
-    """Raises ValueError unless pages can store numbers in this way."""
-    if name not in FORMATS:
-        raise ValueError(f"page_format must be one of {', '.join(FORMATS)}, not {name!r}")
+def check_page_format(
+    compression: CompressionConfig, decoder: Any, page_size: int, attention: str = "sdpa"
+) -> None:
+    """Refuses what packed pages cannot do, as far as it is known before the first keys come.
+
+    Args:
+        compression: has the format.
+        decoder: the model's config.
+        page_size: entries per page.
+        attention: who computes it; see PagedCache.
+
+    Raises:
+        ValueError: names the option.
+    """
+    formats = set(layer_formats(compression.page_format, decoder.num_hidden_layers))
+    if formats == {NATIVE}:
+        if compression.residual_pages:
+            raise ValueError(
+                f"residual_pages {compression.residual_pages}: with page_format native all pages "
+                "are in the model's dtype"
+            )
+        return
+    if attention != "sdpa":
+        raise ValueError(
+            f"attention {attention!r} reads pages of page_format native only, not "
+            f"{compression.page_format}: leave it at 'sdpa'"
+        )
+    sizes = (getattr(decoder, name, None) for name in ("head_dim", "d_kv"))
+    size = next((size for size in sizes if isinstance(size, int)), None)
+    for name in formats - {NATIVE}:
+        make_layout(name, torch.float32, size or 16, size or 16, page_size)

@@ -21,9 +21,9 @@ import torch
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
 from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 
+from paged_kv.hf.arena import Geometry
 from paged_kv.hf.batch_ledger import Ledger
 from paged_kv.hf.paged_attention import Bias, Terms
-from paged_kv.hf.pool import Geometry
 from paged_kv.hf.sequences import Sequences
 
 Tensor = torch.Tensor

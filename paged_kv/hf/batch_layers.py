@@ -1,6 +1,6 @@
 """Which Sequences hold the layers of a model in a batch.
 
-Layers with full attention follow the policy. Those with a sliding window keep the window, which is
+Layers with full attention follow the policy and its page format. Those with a sliding window keep the window, which is
 a policy, too; what is not dropped yet because pages are dropped whole, a mask hides.
 """
 
@@ -14,6 +14,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from paged_kv.config import CompressionConfig
 from paged_kv.core.schedule import Schedule
 from paged_kv.hf import seams
+from paged_kv.hf.arguments import check_page_format
 from paged_kv.hf.pool import PagePool
 from paged_kv.hf.sequences import Sequences
 
@@ -34,6 +35,7 @@ def make_parts(model: Any, compression: CompressionConfig, pool: PagePool) -> li
         raise ValueError("no layer of this model has full attention")
     if compression.enabled:
         compression.check_page_size(pool.page_size)
+    check_page_format(compression, config, pool.page_size)
     by_kind: dict[Any, list[int]] = {None: []}
     for layer, more in enumerate(arguments):
         by_kind.setdefault(more.get("sliding_window"), []).append(layer)
@@ -54,7 +56,7 @@ def make_parts(model: Any, compression: CompressionConfig, pool: PagePool) -> li
 
 
 def _keeping(window: int, page_size: int) -> CompressionConfig:
-    """The last `window` tokens, always."""
+    """The last `window` tokens, always, in the model's dtype."""
     return CompressionConfig(
         policy="window",
         budget=window + page_size,

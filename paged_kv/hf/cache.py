@@ -15,12 +15,13 @@ from transformers.cache_utils import (
 
 from paged_kv.config import CompressionConfig
 from paged_kv.hf import implementation, providers, seams
+from paged_kv.hf.arena import Geometry
 from paged_kv.hf.arguments import check_page_format, read_options, read_pool
 from paged_kv.hf.attention_function import Handle
 from paged_kv.hf.masks import MaskSpec, counts_of
 from paged_kv.hf.paged_attention import Terms
 from paged_kv.hf.paged_layer import PagedLayer
-from paged_kv.hf.pool import Geometry, PagePool
+from paged_kv.hf.pool import PagePool
 from paged_kv.hf.sequences import Sequences, interrupted
 from paged_kv.hf.stats import CacheStats
 from paged_kv.kernels.rotary import Rotary
@@ -47,15 +48,16 @@ class PagedCache(Cache):
         policy: a name, or a CompressionConfig.
         budget: entries kept per sequence and layer, or a fraction; see CompressionConfig.
         page_size: entries per page.
-        page_format: how pages store numbers; "native" is the model's dtype.
+        page_format: how pages store numbers: native (the model's dtype), int8, int4, fp8, or a
+            file that `paged-kv calibrate` wrote.
         pool: where pages come from, to share it or to limit it; None: memory of its own.
         attention: what computes steps of one token: sdpa; flex, compiled, which reads scattered
             pages in place; xformers, on GPUs.
         options: more of CompressionConfig's options, and those of the policy.
 
     Raises:
-        ValueError: an unknown or wrong option; budgets that do not fit the model; a model whose
-            cache cannot be paged.
+        ValueError: an unknown or wrong option; budgets or a page format that do not fit the model;
+            a model whose cache cannot be paged.
     """
 
     def __init__(
@@ -64,14 +66,15 @@ class PagedCache(Cache):
         policy: str | CompressionConfig | None = None,
         budget: int | float | None = None,
         page_size: int | None = None,
-        page_format: str = "native",
+        page_format: str | None = None,
         pool: PagePool | None = None,
         attention: str = "sdpa",
         **options: Any,
     ) -> None:
+        if page_format is not None:
+            options["page_format"] = page_format
         compression = read_options(policy, budget, options)
         pool, is_private = read_pool(pool, page_size), pool is None
-        check_page_format(page_format)
         provider = providers.create(attention, pool.page_size)
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError("an encoder-decoder model needs PagedEncoderDecoderCache(model, ...)")
@@ -84,6 +87,7 @@ class PagedCache(Cache):
             raise ValueError(f"no layer of this model has full attention: {sorted(set(types))}")
         if compression.enabled:
             compression.check_page_size(pool.page_size)
+        check_page_format(compression, decoder, pool.page_size, attention)
         self.compression, self.pool = compression, pool
         self.sequences = Sequences(compression, paged, len(types), pool, is_private, provider)
         self.progress = [0]

@@ -18,9 +18,12 @@ from typing import Any
 import torch
 
 from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig
+from paged_kv.core.page_formats import layer_formats
 from paged_kv.core.schedule import Schedule
 from paged_kv.hf import paged_attention, seams
+from paged_kv.hf.arguments import check_page_format
 from paged_kv.hf.layer_cache import LayerCache, Window
+from paged_kv.hf.packing import Packing
 from paged_kv.hf.regions import Alike, Layer, apply, make_region
 from paged_kv.hf.seams import Terms
 from paged_kv.kernels.rotary import Rotary
@@ -64,7 +67,11 @@ class ReferenceEngine:
         self._num_layers = text_config.num_hidden_layers
         self._set_policy(config)
         self._observed = max(observe, self.policy.observation_window if self.policy else 0)
-        self.layers = [Layer(index, Window(self._observed)) for index in range(self._num_layers)]
+        check_page_format(config, text_config, page_size)
+        self.layers = [
+            Layer(index, Window(self._observed), Packing(name, config.residual_pages, page_size))
+            for index, name in enumerate(layer_formats(config.page_format, self._num_layers))
+        ]
 
     def _set_policy(self, config: CompressionConfig) -> None:
         self.policy: Policy | None = None
@@ -86,9 +93,11 @@ class ReferenceEngine:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the keys and values held."""
-        fields = [layer.cache[name] for layer in self.layers for name in ("keys", "values")]
-        return sum(field.numel() * field.element_size() for field in fields)
+        """Bytes of the keys and values held, as pages would store them."""
+        return sum(
+            layer.packing.num_bytes(layer.cache["keys"], layer.cache["values"])
+            for layer in self.layers
+        )
 
     def drops_at(self, num_tokens: int) -> bool:
         """Whether any layer drops something when this many tokens are processed, one by one."""
@@ -135,6 +144,8 @@ class ReferenceEngine:
     def fork(self, config: CompressionConfig) -> ReferenceEngine:
         """A copy that goes on under another config: one prompt can serve many policies.
 
+        Pages stay as they are: both configs have the same page format and residual.
+
         Raises:
             ValueError: the new policy needs what this engine did not record (scores, queries).
         """
@@ -160,13 +171,17 @@ class ReferenceEngine:
         positions = torch.arange(self.num_tokens, self.num_tokens + num_new, device=key.device)
         one = key.new_ones(1, 1)
         fields = {"positions": positions[None], "weights": one, "scores": one * 0}
-        cache.append(num_new, keys=key, values=value, **fields)
+        stored = dict(zip(("keys", "values"), own.packing.store(key, value), strict=True))
+        cache.append(num_new, **stored, **fields)
+        keys, values = (
+            own.packing.attended(name, cache[name], self.num_tokens + num_new) for name in stored
+        )
         own.window.append(query, self.num_tokens)
         bias = _outside(terms.sliding_window, num_new, cache.size, key.device)
         plain = paged_attention.Terms(terms.scale, terms.softcap, terms.sinks)
         if self._reads_scores or not plain.is_plain:
-            return self._explicit(cache, query, positions, plain, bias)
-        states = query[None], cache["keys"][None], cache["values"][None]
+            return self._explicit(cache, query, keys, values, positions, plain, bias)
+        states = query[None], keys[None], values[None]
         if bias is not None:
             return paged_attention.masked(*states, bias[None], terms.scale)[0]
         return paged_attention.fused(*states, [cache.size - num_new], terms.scale)[0]
@@ -175,6 +190,8 @@ class ReferenceEngine:
         self,
         cache: LayerCache,
         query: Tensor,
+        keys: Tensor,
+        values: Tensor,
         positions: Tensor,
         terms: paged_attention.Terms,
         bias: Tensor | None,
@@ -182,9 +199,9 @@ class ReferenceEngine:
         """Attention by its probabilities, which the policy may want to accumulate."""
         outputs = []
         first = [cache.size - query.shape[1]]
-        blocks = paged_attention.probabilities(query[None], cache["keys"][None], first, terms, bias)
+        blocks = paged_attention.probabilities(query[None], keys[None], first, terms, bias)
         for start, chances in blocks:
-            outputs.append(paged_attention.mix(chances, cache["values"][None])[0])
+            outputs.append(paged_attention.mix(chances, values[None])[0])
             if self._reads_scores:
                 assert self.policy is not None
                 own = positions[None, start : start + chances.shape[3]]

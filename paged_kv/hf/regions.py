@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from paged_kv.hf.layer_cache import LayerCache, Window
+from paged_kv.hf.packing import Packing
 from paged_kv.hf.seams import Terms
 from paged_kv.kernels.rotary import Rotary
 from paged_kv.policies.region import Compaction, Queries, Region
@@ -23,12 +24,14 @@ class Layer:
     Args:
         index: in the model.
         window: its last queries.
-        cache: its entries.
+        packing: how its entries are stored.
+        cache: its entries, as they are read.
         terms: how it computes attention; known from the first chunk on.
     """
 
     index: int
     window: Window
+    packing: Packing = field(default_factory=Packing)
     cache: LayerCache = field(default_factory=LayerCache)
     terms: Terms = field(default_factory=lambda: Terms(1.0))
 
@@ -39,7 +42,13 @@ class Layer:
 
     def copy(self) -> Layer:
         """One that shares nothing with this."""
-        return Layer(self.index, self.window.copy(), self.cache.copy(), self.terms)
+        return Layer(
+            self.index,
+            self.window.copy(),
+            self.packing.copy(),
+            self.cache.copy(),
+            self.terms,
+        )
 
 
 class Alike(NamedTuple):
@@ -120,6 +129,10 @@ def apply(layers: Sequence[Layer], num_losers: int, result: Compaction) -> None:
         for name in ("keys", "values", "positions", "weights", "scores"):
             new = changed.get(name)
             before = layer.cache[name] if new is None else new[row, 0]
+            if new is not None and name != "weights" and not layer.packing.is_native:
+                assert result.changed is not None
+                stored = layer.packing.stored(name, before)
+                before = torch.where(result.changed[row, 0, ..., None], stored, layer.cache[name])
             own = index[row] if before.dim() == 2 else index[row][..., None]
             fields[name] = before.gather(1, own.expand(kv_heads, size, *before.shape[2:]))
         layer.cache.replace(size, **fields)

@@ -64,7 +64,7 @@ class Residual:
 
     def counts(self, num_tokens: Int64s) -> Int64s:
         """int64 [rows]: how many of a row's entries, the newest, are here."""
-        return np.maximum(num_tokens - self.first, 0)
+        return np.maximum(num_tokens - self.first, 0) * (self.num_pages > 0)
 
     def crop(self, num_tokens: Int64s) -> None:
         """Rows end at num_tokens [rows] again. What the ring has lost since then stays lost."""

@@ -22,7 +22,6 @@ class TextGenerator:
         config: what is kept of the cache.
         sampling: how tokens are chosen.
         page_size: tokens per page.
-        page_format: how a page stores its entries.
 
     Raises:
         ValueError: see PagedCache.
@@ -35,15 +34,14 @@ class TextGenerator:
         config: CompressionConfig,
         sampling: Sampling,
         page_size: int,
-        page_format: str,
     ) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM, set_seed
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         self.tokenizer, self.sampling = tokenizer, sampling
-        paging: dict[str, Any] = {"page_size": page_size, "page_format": page_format}
-        PagedCache(AutoConfig.from_pretrained(directory), config, **paging).close()  # may refuse
+        dummy = PagedCache(AutoConfig.from_pretrained(directory), config, page_size=page_size)
+        dummy.close()  # it may refuse
         try:
             self.model = AutoModelForCausalLM.from_pretrained(
                 directory, dtype="auto", local_files_only=True
@@ -51,7 +49,7 @@ class TextGenerator:
         except ValueError as error:  # goes on with a list of all models there are
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(f"model {directory}: {reason}") from None
-        self.cache = PagedCache(self.model.config, config, **paging)
+        self.cache = PagedCache(self.model.config, config, page_size=page_size)
         self.read: list[int] = []  # the tokens in the cache, dropped ones included
         set_seed(sampling.seed)
 

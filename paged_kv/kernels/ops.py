@@ -5,14 +5,26 @@ Everything wrong with sizes, dtypes and indices is a ValueError before memory is
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from paged_kv.kernels import packed_reference
+from paged_kv.kernels import checked_reference, checks, cpu, reference
 from paged_kv.kernels.operands import Queries, Segment, Terms
 from paged_kv.kernels.page_layout import PageLayout
 from paged_kv.kernels.pages import Index
 
 Tensor = torch.Tensor
+
+
+def _kernels(device: torch.device) -> Any:
+    """Who does the work: the functions below, with operands that have been checked."""
+    if device.type == "cuda":
+        from paged_kv.kernels import triton
+
+        return triton
+    found = cpu.kernels() if device.type == "cpu" else None
+    return checked_reference if found is None else found
 
 
 def write(blocks: Tensor, layout: PageLayout, keys: Tensor, values: Tensor, slots: Tensor) -> None:
@@ -26,7 +38,8 @@ def write(blocks: Tensor, layout: PageLayout, keys: Tensor, values: Tensor, slot
         slots: int64 [tokens], page id * page_size + offset; negative for tokens to leave out.
             Distinct, or the entries are equal.
     """
-    packed_reference.write(blocks, layout, keys, values, slots)
+    checks.write(blocks, layout, keys, values, slots)
+    _kernels(blocks.device).write(blocks, layout, keys, values, slots)
 
 
 def gather(stack: Tensor, layout: PageLayout, part: str, layers: Tensor, pages: Tensor) -> Tensor:
@@ -39,7 +52,8 @@ def gather(stack: Tensor, layout: PageLayout, part: str, layers: Tensor, pages: 
         layers: int64 [layers], indices in the stack.
         pages: int64 [rows, pages], page ids.
     """
-    return packed_reference.gather(stack, layout, part, layers, pages)
+    checks.gather(stack, layout, part, layers, pages)
+    return _kernels(stack.device).gather(stack, layout, part, layers, pages)
 
 
 def store(stack: Tensor, layout: PageLayout, part: str, index: Index, numbers: Tensor) -> None:
@@ -52,7 +66,9 @@ def store(stack: Tensor, layout: PageLayout, part: str, index: Index, numbers: T
         index: see pages.Index. Distinct places, or equal numbers.
         numbers: float32 [..., size], of the index's shape.
     """
-    packed_reference.store(stack, layout, part, index, numbers)
+    checks.index(stack, layout, part, [index])
+    checks.numbers(numbers, layout, part, index)
+    _kernels(stack.device).store(stack, layout, part, index, numbers)
 
 
 def move(stack: Tensor, layout: PageLayout, part: str, source: Index, target: Index) -> None:
@@ -66,7 +82,8 @@ def move(stack: Tensor, layout: PageLayout, part: str, source: Index, target: In
         target: where to, in the same order. No place is both one entry's source and another's
             target; of equal targets the sources are equal.
     """
-    packed_reference.move(stack, layout, part, source, target)
+    checks.index(stack, layout, part, [source, target])
+    _kernels(stack.device).move(stack, layout, part, source, target)
 
 
 def attend(output: Tensor, queries: Queries, segments: list[Segment], terms: Terms) -> None:
@@ -78,4 +95,25 @@ def attend(output: Tensor, queries: Queries, segments: list[Segment], terms: Ter
         segments: one, or two; see Segment. Pages of a row beyond its count are not read.
         terms: see Terms.
     """
-    packed_reference.attend(output, queries, segments, terms)
+    checks.attend(output, queries, segments, terms)
+    _kernels(output.device).attend(output, queries, segments, terms)
+
+
+def attention_mass(
+    queries: Tensor,
+    keys: Tensor,
+    query_positions: Tensor,
+    key_positions: Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """What each entry gets from all queries of its KV head: float32 [..., kv_heads, entries].
+
+    Args: see reference.attention_probabilities; with lead dimensions that broadcast.
+    """
+    terms = query_positions, key_positions, scale, softcap, sinks
+    compiled = cpu.kernels() if queries.device.type == "cpu" else None
+    if compiled is None or queries.dtype != torch.float32 or queries.shape[-1] % 16:
+        return reference.attention_mass(queries, keys, *terms)
+    return compiled.attention_mass(queries, keys, *terms)

@@ -15,6 +15,8 @@ Tensor = torch.Tensor
 def write(blocks: Tensor, layout: PageLayout, keys: Tensor, values: Tensor, slots: Tensor) -> None:
     """Stores new entries; see ops.write."""
     kept = slots >= 0
+    if not kept.any():
+        return
     page, offset = slots[kept] // layout.page_size, slots[kept] % layout.page_size
     head = torch.arange(blocks.shape[1], device=blocks.device)[:, None]
     index = (page[None], head, offset[None])
@@ -66,7 +68,7 @@ def _attend_row(
     probabilities = attention_probabilities(
         grouped,
         keys,
-        place[size - num_tokens :],
+        torch.arange(size - num_tokens, size, device=keys.device),
         place,
         terms.scale,
         terms.softcap,

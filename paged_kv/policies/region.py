@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from paged_kv.kernels import reference
+from paged_kv.kernels import ops, reference
 from paged_kv.kernels.rotary import Rotary
 
 Tensor = torch.Tensor
@@ -91,7 +91,7 @@ class Region:
     @cached_property
     def attention_mass(self) -> Tensor:
         """attention, summed over group and window: [..., m]. Much faster than attention."""
-        return reference.attention_mass(*self._attention_terms())
+        return ops.attention_mass(*self._attention_terms())
 
     def _attention_terms(self) -> tuple[Any, ...]:
         queries: Queries = self.queries

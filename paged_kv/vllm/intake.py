@@ -37,11 +37,14 @@ def install() -> None:
 def _check(vllm_config: Any, request: Any) -> None:
     if limits.PLAN_KEY not in (vllm_config.additional_config or {}):
         return
+    plan = limits.get_plan(vllm_config)
+    if not (plan.budgets or plan.residual_pages):
+        return
     num_pages = vllm_config.cache_config.num_gpu_blocks  # of all engines, under data parallelism
     engines = max(1, vllm_config.parallel_config.data_parallel_size)
     try:
         limits.check_resumable(request.resumable)
-        if num_pages:
+        if num_pages and plan.budgets:
             prompt = request.prompt_token_ids
             num_tokens = len(prompt if prompt is not None else request.prompt_embeds)
             limits.check_prompt(vllm_config, num_tokens, num_pages // engines)

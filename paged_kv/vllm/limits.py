@@ -44,4 +44,6 @@ def check_prompt(vllm_config: Any, prompt_len: int, num_pages: int) -> None:
 def check_resumable(resumable: bool) -> None:
     """Raises ValueError for a streaming-input request: its prompt, hence its schedule, grows."""
     if resumable:
-        raise ValueError("streaming-input (resumable) requests do not work with a kv-policy")
+        raise ValueError(
+            "streaming-input (resumable) requests do not work with a kv-policy or residual_pages"
+        )

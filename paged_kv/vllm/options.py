@@ -16,7 +16,8 @@ from typing import Any
 
 from paged_kv import registry
 from paged_kv.config import DEFAULT_BUDGET, DEFAULT_PAGE_SIZE, CompressionConfig, parse_json
-from paged_kv.vllm import support
+from paged_kv.core.page_formats import NATIVE
+from paged_kv.vllm import formats, support
 from paged_kv.vllm.limits import PLAN_KEY
 
 CONFIG_KEY = "paged_kv"
@@ -75,7 +76,8 @@ def _check_when_parsed(parser: Any) -> None:
         additional = _CommandLine()
         with _errors_of(additional):
             _read_flags(namespace, additional)
-            if CompressionConfig.from_dict(additional.get(CONFIG_KEY, {})).enabled:
+            config = CompressionConfig.from_dict(additional.get(CONFIG_KEY, {}))
+            if _is_active(config):
                 model = getattr(namespace, "model_tag", None) or namespace.model
                 support.check_model_directory(model, namespace.load_format)
         return namespace, rest
@@ -107,38 +109,67 @@ def _read_flags(args: argparse.Namespace, additional: dict[str, Any]) -> None:
 
 
 def before_engine_config(engine_args: Any) -> CompressionConfig:
-    """Validates our options and sets vLLM's page size, before vLLM looks at the model."""
+    """Validates our options and takes what is ours out of vLLM's, before vLLM looks at the model.
+
+    Raises:
+        ValueError: see CompressionConfig and formats.take_cache_dtype.
+    """
     additional = engine_args.additional_config
     with _errors_of(additional):
         settings = additional.get(CONFIG_KEY, {}) if isinstance(additional, dict) else {}
-        config = CompressionConfig.from_dict(settings)
-        if config.enabled:
-            support.check_arguments(engine_args)
-            if engine_args.block_size is None:
-                engine_args.block_size = DEFAULT_PAGE_SIZE
+        given = CompressionConfig.from_dict(settings)
+        config = formats.take_cache_dtype(engine_args, given)
+        if config != given:
+            # vLLM may ask for a config again, and no longer finds the dtype in the arguments.
+            engine_args.additional_config = _with_settings(additional, config)
+        if _is_active(config):
+            support.check_arguments(engine_args, config)
+        if config.enabled and engine_args.block_size is None:
+            engine_args.block_size = DEFAULT_PAGE_SIZE
         return config
 
 
 def after_engine_config(engine_args: Any, vllm_config: Any, config: CompressionConfig) -> None:
     """Checks what vLLM made of it and has our worker and scheduler used."""
-    if not config.enabled:
+    if not _is_active(config):
         return
     with _errors_of(engine_args.additional_config):
         plan = support.check(vllm_config, config)
-    additional = dict(vllm_config.additional_config)
-    additional[CONFIG_KEY] = config.to_dict()
+    additional = _with_settings(dict(vllm_config.additional_config), config)
     additional[PLAN_KEY] = plan.to_json()
     json.dumps(additional)  # vLLM hashes it
     vllm_config.additional_config = additional
-    _install(vllm_config)
+    _install_worker(vllm_config)
+    if config.enabled:
+        _install_scheduler(vllm_config)
 
 
-def _install(vllm_config: Any) -> None:
-    from paged_kv.vllm import intake
+def _is_active(config: CompressionConfig) -> bool:
+    """Whether anything of ours has to run in the engine."""
+    return config.enabled or config.page_format != NATIVE
+
+
+def _with_settings(additional: Any, config: CompressionConfig) -> dict[str, Any]:
+    """additional_config with our settings; of the same kind. Raises ValueError: it is no dict."""
+    if not isinstance(additional, dict):
+        raise ValueError(
+            f"page_format {config.page_format} needs an additional_config that is a dict, not a "
+            f"{type(additional).__name__}"
+        )
+    return type(additional)(additional, **{CONFIG_KEY: config.to_dict()})
+
+
+def _install_worker(vllm_config: Any) -> None:
     from paged_kv.vllm.worker import WORKERS
 
-    parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
+    parallel = vllm_config.parallel_config
     parallel.worker_cls = f"paged_kv.vllm.worker.{WORKERS[parallel.worker_cls]}"
+
+
+def _install_scheduler(vllm_config: Any) -> None:
+    from paged_kv.vllm import intake
+
+    scheduler = vllm_config.scheduler_config
     name = "PagedAsyncScheduler" if scheduler.async_scheduling else "PagedScheduler"
     scheduler.scheduler_cls = f"paged_kv.vllm.scheduler.{name}"
     intake.install()

@@ -52,17 +52,17 @@ class PackedMetadata:
     newest: Newest | None = None
 
 
-def layout_of(layer: Any, page_format: str, page_size: int) -> PageLayout:
-    """The packed pages of an Attention layer. Raises ValueError: it cannot have them."""
-    return make_layout(page_format, layer.dtype, layer.head_size, layer.head_size_v, page_size)
+def layout_of(spec: FullAttentionSpec, page_format: str) -> PageLayout:
+    """The packed pages of a layer with this spec. Raises ValueError: it cannot have them."""
+    return make_layout(page_format, spec.dtype, spec.head_size, spec.head_size_v, spec.block_size)
 
 
-def packed_spec(spec: FullAttentionSpec, page_format: str, layout: PageLayout) -> FullAttentionSpec:
+def packed_spec(spec: FullAttentionSpec, page_format: str) -> FullAttentionSpec:
     """The spec of a layer with packed pages: vLLM counts their bytes."""
     if page_format == NATIVE:
-        assert spec.state_content_size_bytes == layout.entry_bytes
         return spec
-    return dataclasses.replace(spec, dtype=torch.uint8, state_content_bytes=layout.entry_bytes)
+    num_bytes = layout_of(spec, page_format).entry_bytes
+    return dataclasses.replace(spec, dtype=torch.uint8, state_content_bytes=num_bytes)
 
 
 def packed_backend(

@@ -13,6 +13,8 @@ ring's entries: the recent window is at least as long.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,15 +74,16 @@ class Residual:
             for name, layer in self.layers.items()
         )
 
-    def begin_step(self, scheduler_output: Any) -> None:
-        """Requests come and go."""
+    @contextmanager
+    def step(self, scheduler_output: Any) -> Iterator[None]:
+        """Around the execution of a real step: requests come and go. Dummy runs stay outside."""
         self.requests.begin_step(scheduler_output)
         self._in_step = True
-
-    def end_step(self) -> None:
-        """What follows is no step of requests."""
-        self._in_step = False
-        self._slots = None
+        try:
+            yield
+        finally:
+            self._in_step = False
+            self._slots = None
 
     def newest(self, metadata: CommonAttentionMetadata, held: Tensor) -> Newest | None:
         """Which entries the batch reads, and writes, in the ring.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -65,8 +66,14 @@ class PagedSpec(AttentionSpec):
         return specs[0]
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
-        """Or layers with different budgets would become one group."""
-        return all(spec == self for spec in kv_cache_specs.values())
+        """Or layers with different budgets would become one group. Page formats may differ."""
+        return all(
+            isinstance(spec, PagedSpec) and dataclasses.replace(spec, **self._format()) == self
+            for spec in kv_cache_specs.values()
+        )
+
+    def _format(self) -> dict[str, Any]:
+        return {"dtype": self.dtype, "state_content_bytes": self.state_content_bytes}
 
 
 def register() -> None:

@@ -5,6 +5,7 @@ Fail closed: what was not thought through is refused by name, never silently wro
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from vllm.logger import init_logger
 
 from paged_kv.config import CompressionConfig
 from paged_kv.plan import Plan, make_plan
+from paged_kv.vllm.formats import with_formats
 from paged_kv.vllm.worker import WORKERS
 
 READABLE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
@@ -21,7 +23,7 @@ logger = init_logger(f"vllm.{__name__}")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 
 
-def check_arguments(engine_args: Any) -> None:
+def check_arguments(engine_args: Any, config: CompressionConfig) -> None:
     """Refuses what vLLM would change, load or stumble over before check could see it.
 
     Raises:
@@ -29,10 +31,11 @@ def check_arguments(engine_args: Any) -> None:
     """
     check_model_directory(engine_args.model, engine_args.load_format)
     _refuse(
+        config,
         {
             "prefill context parallelism": engine_args.prefill_context_parallel_size > 1,
             "dual-batch overlap": engine_args.enable_dbo or engine_args.ubatch_size > 1,
-        }
+        },
     )
 
 
@@ -51,26 +54,36 @@ def check(vllm_config: Any, config: CompressionConfig) -> Plan:
     Raises:
         ValueError: names what is unsupported.
     """
-    _check_model(vllm_config.model_config)
-    _check_features(vllm_config)
+    _check_model(vllm_config.model_config, config)
+    _check_features(vllm_config, config)
     hf_config = vllm_config.model_config.hf_text_config
     num_layers = vllm_config.model_config.get_total_num_hidden_layers()
     full_layers = _full_attention_layers(hf_config, num_layers)
     if not full_layers:
-        raise _unsupported("a model without full-attention layers (all have a sliding window)")
-    if len(full_layers) < num_layers:
-        logger.info("paged_kv leaves the layers that have no full attention as they are")
-    _check_cache_dtype(vllm_config.cache_config.cache_dtype, config)
-    plan = make_plan(config, vllm_config.cache_config.block_size, num_layers, full_layers)
-    logger.info("paged_kv %s keeps: %s", config.policy, plan.describe())
+        what = "a model without full-attention layers (all have a sliding window)"
+        raise _unsupported(config, what)
+    page_size = vllm_config.cache_config.block_size
+    plan = Plan(page_size, False, {}, 0, 1, num_layers)
+    if config.enabled:
+        if len(full_layers) < num_layers:
+            logger.info("paged_kv leaves the layers that have no full attention as they are")
+        _check_cache_dtype(vllm_config.cache_config.cache_dtype, config)
+        plan = make_plan(config, page_size, num_layers, full_layers)
+        logger.info("paged_kv %s keeps: %s", config.policy, plan.describe())
+    plan = with_formats(plan, vllm_config, config, full_layers)
+    names = Counter(name or "as vLLM has them" for name in plan.formats)
+    logger.info(
+        "paged_kv page formats: %s", ", ".join(f"{n} x {name}" for name, n in names.items())
+    )
     return plan
 
 
-def _unsupported(what: str) -> ValueError:
-    return ValueError(f"kv-policy does not support {what}")
+def _unsupported(config: CompressionConfig, what: str) -> ValueError:
+    asked = "kv-policy" if config.enabled else f"page_format {config.page_format}"
+    return ValueError(f"{asked} does not support {what}")
 
 
-def _check_model(model_config: Any) -> None:
+def _check_model(model_config: Any, config: CompressionConfig) -> None:
     refused = {
         "a pooling model": model_config.runner_type == "pooling",
         "multi-head latent attention (MLA)": model_config.use_mla,
@@ -82,23 +95,25 @@ def _check_model(model_config: Any) -> None:
         "reference sliding-window attention": getattr(model_config, "rswa_window", None)
         is not None,
     }
-    _refuse(refused)
+    _refuse(config, refused)
     text = model_config.hf_text_config
     _refuse(
+        config,
         {
             "layers that share their KV cache": bool(getattr(text, "num_kv_shared_layers", 0)),
             "ALiBi position biases": bool(getattr(text, "alibi", False))
             or getattr(text, "position_embedding_type", None) == "alibi"
             or text.model_type in ("bloom", "step1"),
             "chunked local attention": bool(getattr(text, "attention_chunk_size", None)),
-        }
+        },
     )
 
 
-def _check_features(vllm_config: Any) -> None:
+def _check_features(vllm_config: Any, config: CompressionConfig) -> None:
     parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
     cache = vllm_config.cache_config
     _refuse(
+        config,
         {
             "speculative decoding": vllm_config.speculative_config is not None,
             "decode context parallelism": parallel.decode_context_parallel_size > 1,
@@ -110,17 +125,17 @@ def _check_features(vllm_config: Any) -> None:
             f"the scheduler class {scheduler.scheduler_cls}": scheduler.scheduler_cls is not None,
             f"the worker class {parallel.worker_cls}": parallel.worker_cls not in WORKERS,
             "HiSparse": vllm_config.attention_config.hisparse_config is not None,
-        }
+        },
     )
     shards = parallel.tensor_parallel_size
     kv_heads = vllm_config.model_config.get_total_num_kv_heads()
-    _refuse({f"more ranks ({shards}) than KV heads ({kv_heads})": shards > kv_heads})
+    _refuse(config, {f"more ranks ({shards}) than KV heads ({kv_heads})": shards > kv_heads})
 
 
-def _refuse(refused: dict[str, bool]) -> None:
+def _refuse(config: CompressionConfig, refused: dict[str, bool]) -> None:
     for what, present in refused.items():
         if present:
-            raise _unsupported(what)
+            raise _unsupported(config, what)
 
 
 def _check_cache_dtype(cache_dtype: str, config: CompressionConfig) -> None:
@@ -129,8 +144,9 @@ def _check_cache_dtype(cache_dtype: str, config: CompressionConfig) -> None:
     reads = policy.observation_window > 0 or policy.reads
     if reads and cache_dtype not in READABLE_DTYPES:
         raise _unsupported(
+            config,
             f"the cache dtype {cache_dtype} with {config.selector}, which reads the cache; "
-            f"it reads {', '.join(READABLE_DTYPES)}"
+            f"it reads {', '.join(READABLE_DTYPES)}",
         )
 
 

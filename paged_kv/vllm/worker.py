@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from vllm.logger import init_logger
@@ -14,12 +16,15 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from paged_kv.config import CompressionConfig
-from paged_kv.core.schedule import cdiv
+from paged_kv.core.page_formats import NATIVE
+from paged_kv.core.schedule import Schedule, cdiv
 from paged_kv.policies.base import Policy
 from paged_kv.vllm import limits, side_data
 from paged_kv.vllm.attention import observe_layer, wrap_backend
 from paged_kv.vllm.compaction import Compactor
 from paged_kv.vllm.layer_group import row_bytes
+from paged_kv.vllm.packed import PackedAttention, layout_of, packed_backend, packed_spec
+from paged_kv.vllm.residual import Residual
 from paged_kv.vllm.spec import PagedSpec, register
 
 logger = init_logger(f"vllm.{__name__}")
@@ -32,37 +37,47 @@ WORKERS = {
 
 
 class PagedWorkerMixin:
-    """What a worker does under a policy."""
+    """What a worker does under a policy, or with pages of ours."""
 
     vllm_config: Any
     model_runner: Any
-    compactor: Compactor
+    compactor: Compactor | None = None
+    residual: Residual | None = None
 
     def load_model(self, **kwargs: Any) -> None:
-        """Loads, then wraps the attention backend of every compressed layer."""
+        """Loads, then wraps the attention of every layer that is compressed or has packed pages."""
         super().load_model(**kwargs)  # type: ignore[misc]
         register()
         every = self.vllm_config.compilation_config.static_forward_context
+        specs = super().get_kv_cache_spec()  # type: ignore[misc]
+        layouts = {name: layout_of(specs[name], form) for name, form in self._formats().items()}
         layers = {name: every[name] for name in self._schedules()}
-        self.compactor = Compactor(self.model_runner, self._policy(), layers)
+        plan = limits.get_plan(self.vllm_config)
+        if plan.residual_pages:
+            quantized = {n: every[n] for n, form in self._formats().items() if form != NATIVE}
+            self.residual = Residual(
+                self.model_runner, plan.residual_pages, plan.page_size, quantized
+            )
+        if layers:
+            self.compactor = Compactor(self.model_runner, self._policy(), layers, layouts)
+        for name, layout in layouts.items():
+            compactor = self.compactor if name in layers else None
+            residual = self.residual if self.residual and name in self.residual.layers else None
+            layer = every[name]
+            layer.attn_backend = packed_backend(layer.attn_backend, compactor, residual)
+            PackedAttention(name, layer, layout, compactor, residual)
         for name, layer in layers.items():
-            layer.attn_backend = wrap_backend(layer.attn_backend, self.compactor)
+            assert self.compactor is not None
+            if name not in layouts:
+                layer.attn_backend = wrap_backend(layer.attn_backend, self.compactor)
             if self.compactor.observes:
                 observe_layer(layer, name, self.compactor)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """The model's specs, with a schedule for every compressed layer."""
-        specs = super().get_kv_cache_spec()  # type: ignore[misc]
-        layers = self.vllm_config.compilation_config.static_forward_context
-        policy = self._policy()
+        """The model's specs, with packed pages and with a schedule for every compressed layer."""
+        specs = self._stored()
         for name, schedule in self._schedules().items():
-            if getattr(layers[name].impl, "alibi_slopes", None) is not None:
-                # Slots are not positions any more. Not every such model's config says so.
-                raise ValueError(f"kv-policy does not support ALiBi position biases (layer {name})")
-            if type(specs.get(name)) is not FullAttentionSpec:
-                raise ValueError(
-                    f"kv-policy: layer {name} has no plain full attention: {specs.get(name)}"
-                )
+            policy = self._policy()
             specs[name] = PagedSpec.from_full(
                 specs[name],
                 schedule,
@@ -72,88 +87,148 @@ class PagedWorkerMixin:
         return self._limit_prompts(specs)
 
     def determine_available_memory(self) -> int:
-        """What is left for pages: side data beside them and the query ring take their share.
+        """What is left for pages: what lies beside them and the rings take their share.
 
         Raises:
             ValueError: nothing is left.
         """
-        memory = super().determine_available_memory()  # type: ignore[misc]
-        self.compactor.requests.grow(self._ring_rows(memory))
+        memory: int = super().determine_available_memory()  # type: ignore[misc]
+        if self.residual is not None:
+            self.residual.requests.grow(self._residual_rows(memory))
+        if self.compactor is not None:
+            own = memory - self._residual_bytes(memory)
+            self.compactor.requests.grow(self._ring_rows(own))
         return self._for_pages(memory)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """The caches are (re)allocated."""
-        self.compactor.reset_pages()
+        if self.compactor is not None:
+            self.compactor.reset_pages()
         super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """One step, then its compactions, in stream order."""
-        with self.compactor.step(scheduler_output):
+        with ExitStack() as stack:
+            if self.residual is not None:
+                stack.enter_context(self.residual.step(scheduler_output))
+            if self.compactor is not None:
+                stack.enter_context(self.compactor.step(scheduler_output))
             return super().execute_model(scheduler_output)  # type: ignore[misc]
 
     def _policy(self) -> Policy:
         values = self.vllm_config.additional_config["paged_kv"]
         return CompressionConfig.from_dict(values).create_policy()
 
-    def _schedules(self) -> dict[str, Any]:
+    def _schedules(self) -> dict[str, Schedule]:
         """Schedule by layer name, for the compressed layers on this rank."""
-        plan = limits.get_plan(self.vllm_config)
+        return self._by_layer(limits.get_plan(self.vllm_config).schedule)
+
+    def _formats(self) -> dict[str, str]:
+        """Page format by layer name, for the layers with packed pages on this rank."""
+        return self._by_layer(limits.get_plan(self.vllm_config).format)
+
+    def _by_layer(self, chosen: Callable[[int], Any]) -> dict[str, Any]:
+        """What the plan says of each layer on this rank, where it says something."""
         result = {}
         for name, layer in self.vllm_config.compilation_config.static_forward_context.items():
-            if not hasattr(layer, "attn_backend"):
-                continue
-            schedule = plan.schedule(extract_layer_index(name))
-            if schedule is not None:
-                result[name] = schedule
+            if hasattr(layer, "attn_backend"):
+                found = chosen(extract_layer_index(name))
+                if found is not None:
+                    result[name] = found
         return result
+
+    def _stored(self) -> dict[str, KVCacheSpec]:
+        """The model's specs, with packed pages.
+
+        Raises:
+            ValueError: a layer of the plan is of a kind that we cannot read.
+        """
+        specs: dict[str, KVCacheSpec] = super().get_kv_cache_spec()  # type: ignore[misc]
+        layers = self.vllm_config.compilation_config.static_forward_context
+        formats = self._formats()
+        for name in {**self._schedules(), **formats}:
+            if getattr(layers[name].impl, "alibi_slopes", None) is not None:
+                # Slots are not positions any more. Not every such model's config says so.
+                raise ValueError(f"kv-policy does not support ALiBi position biases (layer {name})")
+            spec = specs.get(name)
+            if type(spec) is not FullAttentionSpec:
+                raise ValueError(f"kv-policy: layer {name} has no plain full attention: {spec}")
+            if name in formats:
+                specs[name] = packed_spec(spec, formats[name])
+        return specs
 
     def _for_pages(self, memory: int) -> int:
         """Of so many bytes for the KV cache, those for keys and values."""
-        policy, layers = self.compactor.policy, list(self.compactor.layers.values())
-        if self.compactor.positional:
-            return memory
-        ring = (self._ring_rows(memory) + 1) * row_bytes(layers, policy)
-        spec, beside = self._page()
-        left = (memory - ring) * spec.page_size_bytes // (spec.page_size_bytes + beside)
-        if left <= 0:
-            raise ValueError(
-                f"the queries that this kv-policy observes take {ring} bytes (observation_window "
-                f"{policy.observation_window}), more than the {memory} of the KV cache: lower "
-                "observation_window, or give the KV cache more memory"
-            )
-        return int(left)
+        left = memory - self._residual_bytes(memory)
+        if self.compactor is not None and not self.compactor.positional:
+            policy, layers = self.compactor.policy, list(self.compactor.layers.values())
+            ring = (self._ring_rows(left) + 1) * row_bytes(layers, policy)
+            stored, beside = (sum(sizes) for sizes in zip(*self._pages().values(), strict=True))
+            left = (left - ring) * stored // (stored + beside)
+            if left <= 0:
+                raise ValueError(
+                    f"the queries that this kv-policy observes take {ring} bytes "
+                    f"(observation_window {policy.observation_window}), more than the {memory} of "
+                    "the KV cache: lower observation_window, or give the KV cache more memory"
+                )
+        return left
 
     def _ring_rows(self, memory: int) -> int:
         """Requests with an observation window that fit: each holds about a budget in each layer."""
+        assert self.compactor is not None
         policy, layers = self.compactor.policy, list(self.compactor.layers.values())
         if not policy.observation_window:
             return 0
-        spec, beside = self._page()
-        least = row_bytes(layers, policy)
-        for schedule in self._schedules().values():
+        least, pages = row_bytes(layers, policy), self._pages()
+        for name, schedule in self._schedules().items():
             held = schedule.minimum + schedule.page_size - policy.observation_window
-            least += max(1, cdiv(held, schedule.page_size)) * (spec.page_size_bytes + beside)
+            least += max(1, cdiv(held, schedule.page_size)) * sum(pages[name])
         return min(self.vllm_config.scheduler_config.max_num_seqs, max(1, memory // least))
 
-    def _page(self) -> tuple[FullAttentionSpec, int]:
-        """The spec of a compressed layer, and the bytes of a page's side data."""
-        policy = self.compactor.policy
-        specs = self.model_runner.get_kv_cache_spec()
-        spec: FullAttentionSpec = specs[next(iter(self.compactor.layers))]
-        return spec, side_data.bytes_per_slot(policy) * spec.num_kv_heads * spec.block_size
+    def _pages(self) -> dict[str, tuple[int, int]]:
+        """(bytes of a page, of its side data) of each compressed layer."""
+        assert self.compactor is not None
+        specs, per_slot = self._stored(), side_data.bytes_per_slot(self.compactor.policy)
+        result = {}
+        for name in self.compactor.layers:
+            spec: Any = specs[name]
+            slots = spec.num_kv_heads * spec.block_size
+            result[name] = spec.page_size_bytes, per_slot * slots
+        return result
+
+    def _residual_rows(self, memory: int) -> int:
+        """Requests that fit: each holds a page at least."""
+        assert self.residual is not None
+        least = self.residual.row_bytes + sum(s.page_size_bytes for s in self._stored().values())
+        return min(self.vllm_config.scheduler_config.max_num_seqs, max(1, memory // least))
+
+    def _residual_bytes(self, memory: int) -> int:
+        if self.residual is None:
+            return 0
+        taken = (self._residual_rows(memory) + 1) * self.residual.row_bytes
+        if taken >= memory:
+            raise ValueError(
+                f"residual_pages {self.residual.num_pages} takes {taken} bytes, more than the "
+                f"{memory} of the KV cache: lower it, or give the KV cache more memory"
+            )
+        return taken
 
     def _limit_prompts(self, specs: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
         """Lets vLLM start with a pool below max_model_len, where the pool's size is configured.
 
         Its check wants room for max_model_len tokens; under a policy only a prompt needs that.
         """
+        plan = limits.get_plan(self.vllm_config)
         cache_config = self.vllm_config.cache_config
+        if not plan.budgets:
+            return specs
         num_pages = cache_config.num_gpu_blocks_override
         memory = cache_config.kv_cache_memory_bytes
         if num_pages is None and memory is not None:
-            layers_per_page = limits.get_plan(self.vllm_config).layers_per_page
-            page_bytes = max(spec.page_size_bytes for spec in specs.values())
-            num_pages = self._for_pages(memory) // (page_bytes * layers_per_page)
+            sizes = [spec.page_size_bytes for spec in specs.values()]
+            mixed = len(set(sizes)) > 1  # in one group
+            page_bytes = sum(sizes) if mixed else sizes[0] * plan.layers_per_page
+            num_pages = self._for_pages(memory) // page_bytes
         limit = None if num_pages is None else limits.max_prompt_len(self.vllm_config, num_pages)
         if limit is None:
             return specs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from paged_kv.kernels.triton.numbers import load_numbers, rotate, store_numbers
+from paged_kv.kernels.triton.numbers import INT4, load_numbers, rotate, store_numbers
 
 
 @triton.jit
@@ -114,7 +114,7 @@ def move_kernel(
     step = PART.data + word[None] * PART.word_step
     found = tl.load(words + (source + source_slot * PART.slot_step)[:, None] + step, mask=mask)
     tl.store(words + (target + target_slot * PART.slot_step)[:, None] + step, found, mask=mask)
-    NUM_SCALES: tl.constexpr = PART.groups * (2 if PART.code == 4 else 1)
+    NUM_SCALES: tl.constexpr = PART.groups * (2 if PART.code == INT4 else 1)
     halves = words.to(tl.pointer_type(tl.int16))
     for number in tl.static_range(NUM_SCALES):
         place = PART.scales + number * PART.page_size

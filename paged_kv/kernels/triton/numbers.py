@@ -22,7 +22,6 @@ FP8_LIMIT = tl.constexpr(448.0)
 LEVELS = tl.constexpr(15.0)
 # Added to and taken from a number below 2**22, it leaves the nearest integer, half to even.
 ROUNDER = tl.constexpr(12582912.0)
-NO_NUMBER = tl.constexpr(float("nan"))
 NO_LIMIT = tl.constexpr(float("inf"))
 
 
@@ -89,24 +88,38 @@ def _unpack(words, PART: tl.constexpr):
 @triton.jit
 def _scaled(words, block, offset, inside, numbers, PART: tl.constexpr):
     """Numbers times their group's scale, plus its minimum where the format has one."""
-    column = tl.arange(0, numbers.shape[1])
-    for group in tl.static_range(PART.groups):
-        own = (column // (PART.size // PART.groups) == group)[None]
-        scale = _load_scale(words, block, offset, inside, group, PART)[:, None]
-        scaled = numbers * scale
-        if PART.code == INT4:
-            low = _load_scale(words, block, offset, inside, PART.groups + group, PART)
-            scaled += low[:, None]
-        numbers = tl.where(own, scaled, numbers)
-    return tl.where((column < PART.size)[None], numbers, 0.0)
+    ROWS: tl.constexpr = numbers.shape[0]
+    COLUMNS: tl.constexpr = numbers.shape[1]
+    groups = _grouped(numbers, PART)
+    place, mask = _scale_places(block, offset, inside, groups.shape[1], PART)
+    halves = words.to(tl.pointer_type(tl.int16))
+    groups *= _widened(tl.load(halves + place, mask=mask, other=0))[:, :, None]
+    if PART.code == INT4:
+        place += PART.groups * PART.page_size
+        groups += _widened(tl.load(halves + place, mask=mask, other=0))[:, :, None]
+    return tl.reshape(groups, (ROWS, COLUMNS))
 
 
 @triton.jit
-def _load_scale(words, block, offset, inside, number: tl.constexpr, PART: tl.constexpr):
-    halves = words.to(tl.pointer_type(tl.int16))
-    place = block * 2 + PART.scales + number * PART.page_size + offset
-    bits = tl.load(halves + place, mask=inside, other=0).to(tl.int32)
-    return (bits << 16).to(tl.float32, bitcast=True)
+def _grouped(numbers, PART: tl.constexpr):
+    """[n, groups, columns of a group]; with several groups, their sizes are powers of two."""
+    COLUMNS: tl.constexpr = numbers.shape[1]
+    SIZE: tl.constexpr = COLUMNS if PART.groups == 1 else PART.size // PART.groups
+    return tl.reshape(numbers, (numbers.shape[0], COLUMNS // SIZE, SIZE))
+
+
+@triton.jit
+def _scale_places(block, offset, inside, GROUPS: tl.constexpr, PART: tl.constexpr):
+    """(16-bit places, mask) [n, groups] of entries' scales."""
+    group = tl.arange(0, GROUPS)
+    place = (block * 2 + PART.scales + offset)[:, None] + group[None] * PART.page_size
+    return place, inside[:, None] & (group < PART.groups)[None]
+
+
+@triton.jit
+def _widened(bits):
+    """float32 of bfloat16 bits."""
+    return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -143,33 +156,32 @@ def _native(numbers, PART: tl.constexpr):
 @triton.jit
 def _quantize(words, block, offset, inside, numbers, PART: tl.constexpr):
     """int32 codes; stores the scales."""
-    numbers_finite = tl.min((tl.abs(numbers) < NO_LIMIT).to(tl.int32), 1) > 0
-    numbers = rotate(numbers, PART.rotation)
-    column = tl.arange(0, numbers.shape[1])
-    codes = tl.zeros(numbers.shape, tl.int32)
-    for group in tl.static_range(PART.groups):
-        own = (column // (PART.size // PART.groups) == group)[None]
-        if PART.code == INT4:
-            low = tl.min(tl.where(own, numbers, NO_LIMIT), 1)
-            high = tl.max(tl.where(own, numbers, -NO_LIMIT), 1)
-            low = _rounded(low)
-            scale = _rounded(tl.div_rn(high - low, tl.full(low.shape, LEVELS, tl.float32)))
-            _store_scale(words, block, offset, inside, low, PART.groups + group, PART)
-        else:
-            LIMIT: tl.constexpr = INT8_LIMIT if PART.code == INT8 else FP8_LIMIT
-            high = tl.max(tl.abs(numbers), 1)
-            low = tl.zeros_like(high)
-            scale = _rounded(tl.div_rn(high, tl.full(high.shape, LIMIT, tl.float32)))
-        finite = tl.min((~own | (tl.abs(numbers) < NO_LIMIT)).to(tl.int32), 1) > 0
-        finite = finite & numbers_finite & (scale < NO_LIMIT) & (tl.abs(low) < NO_LIMIT)
-        scale = tl.where(finite, scale, NO_NUMBER)
-        _store_scale(words, block, offset, inside, scale, group, PART)
-        factor = tl.where(scale > 0, scale, 1.0)[:, None]
-        factor = tl.broadcast_to(factor, numbers.shape)
-        ratio = tl.div_rn(numbers - low[:, None], factor)
-        usable = own & (scale > 0)[:, None]
-        codes = tl.where(usable, _codes(tl.where(usable, ratio, 0.0), PART), codes)
-    return codes
+    ROWS: tl.constexpr = numbers.shape[0]
+    COLUMNS: tl.constexpr = numbers.shape[1]
+    finite = (tl.min((tl.abs(numbers) < NO_LIMIT).to(tl.int32), 1) > 0)[:, None]
+    groups = _grouped(rotate(numbers, PART.rotation), PART)
+    halves = words.to(tl.pointer_type(tl.int16))
+    place, mask = _scale_places(block, offset, inside, groups.shape[1], PART)
+    if PART.code == INT4:
+        low = _rounded(tl.min(groups, 2))
+        high = tl.max(groups, 2) - low
+        LIMIT: tl.constexpr = LEVELS
+        tl.store(halves + place + PART.groups * PART.page_size, _narrowed(low), mask=mask)
+        finite = finite & (tl.abs(low) < NO_LIMIT)
+    else:
+        high = tl.max(tl.abs(groups), 2)
+        low = tl.zeros_like(high)
+        LIMIT: tl.constexpr = INT8_LIMIT if PART.code == INT8 else FP8_LIMIT
+    scale = _rounded(tl.div_rn(high, tl.full(high.shape, LIMIT, tl.float32)))
+    finite = finite & (scale < NO_LIMIT)
+    finite = finite & (tl.min((tl.abs(groups) < NO_LIMIT).to(tl.int32), 2) > 0)
+    scale = tl.where(finite, scale, float("nan"))
+    tl.store(halves + place, _narrowed(scale), mask=mask)
+    usable = (scale > 0)[:, :, None]
+    factor = tl.broadcast_to(tl.where(usable, scale[:, :, None], 1.0), groups.shape)
+    ratio = tl.div_rn(groups - low[:, :, None], factor)
+    codes = tl.where(usable, _codes(tl.where(usable, ratio, 0.0), PART), 0)
+    return tl.reshape(codes, (ROWS, COLUMNS))
 
 
 @triton.jit
@@ -206,7 +218,6 @@ def _rounded(numbers):
 
 
 @triton.jit
-def _store_scale(words, block, offset, inside, scale, number: tl.constexpr, PART: tl.constexpr):
-    halves = words.to(tl.pointer_type(tl.int16))
-    place = block * 2 + PART.scales + number * PART.page_size + offset
-    tl.store(halves + place, _bfloat16(scale).to(tl.int16), mask=inside)
+def _narrowed(numbers):
+    """int16, the bits of bfloat16."""
+    return _bfloat16(numbers).to(tl.int16)

@@ -1,0 +1,203 @@
+"""The C++ kernels, through ctypes: pointers and sizes go in, nothing of torch."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from paged_kv.kernels.cpu import structs
+from paged_kv.kernels.cpu.library import library
+from paged_kv.kernels.operands import Queries, Segment, Terms
+from paged_kv.kernels.page_layout import PageLayout
+from paged_kv.kernels.pages import Index
+
+Tensor = torch.Tensor
+
+
+def available() -> bool:
+    """Whether this machine has compiled kernels; warns once if it has not."""
+    return kernels() is not None
+
+
+@lru_cache(maxsize=1)
+def kernels() -> Kernels | None:
+    """The best build for this CPU, or None."""
+    found = library()
+    return None if found is None else Kernels(found)
+
+
+class Kernels:
+    """The operations of paged_kv.kernels.ops, of one build. Operands have been checked there.
+
+    Args:
+        library: a loaded build.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+
+    def write(
+        self, blocks: Tensor, layout: PageLayout, keys: Tensor, values: Tensor, slots: Tensor
+    ) -> None:
+        """See ops.write."""
+        work = structs.WriteStruct(
+            structs.blocks_struct(blocks, layout),
+            keys.data_ptr(),
+            values.data_ptr(),
+            structs.DTYPES[keys.dtype],
+            *keys.stride()[:2],
+            *values.stride()[:2],
+            slots.data_ptr(),
+            len(slots),
+        )
+        _run(self.library.paged_kv_write, work, "slots", layout)
+
+    def gather(
+        self, stack: Tensor, layout: PageLayout, part: str, layers: Tensor, pages: Tensor
+    ) -> Tensor:
+        """See ops.gather."""
+        rows, columns = pages.shape
+        heads = torch.arange(stack.shape[2])[:, None]
+        index = (
+            layers[:, None, None, None],
+            pages[:, None],
+            heads,
+            torch.zeros((), dtype=torch.int64),
+        )
+        size = layout.key.size if part == "key" else layout.value.size
+        found = torch.empty(len(layers), rows, stack.shape[2], columns * layout.page_size, size)
+        self._entries("gather", stack, layout, part, found, source=index)
+        return found
+
+    def store(
+        self, stack: Tensor, layout: PageLayout, part: str, index: Index, numbers: Tensor
+    ) -> None:
+        """See ops.store."""
+        self._entries("store", stack, layout, part, numbers.contiguous(), target=index)
+
+    def move(
+        self, stack: Tensor, layout: PageLayout, part: str, source: Index, target: Index
+    ) -> None:
+        """See ops.move."""
+        self._entries("move", stack, layout, part, None, source, target)
+
+    def _entries(
+        self,
+        name: str,
+        stack: Tensor,
+        layout: PageLayout,
+        part: str,
+        numbers: Tensor | None,
+        source: Index | None = None,
+        target: Index | None = None,
+    ) -> None:
+        given = [list(index) for index in (source, target) if index is not None]
+        size = torch.broadcast_shapes(*(one.shape for one in sum(given, [])))
+        given = [[one.expand(size).contiguous() for one in index] for index in given]
+        places = [structs.PlacesStruct(*(one.data_ptr() for one in index)) for index in given]
+        none = structs.PlacesStruct()
+        work = structs.EntriesStruct(
+            structs.blocks_struct(stack, layout),
+            part == "value",
+            size.numel(),
+            none if source is None else places[0],
+            none if target is None else places[-1],
+            None if numbers is None else numbers.data_ptr(),
+        )
+        _run(getattr(self.library, f"paged_kv_{name}"), work, "index", layout)
+
+    def attend(
+        self, output: Tensor, queries: Queries, segments: list[Segment], terms: Terms
+    ) -> None:
+        """See ops.attend."""
+        states, starts = queries
+        own = [structs.segment_struct(segment) for segment in segments]
+        tokens, heads, _ = states.shape
+        work = structs.AttendStruct(
+            output.data_ptr(),
+            states.data_ptr(),
+            structs.DTYPES[states.dtype],
+            *output.stride()[:2],
+            *states.stride()[:2],
+            starts.data_ptr(),
+            tokens,
+            len(starts) - 1,
+            heads,
+            segments[0].blocks.shape[1],
+            len(own),
+            (structs.SegmentStruct * 2)(*own),
+            terms.scale,
+            terms.softcap,
+            None if terms.sinks is None else terms.sinks.data_ptr(),
+            structs.side_struct(terms.weights),
+            structs.side_struct(terms.scores),
+        )
+        _run(self.library.paged_kv_attend, work, "table", segments[0].layout)
+
+    def attention_mass(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        query_positions: Tensor,
+        key_positions: Tensor,
+        scale: float,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """See reference.attention_mass."""
+        lead, (group, number, size) = queries.shape[:-3], queries.shape[-3:]
+        operands = [
+            queries.contiguous(),
+            keys.expand(*lead, *keys.shape[-2:]).contiguous(),
+            None if sinks is None else sinks.float().expand(*lead, group).contiguous(),
+            query_positions.expand(*lead, group, number).contiguous(),
+            key_positions.expand(*lead, keys.shape[-2]).contiguous(),
+        ]
+        found = torch.empty(*lead, keys.shape[-2])
+        work = structs.MassStruct(
+            *(None if one is None else one.data_ptr() for one in operands),
+            found.data_ptr(),
+            lead.numel(),
+            group * number,
+            keys.shape[-2],
+            size,
+            group,
+            scale,
+            softcap,
+        )
+        _run(self.library.paged_kv_attention_mass, work, "", None)
+        return found
+
+
+_NO_MEMORY = 7
+_MESSAGES = {
+    1: "{what}: row {row} names page {value}, there are {pages}",
+    2: "counts: row {row} has {value} entries, more than its table has pages for",
+    3: "starts: row {row} ends at token {value}; they must rise from 0 to the number of tokens",
+    4: "{what}: entry {row} is at slot {value}, outside its pages",
+    5: "{what}: entry {row} is of layer {value}, there are {layers}",
+    6: "{what}: entry {row} is of KV head {value}, there are {heads}",
+}
+
+
+def _run(function: Callable[[int], int], work: Any, what: str, layout: PageLayout | None) -> None:
+    error = function(ctypes.addressof(work))
+    if not error:
+        return
+    if error == _NO_MEMORY:
+        raise MemoryError("no memory for a kernel's scratch")
+    blocks = work.segments[0].blocks if what == "table" else work.blocks
+    raise ValueError(
+        _MESSAGES[error].format(
+            what=what,
+            row=work.bad_row,
+            value=work.bad_value,
+            pages=blocks.pages,
+            layers=blocks.layers,
+            heads=blocks.heads,
+        )
+    )

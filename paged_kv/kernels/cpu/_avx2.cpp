@@ -1,0 +1,2 @@
+#define PAGED_KV_AVX2
+#include "kernels.h"

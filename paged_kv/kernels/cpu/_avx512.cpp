@@ -1,0 +1,2 @@
+#define PAGED_KV_AVX512
+#include "kernels.h"

@@ -1,0 +1,87 @@
+"""Which build of the C++ kernels this process uses."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch  # noqa: F401  before the libraries: they share its threads (libgomp)
+
+BUILDS = ("avx512", "avx2", "portable")  # the best first
+REFERENCE = "reference"
+VARIABLE = "PAGED_KV_CPU_KERNELS"
+CPU_BITS = {"avx512": 2, "avx2": 1, "portable": 0}
+FUNCTIONS = ("write", "gather", "store", "move", "attend", "attention_mass")
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL | None:
+    """The kernels to use; None for torch's operations instead, with one warning.
+
+    Raises:
+        ValueError: PAGED_KV_CPU_KERNELS names no build, or one that is not here.
+    """
+    forced = os.environ.get(VARIABLE)
+    if forced == REFERENCE:
+        return None
+    if forced:
+        if forced not in BUILDS:
+            allowed = ", ".join((*BUILDS, REFERENCE))
+            raise ValueError(f"{VARIABLE} must be one of {allowed}, not {forced!r}")
+        found, why = load(forced)
+        if found is None:
+            raise ValueError(f"{VARIABLE}={forced}: {why}")
+        return found
+    reasons = []
+    for build in BUILDS:
+        found, why = load(build)
+        if found is not None:
+            return found
+        reasons.append(f"{build}: {why}")
+    warnings.warn(
+        "paged_kv has no compiled kernels for this CPU: packed pages are read by torch operations, "
+        f"many times slower ({'; '.join(reasons)}). They are built when paged_kv is installed and a "
+        "C++ compiler is there.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return None
+
+
+def load(build: str, folder: Path | None = None) -> tuple[ctypes.CDLL | None, str]:
+    """(a build, "") or (None, why not)."""
+    if CPU_BITS[build] & ~cpu_bits(folder):
+        return None, "this CPU lacks instructions it uses"
+    file = _file(build, folder)
+    if file is None:
+        return None, "not built"
+    try:
+        return _typed(ctypes.CDLL(str(file))), ""
+    except OSError as error:
+        return None, str(error)
+
+
+def cpu_bits(folder: Path | None = None) -> int:
+    """Which builds the CPU can run, as the portable one finds; 0 without that."""
+    file = _file("portable", folder)
+    try:
+        return ctypes.CDLL(str(file)).paged_kv_cpu() if file else 0
+    except OSError:
+        return 0
+
+
+def _file(build: str, folder: Path | None) -> Path | None:
+    found = sorted((folder or Path(__file__).parent).glob(f"_{build}.*so"))
+    return found[0] if found else None
+
+
+def _typed(found: Any) -> Any:
+    for name in FUNCTIONS:
+        function = getattr(found, f"paged_kv_{name}")
+        function.argtypes = [ctypes.c_void_p]
+        function.restype = ctypes.c_int
+    return found

@@ -1,0 +1,171 @@
+"""What the C++ kernels are given: the structs of page.h, field by field."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+
+from paged_kv.kernels.operands import Segment
+from paged_kv.kernels.page_layout import Codec, PageLayout
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+Number, Pointer = ctypes.c_int64, ctypes.c_void_p
+
+
+class _Struct(ctypes.Structure):
+    """A struct whose fields are numbers, pointers and others of its kind."""
+
+    _fields_: ClassVar = []
+
+
+def _numbers(names: str) -> list[tuple[str, type]]:
+    return [(name, Number) for name in names.split()]
+
+
+def _pointers(names: str) -> list[tuple[str, type]]:
+    return [(name, Pointer) for name in names.split()]
+
+
+class PartStruct(_Struct):
+    """A codec."""
+
+    _fields_: ClassVar = _numbers("format size data_bytes num_scales rotation")
+
+
+class LayoutStruct(_Struct):
+    """A page layout."""
+
+    _fields_: ClassVar = [
+        ("key", PartStruct),
+        ("value", PartStruct),
+        *_numbers("page_size block_bytes value_offset key_scale_offset value_scale_offset"),
+    ]
+
+
+class BlocksStruct(_Struct):
+    """uint8 [layers, pages, heads, block_bytes]."""
+
+    _fields_: ClassVar = [
+        *_pointers("data layout"),
+        *_numbers("layers pages heads layer_stride page_stride head_stride"),
+    ]
+
+
+class SegmentStruct(_Struct):
+    """operands.Segment."""
+
+    _fields_: ClassVar = [
+        ("blocks", BlocksStruct),
+        *_pointers("table"),
+        *_numbers("table_stride columns"),
+        *_pointers("counts"),
+    ]
+
+
+class SideStruct(_Struct):
+    """float32 [pages, heads, page_size]."""
+
+    _fields_: ClassVar = [*_pointers("data"), *_numbers("pages page_stride head_stride")]
+
+
+class AttendStruct(_Struct):
+    """attend."""
+
+    _fields_: ClassVar = [
+        *_pointers("output queries"),
+        *_numbers("dtype output_token_stride output_head_stride"),
+        *_numbers("query_token_stride query_head_stride"),
+        *_pointers("starts"),
+        *_numbers("tokens rows heads kv_heads num_segments"),
+        ("segments", SegmentStruct * 2),
+        ("scale", ctypes.c_double),
+        ("softcap", ctypes.c_double),
+        *_pointers("sinks"),
+        ("weights", SideStruct),
+        ("scores", SideStruct),
+        *_numbers("bad_row bad_value"),
+    ]
+
+
+class WriteStruct(_Struct):
+    """write."""
+
+    _fields_: ClassVar = [
+        ("blocks", BlocksStruct),
+        *_pointers("keys values"),
+        *_numbers("dtype key_token_stride key_head_stride value_token_stride value_head_stride"),
+        *_pointers("slots"),
+        *_numbers("tokens bad_row bad_value"),
+    ]
+
+
+class PlacesStruct(_Struct):
+    """int64 [count] each."""
+
+    _fields_: ClassVar = _pointers("layer page head offset")
+
+
+class EntriesStruct(_Struct):
+    """gather, store and move."""
+
+    _fields_: ClassVar = [
+        ("blocks", BlocksStruct),
+        *_numbers("of_values count"),
+        ("source", PlacesStruct),
+        ("target", PlacesStruct),
+        *_pointers("numbers"),
+        *_numbers("bad_row bad_value"),
+    ]
+
+
+class MassStruct(_Struct):
+    """attention_mass."""
+
+    _fields_: ClassVar = [
+        *_pointers("queries keys sinks query_positions key_positions mass"),
+        *_numbers("heads queries_per_head entries size group"),
+        ("scale", ctypes.c_double),
+        ("softcap", ctypes.c_double),
+    ]
+
+
+@lru_cache(maxsize=256)
+def layout_struct(layout: PageLayout) -> tuple[LayoutStruct, int]:
+    """(the struct, its address)."""
+
+    def part(codec: Codec) -> PartStruct:
+        sizes = codec.size, codec.data_bytes, codec.num_scales, codec.rotation
+        return PartStruct(codec.code, *sizes)
+
+    offsets = layout.value_offset, layout.key_scale_offset, layout.value_scale_offset
+    parts = part(layout.key), part(layout.value)
+    found = LayoutStruct(*parts, layout.page_size, layout.block_bytes, *offsets)
+    return found, ctypes.addressof(found)
+
+
+def blocks_struct(blocks: torch.Tensor, layout: PageLayout) -> BlocksStruct:
+    """Of uint8 [pages, heads, block_bytes], or with layers in front."""
+    address = layout_struct(layout)[1]
+    shape, strides = blocks.shape, blocks.stride()
+    if len(shape) == 3:
+        return BlocksStruct(blocks.data_ptr(), address, 1, *shape[:2], 0, *strides[:2])
+    return BlocksStruct(blocks.data_ptr(), address, *shape[:3], *strides[:3])
+
+
+def segment_struct(segment: Segment) -> SegmentStruct:
+    """Of a segment."""
+    blocks, layout, table, counts = segment
+    own = blocks_struct(blocks, layout)
+    columns = table.shape[1]
+    return SegmentStruct(own, table.data_ptr(), table.stride(0), columns, counts.data_ptr())
+
+
+def side_struct(side: torch.Tensor | None) -> SideStruct:
+    """Of float32 [pages, kv_heads, page_size]."""
+    if side is None:
+        return SideStruct()
+    return SideStruct(side.data_ptr(), side.shape[0], *side.stride()[:2])

@@ -1,0 +1,179 @@
+"""Attention over packed pages by Triton: sizes, scratch memory and launches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+
+from paged_kv.kernels.operands import Queries, Segment, Terms
+from paged_kv.kernels.page_layout import WORD
+from paged_kv.kernels.triton.attention import (
+    combine_kernel,
+    rotate_kernel,
+    score_kernel,
+    segment_kernel,
+)
+from paged_kv.kernels.triton.parts import part_of
+
+Tensor = torch.Tensor
+ROW_QUERIES = 16  # query heads of a program: the rows of a matrix instruction
+CHUNK_QUERIES = 64  # the same when rows have many new tokens
+TILE_BYTES = 1 << 14  # float32 keys of a program's step
+PROGRAMS = 4  # per multiprocessor, so that memory is kept busy
+MAX_SPLITS = 32  # of a row's entries
+INTERPRETED = 4  # multiprocessors that Triton's interpreter is taken to have
+
+
+class _Call:
+    """What the launches of one call share."""
+
+    def __init__(self, queries: Queries, segments: list[Segment], terms: Terms) -> None:
+        self.states, self.starts = queries
+        self.segments, self.terms = segments, terms
+        self.num_rows = len(queries.starts) - 1
+        self.num_tokens, self.num_heads = self.states.shape[:2]
+        self.num_kv_heads = segments[0].blocks.shape[1]
+        self.group = self.num_heads // self.num_kv_heads
+        many = self.num_tokens > self.num_rows
+        least = triton.next_power_of_2(self.group)
+        self.num_queries = max(CHUNK_QUERIES if many else ROW_QUERIES, least)
+        counts = [segment.counts for segment in segments]
+        self.totals = counts[0] if len(counts) == 1 else counts[0] + counts[1]
+        self.befores = [torch.zeros_like(counts[0]), counts[0]][: len(counts)]
+        token_blocks = self.num_tokens // (self.num_queries // self.group) + self.num_rows
+        self.grid = token_blocks, self.num_kv_heads
+        self.splits = [self._num_splits(segment) for segment in segments]
+
+    def _num_splits(self, segment: Segment) -> int:
+        """As many as fill the GPU, and no more than there are steps in the longest row."""
+        wanted = PROGRAMS * _multiprocessors(self.states.device)
+        tiles = -(-segment.table.shape[1] * segment.layout.page_size // self.tile(segment))
+        return max(1, min(MAX_SPLITS, tiles, wanted // (self.grid[0] * self.grid[1])))
+
+    def tile(self, segment: Segment) -> int:
+        """Entries of a program's step: fewer for large heads, whose numbers must fit registers."""
+        codec = segment.layout.key
+        size = triton.next_power_of_2(max(codec.size, segment.layout.value.size))
+        return max(16, min(64, TILE_BYTES // (WORD * size)))
+
+    def rotated(self, segment: Segment) -> Tensor:
+        """The queries as the segment's keys need them."""
+        codec = segment.layout.key
+        if codec.rotation == 1:
+            return self.states
+        result = torch.empty_like(self.states, memory_format=torch.contiguous_format)
+        rotate_kernel[(self.num_tokens, self.num_heads)](
+            result,
+            self.states,
+            *self.states.stride()[:2],
+            SIZE=codec.size,
+            BLOCK=codec.rotation,
+            enable_fp_fusion=True,
+        )
+        return result
+
+    def arguments(self, number: int, states: Tensor) -> dict[str, Any]:
+        """What segment_kernel and score_kernel both take."""
+        first, segment, terms = self.segments[0], self.segments[number], self.terms
+        words = segment.blocks.view(torch.int32)
+        weights = terms.weights
+        return {
+            "states": states,
+            "starts": self.starts,
+            "words": words,
+            "table": segment.table,
+            "counts": segment.counts,
+            "befores": self.befores[number],
+            "totals": self.totals,
+            "side_table": first.table,
+            "weights": weights,
+            "scale": terms.scale,
+            "softcap": terms.softcap,
+            "token_step": states.stride(0),
+            "head_step": states.stride(1),
+            "table_step": segment.table.stride(0),
+            "page_step": words.stride(0),
+            "block_head_step": words.stride(1),
+            "side_step": first.table.stride(0),
+            "side_page_step": 0 if weights is None else weights.stride(0),
+            "side_head_step": 0 if weights is None else weights.stride(1),
+            "KEY": part_of(segment.layout, "key"),
+            "SIDE_PAGE": first.layout.page_size,
+            "GROUP": self.group,
+            "QUERIES": self.num_queries,
+            "ENTRIES": self.tile(segment),
+            "SOFTCAP": bool(terms.softcap),
+            "enable_fp_fusion": True,
+        }
+
+
+def attend(output: Tensor, queries: Queries, segments: list[Segment], terms: Terms) -> None:
+    """Attention of new tokens to all that their rows hold; see ops.attend.
+
+    One token per row, or chunks of many; one segment or two.
+    """
+    if not output.numel():
+        return
+    call = _Call(queries, segments, terms)
+    shared = [call.arguments(i, call.rotated(segment)) for i, segment in enumerate(segments)]
+    size, splits = output.shape[2], sum(call.splits)
+    device = output.device
+    shape = (call.num_tokens, call.num_heads, splits)
+    mixed = torch.empty((*shape, size), dtype=torch.float32, device=device)
+    peaks, sums = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
+    for number, segment in enumerate(segments):
+        segment_kernel[(*call.grid, call.splits[number])](
+            mixed,
+            peaks,
+            sums,
+            num_rows=call.num_rows,
+            first_split=sum(call.splits[:number]),
+            num_splits=call.splits[number],
+            all_splits=splits,
+            VALUE=part_of(segment.layout, "value"),
+            **shared[number],
+        )
+    log_totals = None
+    if terms.scores is not None:
+        log_totals = torch.empty(shape[:2], dtype=torch.float32, device=device)
+    combine_kernel[shape[:2]](
+        output,
+        log_totals,
+        mixed,
+        peaks,
+        sums,
+        terms.sinks,
+        call.splits[0],
+        splits,
+        *output.stride()[:2],
+        SIZE=size,
+        SPLITS=triton.next_power_of_2(splits),
+        ROTATION=segments[0].layout.value.rotation,
+        enable_fp_fusion=True,
+    )
+    if terms.scores is not None:
+        assert log_totals is not None
+        _add_scores(terms.scores, log_totals, call, shared)
+
+
+def _add_scores(
+    scores: Tensor, log_totals: Tensor, call: _Call, shared: list[dict[str, Any]]
+) -> None:
+    for segment, arguments in zip(call.segments, shared, strict=True):
+        most = segment.table.shape[1] * segment.layout.page_size
+        grid = -(-most // call.tile(segment)), call.num_rows, call.num_kv_heads
+        score_kernel[grid](
+            scores,
+            log_totals,
+            score_page_step=scores.stride(0),
+            score_head_step=scores.stride(1),
+            **arguments,
+        )
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return INTERPRETED
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,324 @@
+"""Attention over packed pages: every row's entries in splits, then the splits' sum, then scores.
+
+A program takes the query heads of one KV head, of one new token or of a few neighbours, so that an
+entry is read and decoded once for all of them. Logits are in base 2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+from paged_kv.kernels.triton.numbers import load_numbers, rotate
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+NOTHING = tl.constexpr(float("-inf"))
+WIDENED = tl.constexpr(knobs.runtime.interpret)  # the interpreter cannot multiply bfloat16
+
+
+@triton.jit
+def rotate_kernel(result, states, token_step, head_step, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Queries as rotated keys need them. Grid: tokens, heads; result: of their dtype, dense."""
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    column = tl.arange(0, triton.next_power_of_2(SIZE))[None]
+    source = states + token * token_step + head * head_step
+    numbers = tl.load(source + column, mask=column < SIZE, other=0.0).to(tl.float32)
+    place = (token * tl.num_programs(1) + head) * SIZE + column
+    rotated = rotate(numbers, BLOCK).to(result.dtype.element_ty)
+    tl.store(result + place, rotated, mask=column < SIZE)
+
+
+@triton.jit
+def _find_row(starts, num_rows, block, TOKENS: tl.constexpr):
+    """The row that a block of TOKENS tokens belongs to: row r's first is starts[r] // TOKENS + r.
+
+    Rows have a block more than they may need, so that the number of blocks is known on the host.
+    """
+    low, high = 0, num_rows
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(starts + middle) // TOKENS + middle <= block:
+            low = middle + 1
+        else:
+            high = middle
+    return low - 1
+
+
+@triton.jit
+def _load_queries(states, token, head, token_step, head_step, used, SIZE: tl.constexpr):
+    """[queries, columns], 0 beyond the head's size."""
+    column = tl.arange(0, triton.next_power_of_2(SIZE))
+    place = token.to(tl.int64)[:, None] * token_step + head[:, None] * head_step + column[None]
+    mask = used[:, None] & (column < SIZE)[None]
+    return tl.load(states + place, mask=mask, other=0.0)
+
+
+@triton.jit
+def _locate(table, row, table_step, entry, inside, PAGE_SIZE: tl.constexpr):
+    """(page id, offset), int64 [entries], of a row's entries."""
+    place = table + row * table_step + entry // PAGE_SIZE
+    return tl.load(place, mask=inside, other=0).to(tl.int64), (entry % PAGE_SIZE).to(tl.int64)
+
+
+@triton.jit
+def _product(left, right, total, DTYPE: tl.constexpr):
+    """total + left @ right. Two 16-bit numbers have an exact product; float32 takes three."""
+    left, right = left.to(DTYPE), right.to(DTYPE)
+    if WIDENED:
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, total, input_precision="tf32x3")
+
+
+@triton.jit
+def _logits(
+    queries,
+    keys,
+    visible,
+    scale,
+    softcap,
+    weights,
+    side_place,
+    inside,
+    SOFTCAP: tl.constexpr,
+):
+    """float32 [queries, entries] in base 2."""
+    found = tl.zeros((queries.shape[0], keys.shape[0]), tl.float32)
+    found = _product(queries, tl.trans(keys), found, queries.dtype) * scale
+    if SOFTCAP:  # tanh(x) = 1 - 2 / (exp(2x) + 1)
+        found = softcap * (1.0 - 2.0 / (tl.exp2(found * (2.0 * LOG2_E / softcap)) + 1.0))
+    found = found * LOG2_E
+    if weights is not None:
+        found += tl.log2(tl.load(weights + side_place, mask=inside, other=1.0))[None]
+    return tl.where(visible, found, NOTHING)
+
+
+@triton.jit
+def segment_kernel(
+    mixed,
+    peaks,
+    sums,
+    states,
+    starts,
+    words,
+    table,
+    counts,
+    befores,
+    totals,
+    side_table,
+    weights,
+    num_rows,
+    scale,
+    softcap,
+    token_step,
+    head_step,
+    table_step,
+    page_step,
+    block_head_step,
+    side_step,
+    side_page_step,
+    side_head_step,
+    first_split,
+    num_splits,
+    all_splits,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
+    SIDE_PAGE: tl.constexpr,
+    GROUP: tl.constexpr,
+    QUERIES: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """Softmax and mix of a split of a segment. Grid: token blocks, KV heads, splits.
+
+    Writes, per token, head and split: mixed float32 [value_size] and sums, both times
+    exp2(-peaks); sums is 0 where nothing is visible, and then mixed is not written.
+    """
+    TOKENS: tl.constexpr = QUERIES // GROUP
+    kv_head, split = tl.program_id(1), tl.program_id(2)
+    row = _find_row(starts, num_rows, tl.program_id(0), TOKENS)
+    start = tl.load(starts + row)
+    num_new = tl.load(starts + row + 1) - start
+    first = (tl.program_id(0) - start // TOKENS - row) * TOKENS
+    if first >= num_new:
+        return
+    number = tl.arange(0, QUERIES)
+    token, head = first + number // GROUP, kv_head * GROUP + number % GROUP
+    used = (number < TOKENS * GROUP) & (token < num_new)
+    count, before, total = (
+        tl.load(counts + row),
+        tl.load(befores + row),
+        tl.load(totals + row),
+    )
+    position = total - num_new + token - before  # the newest entry a query sees, in this segment
+    end = tl.minimum(count, total - num_new + tl.minimum(first + TOKENS, num_new) - before)
+    span = tl.cdiv(tl.cdiv(end, num_splits), ENTRIES) * ENTRIES
+    low = split * span
+    queries = _load_queries(states, start + token, head, token_step, head_step, used, KEY.size)
+    peak = tl.full((QUERIES,), NOTHING, tl.float32)
+    weight_sum = tl.zeros((QUERIES,), tl.float32)
+    mix = tl.zeros((QUERIES, triton.next_power_of_2(VALUE.size)), tl.float32)
+    for begin in range(low, tl.minimum(low + span, end), ENTRIES):
+        entry = begin + tl.arange(0, ENTRIES)
+        inside = entry < end
+        page, offset = _locate(table, row, table_step, entry, inside, KEY.page_size)
+        block = page * page_step + kv_head * block_head_step
+        keys = load_numbers(words, block, offset, inside, KEY)
+        side_place = entry
+        if weights is not None:
+            page, side = _locate(side_table, row, side_step, before + entry, inside, SIDE_PAGE)
+            side_place = page * side_page_step + kv_head * side_head_step + side
+        visible = inside[None] & (entry[None] <= position[:, None])
+        found = _logits(
+            queries,
+            keys,
+            visible,
+            scale,
+            softcap,
+            weights,
+            side_place,
+            inside,
+            SOFTCAP,
+        )
+        new_peak = tl.maximum(peak, tl.max(found, 1))
+        reference = tl.where(new_peak == NOTHING, 0.0, new_peak)
+        shares = tl.exp2(found - reference[:, None])
+        shrink = tl.exp2(peak - reference)
+        weight_sum = weight_sum * shrink + tl.sum(shares, 1)
+        values = load_numbers(words, block, offset, inside, VALUE)
+        mix = _product(shares, values, mix * shrink[:, None], queries.dtype)
+        peak = new_peak
+    place = ((start + token).to(tl.int64) * tl.num_programs(1) * GROUP + head) * all_splits
+    place += first_split + split
+    tl.store(peaks + place, peak, mask=used)
+    tl.store(sums + place, weight_sum, mask=used)
+    column = tl.arange(0, mix.shape[1])
+    mask = (used & (weight_sum != 0.0))[:, None] & (column < VALUE.size)[None]
+    tl.store(mixed + place[:, None] * VALUE.size + column[None], mix, mask=mask)
+
+
+@triton.jit
+def combine_kernel(
+    output,
+    totals,
+    mixed,
+    peaks,
+    sums,
+    sinks,
+    first_splits,
+    all_splits,
+    token_step,
+    head_step,
+    SIZE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ROTATION: tl.constexpr,
+):
+    """Adds the splits. Grid: tokens, heads.
+
+    The first segment's splits are rotated back (its values are stored so), the second's are not.
+    totals: float32 [tokens, heads], log2 of the sum of exp2(logits), or None.
+    """
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = (token * tl.num_programs(1) + head) * all_splits
+    split = tl.arange(0, SPLITS)
+    share = tl.load(sums + row + split, mask=split < all_splits, other=0.0)
+    used = share != 0.0  # a NaN is used: it must not be lost
+    peak = tl.load(peaks + row + split, mask=used, other=NOTHING)
+    top = tl.max(peak, 0)
+    if sinks is not None:
+        sink = tl.load(sinks + head) * LOG2_E
+        top = tl.maximum(top, sink)
+    top = tl.where(top == NOTHING, 0.0, top)
+    factor = tl.exp2(peak - top)
+    total = tl.sum(tl.where(used, share * factor, 0.0), 0)
+    if sinks is not None:
+        total += tl.exp2(sink - top)
+    column = tl.arange(0, triton.next_power_of_2(SIZE))
+    mask = used[:, None] & (column < SIZE)[None]
+    place = (row + split)[:, None] * SIZE + column[None]
+    part = tl.load(mixed + place, mask=mask, other=0.0) * factor[:, None]
+    part = tl.where(used[:, None], part, 0.0)
+    early = (split < first_splits)[:, None]
+    rotated = tl.sum(tl.where(early, part, 0.0), 0, keep_dims=True)
+    result = rotate(rotated, ROTATION) + tl.sum(tl.where(early, 0.0, part), 0, keep_dims=True)
+    result = result / tl.where(total == 0.0, 1.0, total)
+    place = token * token_step + head * head_step + column[None]
+    tl.store(output + place, result.to(output.dtype.element_ty), mask=(column < SIZE)[None])
+    if totals is not None:
+        tl.store(totals + token * tl.num_programs(1) + head, top + tl.log2(total))
+
+
+@triton.jit
+def score_kernel(
+    scores,
+    log_totals,
+    states,
+    starts,
+    words,
+    table,
+    counts,
+    befores,
+    totals,
+    side_table,
+    weights,
+    scale,
+    softcap,
+    token_step,
+    head_step,
+    table_step,
+    page_step,
+    block_head_step,
+    side_step,
+    side_page_step,
+    side_head_step,
+    score_page_step,
+    score_head_step,
+    KEY: tl.constexpr,
+    SIDE_PAGE: tl.constexpr,
+    GROUP: tl.constexpr,
+    QUERIES: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """Adds what entries got to their scores. Grid: blocks of ENTRIES entries, rows, KV heads."""
+    TOKENS: tl.constexpr = QUERIES // GROUP
+    row, kv_head = tl.program_id(1), tl.program_id(2)
+    entry = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
+    inside = entry < tl.load(counts + row)
+    start = tl.load(starts + row)
+    num_new = tl.load(starts + row + 1) - start
+    if tl.program_id(0) * ENTRIES >= tl.load(counts + row):
+        return
+    before, total = tl.load(befores + row), tl.load(totals + row)
+    page, offset = _locate(table, row, table_step, entry, inside, KEY.page_size)
+    block = page * page_step + kv_head * block_head_step
+    keys = load_numbers(words, block, offset, inside, KEY)
+    page, side = _locate(side_table, row, side_step, before + entry, inside, SIDE_PAGE)
+    side_place = page * side_page_step + kv_head * side_head_step + side
+    number = tl.arange(0, QUERIES)
+    head = kv_head * GROUP + number % GROUP
+    mass = tl.zeros((ENTRIES,), tl.float32)
+    for first in range(0, num_new, TOKENS):
+        token = first + number // GROUP
+        used = (number < TOKENS * GROUP) & (token < num_new)
+        position = total - num_new + token - before
+        queries = _load_queries(states, start + token, head, token_step, head_step, used, KEY.size)
+        visible = used[:, None] & inside[None] & (entry[None] <= position[:, None])
+        found = _logits(
+            queries,
+            keys,
+            visible,
+            scale,
+            softcap,
+            weights,
+            side_place,
+            inside,
+            SOFTCAP,
+        )
+        place = (start + token) * (tl.num_programs(2) * GROUP) + head
+        log_total = tl.load(log_totals + place, mask=used, other=0.0)
+        shares = tl.exp2(found - log_total[:, None])
+        mass += tl.sum(tl.where(visible, shares, 0.0), 0)
+    # Rows may share a page, so that programs may add to one place.
+    place = page * score_page_step + kv_head * score_head_step + side
+    tl.atomic_add(scores + place, mass, mask=inside, sem="relaxed")
