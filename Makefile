@@ -12,7 +12,7 @@ SHELL := bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 # Everything that decides what is installed.
-INPUTS := requirements/cpu.lock pyproject.toml $(wildcard setup.py)
+INPUTS := requirements/cpu.lock pyproject.toml $(wildcard paged_kv/kernels/cpu/*.cpp paged_kv/kernels/cpu/*.h)
 
 # Nothing here may reach for a hub, nor vLLM report its use.
 demo test model: export HF_HUB_OFFLINE := 1

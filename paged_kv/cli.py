@@ -98,6 +98,11 @@ COMMANDS = {
         ),
         "hf,bench",
     ),
+    "calibrate": Command(
+        "choose a page format for each layer of a model",
+        from_module("paged_kv.eval.calibrate"),
+        "hf,bench",
+    ),
     "train-learned": Command(
         "train the policy `learned` for a model",
         from_module("paged_kv.eval.train_learned"),

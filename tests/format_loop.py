@@ -114,7 +114,7 @@ class Stored(Sequence_):
         return tuple(torch.cat([old[:, :-count], raw[:, -count:]], 1) for old, raw in pairs)
 
     def followed(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> Any:
-        """What the engine stored for these tokens; what it computed here, the same but for noise."""
+        """What the engine stored for these tokens: what is computed here, but for noise."""
         if hasattr(self, "hit"):
             tokens = torch.tensor(self.hit, dtype=torch.int32).numpy()
             ends = range(1, len(tokens) + 1)

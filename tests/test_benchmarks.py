@@ -86,6 +86,11 @@ SCRIPTS = {
         ["full", "streaming"],
         COMPARED - {"idle_cpu"},
     ),
+    "quantized_decode": (
+        "--rounds 2 --steps 2 --requests 2 --prompt-len 40 --cases int8",
+        ["plain", "int8"],
+        {"tokens_per_second", "ratio", "ratios", "step_ms", "attention_ms", "write_ms"},
+    ),
     "same_process": (
         "--rounds 1 --requests 2 --prompt-len 16 --output-len 8",
         ["streaming"],

@@ -192,7 +192,16 @@ STORES = {
     "float32": {},
     "bfloat16": {"dtype": "bfloat16"},
     "fp8": {"kv_cache_dtype": "fp8"},
+    "int4": {"kv_cache_dtype": "int4_per_token_head"},
 }
+
+
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """Pages and attention are vLLM's, as on a machine that has no compiler."""
+    from paged_kv.kernels import cpu
+
+    monkeypatch.setattr(cpu, "available", lambda: False)
 
 
 def skip_without_fp8(store: str) -> None:
@@ -218,7 +227,9 @@ def scored(llm: Any, prompts: list[list[int]]) -> list[Any]:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_budget_that_nothing_exceeds_changes_no_bit(store, configs, smollm2_dir, text):
+def test_a_budget_that_nothing_exceeds_changes_no_bit(
+    store, configs, smollm2_dir, text, without_kernels
+):
     skip_without_fp8(store)
     prompts = cut(text, [30, 128, 257])
     results = []
@@ -261,7 +272,7 @@ class Ledger:
         self.num_sinks = num_sinks
         self.num_checked = 0
         self.entries: dict[tuple[str, str], dict[int, bytes]] = {}  # (request, layer): position
-        self.elements: dict[str, torch.Tensor] = {}
+        self.elements: dict[str, torch.Tensor] = {}  # bytes of each entry in a page
         self.compact = self.compactor._compact
         self.compactor._compact = self.checked
 
@@ -297,21 +308,27 @@ class Ledger:
 
     def read(self, name: str, pending: Any, row: int, slots: list[int]) -> list[bytes]:
         """The bits of the entries in these logical slots, all heads together."""
-        from paged_kv.vllm.layout import probe_elements
-
-        layer = self.compactor.layers[name]
+        layer, index = self.compactor.layers[name], torch.tensor(slots, dtype=torch.int64)
         if name not in self.elements:
-            self.elements[name] = probe_elements(layer, layer.kv_cache)
-        index = torch.tensor(slots, dtype=torch.int64)
+            self.elements[name] = self.bytes_of(name, layer)
         page = pending.block_table[row, index // pending.block_size].long()
         elements = self.elements[name][index % pending.block_size]
-        entries = layer.kv_cache.flatten(2)[page[:, None], :, elements]  # [slots, content, heads]
-        return [entry.tobytes() for entry in entries.contiguous().view(torch.uint8).numpy()]
+        pages = layer.kv_cache.flatten(2).view(torch.uint8)
+        entries = pages[page[:, None], :, elements]  # [slots, bytes, heads]
+        return [entry.tobytes() for entry in entries.numpy()]
+
+    def bytes_of(self, name: str, layer: Any) -> torch.Tensor:
+        """int64 [page_size, bytes]: where in a page of a head the bytes of each entry lie."""
+        from paged_kv.vllm.layout import probe_elements
+
+        if name in self.compactor.layouts:
+            return self.compactor.layouts[name].elements
+        size = layer.kv_cache.element_size()
+        found = probe_elements(layer, layer.kv_cache)[..., None] * size
+        return (found + torch.arange(size)).flatten(1)
 
 
-@pytest.mark.parametrize("store", ["bfloat16", "fp8"])
-def test_entries_are_moved_bit_for_bit(store, smollm2_dir, text):
-    skip_without_fp8(store)
+def check_moves(store: str, smollm2_dir: Any, text: list[int]) -> None:
     config = {"policy": "pyramidal+streaming", "budget": 128, "recent_window": 16}
     settings = {"block_size": 32, **CHUNKS, **STORES[store]}
     with engines.engine(str(smollm2_dir), config, **settings) as llm:
@@ -319,3 +336,13 @@ def test_entries_are_moved_bit_for_bit(store, smollm2_dir, text):
         engines.generate(llm, cut(text, [60, 150, 301]), 100)
     # 30 layers: each request compacts at the end of its prompt or later, and every 32 tokens.
     assert ledger.num_checked >= 30 * 3 * 2
+
+
+@pytest.mark.parametrize("store", ["bfloat16", "fp8"])
+def test_entries_of_vllms_pages_are_moved_bit_for_bit(store, smollm2_dir, text, without_kernels):
+    skip_without_fp8(store)
+    check_moves(store, smollm2_dir, text)
+
+
+def test_entries_of_packed_pages_are_moved_bit_for_bit(smollm2_dir, text):
+    check_moves("int4", smollm2_dir, text)

@@ -128,6 +128,33 @@ def test_accumulate_h2o():
         assert float(result[index]) == pytest.approx(total, rel=1e-5)
 
 
+def test_only_what_sums_attention_is_left_to_the_kernels():
+    """A policy that accumulates in its own way keeps its own pass, whatever it inherits."""
+    from paged_kv.policies.h2o import H2O
+    from paged_kv.policies.residual import Residual
+
+    class Renamed(H2O):
+        pass
+
+    class Decaying(H2O):
+        def accumulate(self, scores, probabilities, positions):
+            return super().accumulate(scores / 2, probabilities, positions)
+
+    class Summing(Decaying):
+        sums_attention = True
+
+    class Own(Residual):
+        def accumulate(self, scores, probabilities, positions):
+            return scores
+
+    said = {cls: cls(4, 8).sums_attention for cls in (H2O, Renamed, Decaying, Summing)}
+    assert said == {H2O: True, Renamed: True, Decaying: False, Summing: True}
+    assert make("residual", {"of": "h2o"}).sums_attention
+    assert not make("residual", {"of": "lru"}).sums_attention
+    assert not make("lru", {}).sums_attention
+    assert not Own(H2O(4, 8)).sums_attention
+
+
 @pytest.mark.parametrize("threshold", [0, 0.01, 0.3, 1])
 def test_accumulate_lru(threshold):
     scores, probabilities, positions = accumulation(torch.Generator().manual_seed(4))

@@ -313,6 +313,67 @@ def test_the_cpu_kernel_writes_pages_where_we_probe():
     )
 
 
+# ---- packed pages: the layer's impl, its spec and its cache
+
+
+def test_attention_calls_the_impl_as_we_stand_in_for_it():
+    from vllm.model_executor.layers.attention import attention
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
+
+    names = ["layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"]
+    begins_with(CPUAttentionBackendImpl.forward, "self", *names)
+    assert "self.impl.forward(" in inspect.getsource(attention.unified_attention_with_output)
+    source = inspect.getsource(attention.unified_kv_cache_update)
+    assert "attn_layer.impl.do_kv_cache_update(" in source
+    assert CPUAttentionBackend.forward_includes_kv_cache_update is False
+    for name in ("scale", "logits_soft_cap", "sinks"):
+        assert f"self.{name} = " in inspect.getsource(CPUAttentionBackendImpl.__init__)
+
+
+def test_vllm_counts_the_bytes_that_a_spec_says():
+    import torch
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    from paged_kv.vllm.packed import layout_of, packed_spec
+
+    stock = FullAttentionSpec(block_size=32, num_kv_heads=3, head_size=64, dtype=torch.bfloat16)
+    for name in ("native", "int8", "int4", "fp8"):
+        layout = layout_of(stock, name)
+        assert packed_spec(stock, name).page_size_bytes == 3 * layout.block_bytes
+
+
+def test_layers_with_other_pages_are_one_group_with_as_many_pages():
+    import torch
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, UniformTypeKVCacheSpecs
+
+    from paged_kv.core.schedule import Schedule
+    from paged_kv.vllm import spec
+    from paged_kv.vllm.packed import packed_spec
+
+    spec.register()
+    stock = FullAttentionSpec(block_size=32, num_kv_heads=3, head_size=64, dtype=torch.bfloat16)
+    full = {name: packed_spec(stock, name) for name in ("int8", "int4", "native")}
+    paged = {n: spec.PagedSpec.from_full(s, Schedule(32, 128)) for n, s in full.items()}
+    for specs in (full, paged):
+        together = UniformTypeKVCacheSpecs.from_specs(specs)
+        assert together is not None
+        assert together.page_size_bytes == sum(s.page_size_bytes for s in specs.values())
+    other = dataclasses.replace(paged["int4"], schedule=Schedule(32, 160))
+    assert UniformTypeKVCacheSpecs.from_specs(paged | {"int4": other}) is None
+
+
+def test_cache_dtypes_that_vllm_knows():
+    from typing import get_args
+
+    from vllm.config.cache import CacheDType
+    from vllm.engine.arg_utils import EngineArgs
+
+    from paged_kv.vllm.formats import AUTO, CACHE_DTYPES, FP8_DTYPES
+
+    assert {AUTO, *CACHE_DTYPES, *FP8_DTYPES} <= set(get_args(CacheDType))
+    has_fields(EngineArgs, "kv_cache_dtype", "kv_cache_dtype_skip_layers")
+
+
 # ---- nothing happens without being asked
 
 

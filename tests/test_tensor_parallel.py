@@ -21,6 +21,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "snapkv": {"policy": "snapkv", "budget": 96, "observation_window": 8},
     "h2o": {"policy": "h2o", "budget": 96},
     "value_merge": {"policy": "value_merge", "of": "knorm", "budget": 96},
+    "int4 pages": {"page_format": "int4", "residual_pages": 1},
 }
 SETTINGS: dict[str, Any] = {
     "skip_tokenizer_init": True,
@@ -78,6 +79,7 @@ def of_two_ranks(tmp_path_factory, model, prompts) -> dict[str, Any]:
 def test_two_ranks_give_the_tokens_of_one(model, prompts, of_two_ranks, policy):
     with engines.engine(model, POLICIES[policy], **SETTINGS) as llm:
         tokens = engines.generate(llm, prompts, MAX_TOKENS)
-        assert engines.worker(llm).compactor.num_events > 0
+        compactor = engines.worker(llm).compactor
+        assert compactor is None or compactor.num_events > 0
     assert len(set(tokens[0])) > 20, "the model repeats itself: a difference would not show"
     assert tokens == of_two_ranks[policy]

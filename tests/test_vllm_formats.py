@@ -15,8 +15,9 @@ from reference_loop import Rule, load_model
 
 pytestmark = pytest.mark.vllm
 
-BUDGET, LAYERS = 96, 6
+BUDGET, LAYERS, MAX_SEQS = 96, 6, 16
 SETTINGS = {
+    "max_num_seqs": MAX_SEQS,
     "max_num_batched_tokens": 100,
     "kv_cache_memory_bytes": 64 << 20,
     "skip_tokenizer_init": True,
@@ -83,9 +84,10 @@ def test_tokens_without_a_policy(case, tiny, model, mixed):
     with engines.engine(tiny, config, **{**SETTINGS, **arguments}) as llm:
         assert engines.scheduler(llm).__class__.__name__ == "Scheduler"
         pool = engines.block_pool(llm)
-        if "residual_pages" not in config:
-            memory = SETTINGS["kv_cache_memory_bytes"]
-            assert pool.num_gpu_blocks == memory // page_bytes(formats, page_size)
+        quantized = [name for name in formats if name != "native"]
+        ring = config.get("residual_pages", 0) * page_bytes(["native"] * len(quantized), 32)
+        memory = SETTINGS["kv_cache_memory_bytes"] - (MAX_SEQS + 1) * ring
+        assert pool.num_gpu_blocks == memory // page_bytes(formats, page_size)
         waves = [[*prompts_of(20, 101), first], [second, first[:170]]]
         chunks = complete_and_check(llm, model, waves, rule, formats, config, 50)
         assert [own[0][0] for own in chunks[3:]] == [

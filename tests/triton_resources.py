@@ -1,4 +1,6 @@
-"""What the Triton kernels need of a GPU, from the compiler: python tests/triton_resources.py.
+"""What the Triton kernels need of a GPU, from the compiler.
+
+    python tests/triton_resources.py ARCH [HEAD_SIZE ...] [DTYPE ...], ARCH 80 or 90
 
 Every call below compiles its kernels as on that GPU, from the arguments that it would launch them
 with; nothing is launched. Prints a JSON line per kernel: case, kernel, arch, registers of a thread,
@@ -26,7 +28,6 @@ import paged_kv.kernels.triton as kernels
 from paged_kv.kernels.operands import Queries, Segment, Terms
 from paged_kv.quant import make_layout
 
-ARCHS = (80, 90)
 KV_HEADS, GROUP, PAGE_SIZE, ROWS, NUM_PAGES = 3, 3, 32, 8, 64
 CHUNK = 64  # new tokens of a row in the prefill case
 
@@ -131,18 +132,18 @@ def resources(compiled: Any) -> dict[str, Any]:
     }
 
 
-def main(sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
-    for arch in ARCHS:
-        seen = set()
-        for case, call in cases(sizes, dtypes):
-            with compiling(arch) as made:
-                call()
-            for compiled in made:
-                if compiled.hash not in seen:
-                    seen.add(compiled.hash)
-                    print(json.dumps({"case": case} | resources(compiled, arch)), flush=True)
+def main(arch: int, sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    seen = set()
+    for case, call in cases(sizes, dtypes):
+        with compiling(arch) as made:
+            call()
+        for compiled in made:
+            if compiled.hash not in seen:
+                seen.add(compiled.hash)
+                print(json.dumps({"case": case} | resources(compiled)), flush=True)
 
 
 if __name__ == "__main__":
-    wanted = [int(size) for size in sys.argv[1:]] or [64, 80, 128, 256]
-    main(tuple(wanted), (torch.bfloat16, torch.float32))
+    names = [name for name in sys.argv[2:] if not name.isdigit()] or ["bfloat16", "float32"]
+    wanted = [int(size) for size in sys.argv[2:] if size.isdigit()] or [64, 80, 128]
+    main(int(sys.argv[1]), tuple(wanted), tuple(getattr(torch, name) for name in names))

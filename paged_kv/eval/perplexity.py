@@ -112,8 +112,8 @@ def read_cases(args: argparse.Namespace) -> list[Case]:
     budgets = [parse_budget("budget", text) for text in args.budget.split(",")]
     for page_format, policy in product(args.page_format.split(","), args.policy.split(",")):
         registry.check(policy)
-        paging = {"page_format": page_format}
-        if page_format != NATIVE:
+        paging: dict[str, Any] = {"page_format": page_format}
+        if page_format != NATIVE or args.page_format == NATIVE:  # a list may begin with native
             paging["residual_pages"] = args.residual_pages
         if policy == registry.FULL:
             cases.append(Case(policy, None, CompressionConfig.from_dict(paging)))
@@ -134,6 +134,11 @@ def make_task(args: argparse.Namespace) -> Task:
         raise ValueError(
             f"score-tokens {num_scored} with prompt-tokens {num_prompt}: engine vllm scores in one "
             "chunk, which is as large as the prompt: score-tokens must be below prompt-tokens"
+        )
+    if args.engine == "vllm" and args.protocol == "prompt" and args.residual_pages:
+        raise ValueError(
+            f"residual-pages {args.residual_pages}: engine vllm scores in one chunk, whose tokens "
+            "would see the residual of the last one: use --protocol stream"
         )
     if not args.text.is_file():
         raise ValueError(f"text {args.text}: no such file")

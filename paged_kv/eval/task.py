@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 from paged_kv.bench.settings import model_config
 from paged_kv.config import CompressionConfig
+from paged_kv.core.page_formats import NATIVE, layer_formats
 from paged_kv.core.schedule import Schedule
 from paged_kv.plan import make_plan
 
@@ -70,16 +72,43 @@ def check_case(case: Case, task: Task) -> list[Schedule | None]:
     """The schedule of each layer, None for one that keeps everything.
 
     Raises:
-        ValueError: the budget does not fit the model or the page size.
+        ValueError: the budget or the page format does not fit the model or the page size.
     """
+    from paged_kv.hf.arguments import check_page_format
+
     config = model_config(task.model)
     config = config.get("text_config", config)
     num_layers = config["num_hidden_layers"]
+    check_page_format(case.config, SimpleNamespace(**config), task.page_size)
     if not case.config.enabled:
         return [None] * num_layers
     full = full_layers(config.get("layer_types"), num_layers)
     plan = make_plan(case.config, task.page_size, num_layers, full)
     return [plan.schedule(layer) for layer in range(num_layers)]
+
+
+def entry_bytes(case: Case, task: Task) -> list[int]:
+    """Bytes of an entry in each layer, all KV heads, as float32 engines store it."""
+    import torch
+
+    from paged_kv.quant import make_layout
+
+    config = model_config(task.model)
+    config = config.get("text_config", config)
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    size = config.get("head_dim") or config["hidden_size"] // heads
+    native = 2 * size * torch.float32.itemsize
+    formats = layer_formats(case.config.page_format, config["num_hidden_layers"])
+    return [
+        kv_heads
+        * (
+            native
+            if name == NATIVE
+            else make_layout(name, torch.float32, size, size, task.page_size).entry_bytes
+        )
+        for name in formats
+    ]
 
 
 def full_layers(types: Sequence[str] | None, num_layers: int) -> list[int]:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from paged_kv.bench.settings import KV_DTYPE_BYTES, kv_bytes_per_token
-from paged_kv.eval.task import Case, Outcome, Task, check_case
+from paged_kv.config import CompressionConfig
+from paged_kv.eval.task import Case, Outcome, Task, check_case, entry_bytes
 from paged_kv.vllm.engine import engine_environment
 from paged_kv.vllm.score import prompt_logprobs
 
@@ -25,7 +26,7 @@ def run_all(task: Task, cases: list[Case], bar: Any) -> Iterator[Outcome]:
     token_bytes = kv_bytes_per_token(task.model) // KV_DTYPE_BYTES * FLOAT32_BYTES
     for case in cases:
         bar.set_description(f"{case.policy} {case.budget or ''}".strip())
-        options = case.config.to_dict() if case.config.enabled else {}
+        options = {} if case.config == CompressionConfig() else case.config.to_dict()
         logprobs, seconds = prompt_logprobs(
             str(task.model), options, task.tokens, chunk, task.page_size, token_bytes
         )
@@ -35,4 +36,6 @@ def run_all(task: Task, cases: list[Case], bar: Any) -> Iterator[Outcome]:
             task.num_seen - (schedule.evicted(task.num_seen, 0) if schedule else 0)
             for schedule in check_case(case, task)
         ]
-        yield Outcome(nll, sum(kept) / len(kept), token_bytes * sum(kept) // len(kept), seconds)
+        sizes = zip(kept, entry_bytes(case, task), strict=True)
+        num_bytes = sum(count * size for count, size in sizes)
+        yield Outcome(nll, sum(kept) / len(kept), num_bytes, seconds)

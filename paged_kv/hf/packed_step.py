@@ -6,6 +6,7 @@ That includes the step's own tokens: a prompt sees what later steps will see, an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 
@@ -47,7 +48,8 @@ class PackedStep(LayerStep):
         """Whether the terms are those that the kernels know."""
         if self.terms.bias is not None:
             return False
-        return not self.sequences.reads_scores or _sums(self.policy)
+        policy = self.policy
+        return not self.sequences.reads_scores or (policy is not None and policy.sums_attention)
 
     def _by_kernel(self, states: Tensor, value_size: int) -> Tensor:
         """[tokens, heads, size], of queries [tokens, heads, head_dim] of all rows."""
@@ -65,7 +67,7 @@ class PackedStep(LayerStep):
         output = states.new_empty(*states.shape[:2], value_size)
         with torch.no_grad():
             ops.attend(output, Queries(states.detach(), step.starts), segments, terms)
-        return output
+        return _NoGradient.apply(states, output) if states.requires_grad else output
 
     def _numbers(self, part: str, row: int, num_rows: int, size: int) -> Tensor:
         """See LayerStep; float32, the residual's as they were."""
@@ -82,6 +84,15 @@ class PackedStep(LayerStep):
         return found
 
 
-def _sums(policy: object) -> bool:
-    """Whether a policy's scores are sums of attention, which the kernels add up in passing."""
-    return getattr(policy, "accumulates", None) == "sum"
+class _NoGradient(torch.autograd.Function):
+    """The kernels have no backward pass; what asks for one must not get a wrong one."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, output: Tensor) -> Tensor:
+        """output, as if it came from states."""
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> NoReturn:
+        """Refuses."""
+        raise ValueError("quantized pages have no gradients: use page_format native for training")

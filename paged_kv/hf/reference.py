@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig
-from paged_kv.core.page_formats import layer_formats
+from paged_kv.core.page_formats import NATIVE, layer_formats
 from paged_kv.core.schedule import Schedule
 from paged_kv.hf import paged_attention, seams
 from paged_kv.hf.arguments import check_page_format
@@ -68,9 +68,15 @@ class ReferenceEngine:
         self._set_policy(config)
         self._observed = max(observe, self.policy.observation_window if self.policy else 0)
         check_page_format(config, text_config, page_size)
+        formats = layer_formats(config.page_format, self._num_layers)
+        full = seams.full_attention_layers(text_config)  # only these have pages
         self.layers = [
-            Layer(index, Window(self._observed), Packing(name, config.residual_pages, page_size))
-            for index, name in enumerate(layer_formats(config.page_format, self._num_layers))
+            Layer(
+                index,
+                Window(self._observed),
+                Packing(name if index in full else NATIVE, config.residual_pages, page_size),
+            )
+            for index, name in enumerate(formats)
         ]
 
     def _set_policy(self, config: CompressionConfig) -> None:

@@ -37,7 +37,7 @@ class Step:
         places = page * page_size + slot % page_size
         self._device = tables.parts[0].arena.geometry.device
         # int64 [layers, tokens of all rows]: where in the arena, counted in entries
-        self.places = torch.from_numpy(places).to(self._device)
+        self.places = torch.from_numpy(np.ascontiguousarray(places)).to(self._device)
         self._forget(num_tokens[row] + nth)
 
     def _forget(self, tokens: Int64s) -> None:

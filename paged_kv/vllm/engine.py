@@ -16,6 +16,8 @@ from typing import Any
 
 from paged_kv.vllm.workload import EngineInfo, EngineSettings, RunResult, Step, Tokens, Workload
 
+MAX_BATCHED_TOKENS = 2048  # of a step
+
 
 def engine_environment() -> dict[str, str]:
     """Environment of a process with an engine; to be set before torch is imported.
@@ -93,7 +95,7 @@ class Engine:
             seed=0,
             max_model_len=settings.max_model_len,
             max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=2048,
+            max_num_batched_tokens=MAX_BATCHED_TOKENS,
             kv_cache_memory_bytes=settings.pool_bytes,
             enable_prefix_caching=settings.prefix_caching,
             disable_log_stats=False,

@@ -115,7 +115,7 @@ def _caches(
 
 def packed_view(cache: torch.Tensor) -> torch.Tensor:
     """uint8 [pages, kv_heads, block_bytes] of a layer's cache."""
-    return cache.view(torch.uint8).flatten(2)
+    return cache.view(torch.uint8).view(*cache.shape[:2], -1)  # never a copy
 
 
 def caches_of(layers: list[Any]) -> tuple[list[torch.Tensor], torch.Tensor | None]:

@@ -164,6 +164,8 @@ class PagedWorkerMixin:
             policy, layers = self.compactor.policy, list(self.compactor.layers.values())
             ring = (self._ring_rows(left) + 1) * row_bytes(layers, policy)
             stored, beside = (sum(sizes) for sizes in zip(*self._pages().values(), strict=True))
+            # A page of the pool is one group's; what lies beside it, every layer has.
+            stored //= limits.get_plan(self.vllm_config).num_groups
             left = (left - ring) * stored // (stored + beside)
             if left <= 0:
                 raise ValueError(

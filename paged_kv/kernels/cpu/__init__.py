@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from paged_kv.kernels.cpu import structs
-from paged_kv.kernels.cpu.library import library
+from paged_kv.kernels.cpu import builds, structs
 from paged_kv.kernels.operands import Queries, Segment, Terms
 from paged_kv.kernels.page_layout import PageLayout
 from paged_kv.kernels.pages import Index
@@ -26,7 +25,7 @@ def available() -> bool:
 @lru_cache(maxsize=1)
 def kernels() -> Kernels | None:
     """The best build for this CPU, or None."""
-    found = library()
+    found = builds.best()
     return None if found is None else Kernels(found)
 
 

@@ -74,7 +74,9 @@ INLINE void lay_out(Job& job, Arena& arena, bool count_only) {
   job.span_sums = arena.take<float>(job.num_spans * job.group);
   job.partials = arena.take<float>(job.num_spans * job.group * job.value_size);
   bool scores = a.scores.data != nullptr;
-  job.numerators = scores ? arena.take<float>(job.num_spans * job.group * kSpan) : nullptr;
+  int64_t numerators = scores && !job.whole ? job.num_spans * job.group * kSpan : 0;
+  job.numerators = arena.take<float>(numerators);
+  job.seen = arena.take<uint8_t>(scores ? a.segments[0].blocks.pages : 0);
   job.mass = scores ? arena.take<float>(mass) : nullptr;
   job.tops = scores ? arena.take<float>(width) : nullptr;
   job.shares = scores ? arena.take<float>(width) : nullptr;
@@ -116,25 +118,6 @@ INLINE void prepare_row(const Job& job, int64_t row, int64_t head) {
       prepare_query(job, s, head, token, one);
 }
 
-// Adds what pages with id % parts == part get; a page may belong to several rows.
-static void add_scores(const Job& job, int64_t head, int64_t part, int64_t parts) {
-  const Attend& a = *job.a;
-  const Segment& first = a.segments[0];
-  int64_t page_size = first.blocks.layout->page_size;
-  for (int64_t row = 0; row < a.rows; ++row) {
-    if (!job.tokens_of(row)) continue;
-    const float* mass = job.mass_of(row, head);
-    int64_t entries = job.entries_of(row);
-    for (int64_t i = 0; i * page_size < entries; ++i) {
-      int64_t page = first.table[row * first.table_stride + i];
-      if (page % parts != part) continue;
-      float* scores = a.scores.data + page * a.scores.page_stride + head * a.scores.head_stride;
-      int64_t count = smaller(page_size, entries - i * page_size);
-      for (int64_t slot = 0; slot < count; ++slot) scores[slot] += mass[i * page_size + slot];
-    }
-  }
-}
-
 // The tiles of rows with several tokens, the long ones first; then their masses.
 INLINE void attend_tiles(const Job& job, float* memory) {
   const Attend& a = *job.a;
@@ -163,28 +146,66 @@ INLINE void sum_tiles(const Job& job, float* memory) {
   }
 }
 
-INLINE void run(const Job& job, float* memory) {
+// One-token rows: a head per task, or where there are few of these, a span.
+INLINE void attend_heads(const Job& job, float* numerators) {
   const Attend& a = *job.a;
-#pragma omp for schedule(dynamic) collapse(2)
-  for (int64_t row = 0; row < a.rows; ++row)
-    for (int64_t head = 0; head < a.kv_heads; ++head) prepare_row(job, row, head);
-  if (memory) attend_tiles(job, memory);
-#pragma omp for schedule(dynamic)
-  for (int64_t i = 0; i < job.num_spans; ++i) attend_span(job, i);
 #pragma omp for schedule(dynamic) collapse(2)
   for (int64_t row = 0; row < a.rows; ++row)
     for (int64_t head = 0; head < a.kv_heads; ++head) {
       if (job.tokens_of(row) != 1) continue;
-      for (int64_t g = 0; g < job.group; ++g) join_head(job, row, head, g);
-      if (job.mass) sum_numerators(job, row, head);
+      prepare_row(job, row, head);
+      int64_t size = numerators ? job.group * kSpan : 0, first = job.first_span(row, head);
+      for (int64_t i = 0; i < job.spans_of(row); ++i)
+        attend_span(job, first + i, numerators ? numerators + i * size : nullptr);
+      join(job, row, head, numerators);
     }
-  if (!job.mass) return;
-  if (memory) sum_tiles(job, memory);
-#pragma omp barrier
-  constexpr int64_t kParts = 8;
+}
+
+INLINE void attend_spans(const Job& job) {
+  const Attend& a = *job.a;
+  int64_t size = job.group * kSpan;
+#pragma omp for schedule(dynamic)
+  for (int64_t i = 0; i < job.num_spans; ++i)
+    attend_span(job, i, job.mass ? job.numerators + i * size : nullptr);
 #pragma omp for schedule(dynamic) collapse(2)
+  for (int64_t row = 0; row < a.rows; ++row)
+    for (int64_t head = 0; head < a.kv_heads; ++head)
+      if (job.tokens_of(row) == 1)
+        join(job, row, head, job.numerators + job.first_span(row, head) * size);
+}
+
+INLINE void run(const Job& job, float* tiles, float* numerators) {
+  const Attend& a = *job.a;
+  if (tiles || !job.whole) {
+#pragma omp for schedule(dynamic) collapse(2)
+    for (int64_t row = 0; row < a.rows; ++row)
+      for (int64_t head = 0; head < a.kv_heads; ++head)
+        if (!job.whole || job.tokens_of(row) > 1) prepare_row(job, row, head);
+  }
+  if (tiles) attend_tiles(job, tiles);
+  if (job.whole) attend_heads(job, numerators);
+  else attend_spans(job);
+  if (!job.mass) return;
+  if (tiles) sum_tiles(job, tiles);
+#pragma omp barrier
+#pragma omp for schedule(dynamic)
   for (int64_t head = 0; head < a.kv_heads; ++head)
-    for (int64_t part = 0; part < kParts; ++part) add_scores(job, head, part, kParts);
+    for (int64_t row = 0; row < a.rows; ++row)
+      if (job.tokens_of(row) > 1 || (job.shared && job.tokens_of(row))) add_scores(job, row, head);
+}
+
+// Whether a page belongs to several rows; seen: a byte for each page.
+INLINE bool any_shared(const Attend& a, uint8_t* seen) {
+  const Segment& first = a.segments[0];
+  memset(seen, 0, first.blocks.pages);
+  bool found = false;
+  for (int64_t row = 0; row < a.rows; ++row) {
+    int64_t entries = 0;
+    for (int64_t s = 0; s < a.num_segments; ++s) entries += a.segments[s].counts[row];
+    for (int64_t i = 0; i < pieces(entries, first.blocks.layout->page_size); ++i)
+      found |= seen[first.table[row * first.table_stride + i]]++;
+  }
+  return found;
 }
 
 }  // namespace
@@ -196,21 +217,29 @@ extern "C" EXPORT int paged_kv_attend(Attend* a) {
   job.group = a->heads / a->kv_heads;
   job.key_size = a->segments[0].blocks.layout->key.size;
   job.value_size = a->segments[0].blocks.layout->value.size;
+  job.whole = a->rows * a->kv_heads >= 4 * threads();
   Arena arena{nullptr};
   lay_out(job, arena, true);
   Scratch memory(arena.used);
   if (!memory.data) return kNoMemory;
   arena = Arena{memory.data};
   lay_out(job, arena, false);
-  bool tiles = false, failed = false;
-  for (int64_t row = 0; row < a->rows; ++row) tiles |= job.tokens_of(row) > 1;
+  job.shared = job.mass && any_shared(*a, job.seen);
+  int64_t tiles = 0, longest = 0;
+  for (int64_t row = 0; row < a->rows; ++row) {
+    if (job.tokens_of(row) > 1) tiles = TileScratch::floats(job, tile_tokens(job) * job.group);
+    longest = larger(longest, job.spans_of(row));
+  }
+  int64_t numerators = job.mass && job.whole ? longest * job.group * kSpan : 0;
+  bool failed = false;
 #pragma omp parallel
   {
-    Scratch own(tiles ? 4 * TileScratch::floats(job, tile_tokens(job) * job.group) : 0);
+    Scratch own(4 * (tiles + numerators));
 #pragma omp critical
     failed |= !own.data;
 #pragma omp barrier
-    if (!failed) run(job, tiles ? (float*)own.data : nullptr);
+    float* at = (float*)own.data;
+    if (!failed) run(job, tiles ? at : nullptr, numerators ? at + tiles : nullptr);
   }
   return failed ? kNoMemory : kFine;
 }

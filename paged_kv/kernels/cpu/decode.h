@@ -7,8 +7,9 @@ namespace {
 
 constexpr int64_t kSpan = 512;  // entries of a span at most; a multiple of 128 and 16
 constexpr int64_t kGroup = 8;   // query heads at once
+constexpr int64_t kFactors = 16;  // heads by groups of channels at once
 #ifndef AHEAD
-#define AHEAD 4096
+#define AHEAD 8192
 #endif
 #ifndef LOC
 #define LOC 3
@@ -25,15 +26,19 @@ struct Pass {
   const Layout* layout;
   const uint8_t* blocks[kSpan / 16];
   const uint8_t* ahead[kSpan / 8];  // what to fetch during each page's keys, then its values
+  const uint8_t* ahead_scales[kSpan / 8];
   int64_t pages, count;
   const float *query, *query_sums;  // [size][G], [key groups][G]
   float* logits;                    // [G][kSpan], then the softmax's numerators
-  float* factors;                   // [G][kSpan], scratch
+  float* factors;                   // [kFactors][kSpan], scratch
   float* output;                    // [G][value size]
 };
 
 INLINE vf bf16_lanes(const uint8_t* p) { return bf16_to_float(halves(p)); }
 INLINE void fetch(const void* p) { __builtin_prefetch(p, 0, LOC); }
+INLINE void fetch_scales(const Layout& l, const uint8_t* scales) {
+  for (int64_t b = 0; b < l.block_bytes - l.key_scale_offset; b += 64) fetch(scales + b);
+}
 
 // Logits of N * W slots of a page.
 template <class F, int G, int N>
@@ -84,6 +89,7 @@ static void key_pass(const Pass& p) {
   constexpr int N = W == 16 || G < 6 ? 2 : 1;
   int64_t page_size = p.layout->page_size;
   for (int64_t page = 0; page < p.pages; ++page) {
+    fetch_scales(*p.layout, p.ahead_scales[page]);
     int64_t used = smaller(page_size, pieces(p.count - page * page_size, W) * W), slot = 0;
     for (; slot + N * W <= page_size && slot < used; slot += N * W)
       key_columns<F, G, N>(p, page, slot);
@@ -91,66 +97,73 @@ static void key_pass(const Pass& p) {
   }
 }
 
-// Numerators times the values' scales, into factors; returns the sum of numerators times minimums.
+// Numerators times a group's scales, into factors; minimums get their sums with the minimums.
 template <class F, int G>
-INLINE void scale_factors(const Pass& p, int64_t group, int64_t groups, float* minimums) {
+INLINE void scale_factors(const Pass& p, int64_t group, int64_t groups, float* factors,
+                          float* minimums) {
   const Layout& l = *p.layout;
-  for (int g = 0; g < G; ++g) {
-    vf total = {};
-    for (int64_t page = 0, at = 0; page < p.pages; ++page) {
-      const uint8_t* scales = p.blocks[page] + l.value_scale_offset + 2 * group * l.page_size;
-      for (int64_t slot = 0; slot < l.page_size && at < p.count; slot += W, at += W) {
+  vf total[G] = {};
+  for (int64_t page = 0, at = 0; page < p.pages; ++page) {
+    const uint8_t* scales = p.blocks[page] + l.value_scale_offset + 2 * group * l.page_size;
+    for (int64_t slot = 0; slot < l.page_size && at < p.count; slot += W, at += W) {
+      vf scale = bf16_lanes(scales + 2 * slot), least = {};
+      if (F::affine) least = bf16_lanes(scales + 2 * (groups * l.page_size + slot));
+      if (F::affine && p.count - at < W)  // behind the last entry is whatever the page holds
+        least = lane_index() < splat((int32_t)(p.count - at)) ? least : splat(0.f);
+      for (int g = 0; g < G; ++g) {
         vf own = load<vf>(p.logits + g * kSpan + at);
-        store(p.factors + g * kSpan + at, own * bf16_lanes(scales + 2 * slot));
-        if (!F::affine) continue;
-        vf least = own * bf16_lanes(scales + 2 * (groups * l.page_size + slot));
-        total += lane_index() < splat((int32_t)(p.count - at)) ? least : splat(0.f);
+        store(factors + g * kSpan + at, own * scale);
+        if (F::affine) total[g] = fma(own, least, total[g]);
       }
     }
-    minimums[g] = F::affine ? sum_of(total) : 0.f;
   }
+  for (int g = 0; g < G; ++g) minimums[g] = F::affine ? sum_of(total[g]) : 0.f;
 }
 
-// U * W channels from number c on.
-template <class F, int G, int U>
-INLINE void value_columns(const Pass& p, const float* factors, const float* minimums, int64_t c,
-                          bool first) {
+// U * W channels from number c on; every S * W of them have factors of their own.
+template <class F, int G, int U, int S>
+INLINE void value_columns(const Pass& p, int64_t c) {
   const Layout& l = *p.layout;
+  const float* factors = F::scaled ? p.factors : p.logits;
+  float minimums[U / S][G] = {};
+  int64_t groups = F::affine ? l.value.num_scales / 2 : 1, size = l.value.size / groups;
+  for (int s = 0; s < U / S && F::scaled; ++s)
+    scale_factors<F, G>(p, (c + s * S * W) / size, groups, p.factors + s * G * kSpan, minimums[s]);
   vf sum[G][U] = {};
   for (int64_t page = 0, at = 0; page < p.pages; ++page) {
-    const uint8_t *value = p.blocks[page] + l.value_offset, *next = p.ahead[p.pages + page];
+    const uint8_t* value = p.blocks[page] + l.value_offset;
+    const uint8_t* next = p.ahead[p.pages + page];
     int64_t slots = smaller(l.page_size, p.count - page * l.page_size);
-    for (int64_t slot = 0; slot < slots; ++slot, ++at, value += l.value.data_bytes) {
-      if (first)
-        for (int64_t b = 0; b < l.value.data_bytes; b += 64) fetch(next + slot * l.value.data_bytes + b);
+    if (c == 0) fetch_scales(l, p.ahead_scales[p.pages + page]);
+    for (int64_t slot = 0; slot < slots; ++slot, ++at) {
+      for (int64_t b = 0; b < l.value.data_bytes && c == 0; b += 64) fetch(next + b);
       vf x[U];
       for (int u = 0; u < U; ++u) x[u] = F::value(value, c + u * W);
-      for (int g = 0; g < G; ++g) {
-        vf factor = splat(factors[g * kSpan + at]);
-        for (int u = 0; u < U; ++u) sum[g][u] = fma(factor, x[u], sum[g][u]);
-      }
+      for (int g = 0; g < G; ++g)
+        for (int s = 0; s < U / S; ++s) {
+          vf factor = splat(factors[(s * G + g) * kSpan + at]);
+          for (int u = s * S; u < s * S + S; ++u) sum[g][u] = fma(factor, x[u], sum[g][u]);
+        }
+      value += l.value.data_bytes;
+      next += l.value.data_bytes;
     }
   }
   for (int g = 0; g < G; ++g)
     for (int u = 0; u < U; ++u)
-      store(p.output + g * l.value.size + c + u * W, in_order<F>(sum[g][u]) + minimums[g]);
+      store(p.output + g * l.value.size + c + u * W, in_order<F>(sum[g][u]) + minimums[u / S][g]);
 }
 
 template <class F, int G>
 static void value_pass(const Pass& p) {
-  constexpr int kRegisters = W == 16 ? 16 : 12;  // for sums
-  constexpr int U = kRegisters / G >= 8 ? 8 : kRegisters / G >= 4 ? 4 : kRegisters / G >= 2 ? 2 : 1;
-  const Part& part = p.layout->value;
-  int64_t groups = F::affine ? part.num_scales / 2 : 1, size = part.size / groups;
-  for (int64_t group = 0; group < groups; ++group) {
-    float minimums[G] = {};
-    if (F::scaled) scale_factors<F, G>(p, group, groups, minimums);
-    const float* factors = F::scaled ? p.factors : p.logits;
-    int64_t c = group * size, end = c + size;
-    for (; c + U * W <= end; c += U * W)
-      value_columns<F, G, U>(p, factors, minimums, c, c == 0);
-    for (; c < end; c += W) value_columns<F, G, 1>(p, factors, minimums, c, c == 0);
-  }
+  constexpr int kMost = (W == 16 ? 16 : 12) / G;  // vectors of sums
+  constexpr int U = kMost >= 8 ? 8 : kMost >= 4 ? 4 : kMost >= 2 ? 2 : 1;
+  constexpr int kShared = F::affine && U > 2 ? 2 : U;
+  int64_t size = p.layout->value.size, c = 0;
+  bool shared = !F::affine || size / (p.layout->value.num_scales / 2) % (kShared * W) == 0;
+  for (; shared && c + U * W <= size; c += U * W) value_columns<F, G, U, kShared>(p, c);
+  if constexpr (F::affine)
+    for (; c + U * W <= size; c += U * W) value_columns<F, G, U, 1>(p, c);
+  for (; c < size; c += W) value_columns<F, G, 1, 1>(p, c);
 }
 
 using PassFunction = void (*)(const Pass&);

@@ -101,6 +101,14 @@ struct Scratch {
   Scratch(const Scratch&) = delete;
 };
 
+INLINE int64_t threads() {
+#if defined(_OPENMP)
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
 INLINE uint8_t* block_of(const Blocks& b, int64_t layer, int64_t page, int64_t head) {
   return b.data + layer * b.layer_stride + page * b.page_stride + head * b.head_stride;
 }

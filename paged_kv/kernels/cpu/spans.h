@@ -11,7 +11,10 @@ struct Job : Call {
   int64_t* row_spans;  // [rows + 1]: how many spans per head lie before a row's
   float *span_tops, *span_sums;  // [spans][group]
   float* partials;               // [spans][group][value_size]
-  float* numerators;             // [spans][group][kSpan], for scores; else null
+  float* numerators;             // [spans][group][kSpan], for scores, unless threads have their own
+  bool whole;                    // a thread does all spans of a head, then joins them
+  bool shared;                   // a page belongs to several rows
+  uint8_t* seen;                 // [pages], to find that out
 
   int64_t spans_of(int64_t row) const { return row_spans[row + 1] - row_spans[row]; }
   // A row's spans of one head lie together.
@@ -54,19 +57,23 @@ INLINE void find_pages(const Segment& segment, const Span& span, Pass& p) {
   for (int64_t i = 0; i < p.pages; ++i) p.blocks[i] = block(span.first_page + i);
   for (int64_t i = 0; i < p.pages; ++i) {
     int64_t key = i + keys, value = i + values;
-    p.ahead[i] = key < p.pages ? p.blocks[key]
-                               : p.blocks[smaller(key - p.pages, p.pages - 1)] + l.value_offset;
-    p.ahead[p.pages + i] = value < p.pages ? p.blocks[value] + l.value_offset
-                                           : block(span.first_page + value);
+    bool more_keys = key < p.pages, more_values = value < p.pages;
+    const uint8_t* of_keys = p.blocks[more_keys ? key : smaller(key - p.pages, p.pages - 1)];
+    const uint8_t* of_values = more_values ? p.blocks[value] : block(span.first_page + value);
+    p.ahead[i] = of_keys + (more_keys ? 0 : l.value_offset);
+    p.ahead[p.pages + i] = of_values + (more_values ? l.value_offset : 0);
+    p.ahead_scales[i] = of_keys + l.key_scale_offset;
+    p.ahead_scales[p.pages + i] = of_values + l.key_scale_offset;
   }
 }
 
-static void attend_span(const Job& job, int64_t index) {
+// numerators: where they are kept, or null.
+static void attend_span(const Job& job, int64_t index, float* numerators) {
   const Attend& a = *job.a;
   const Span& span = job.spans[index];
   const Segment& segment = a.segments[span.segment];
   const Layout& l = *segment.blocks.layout;
-  alignas(64) float logits[kGroup * kSpan], factors[kGroup * kSpan], weights[kSpan];
+  alignas(64) float logits[kGroup * kSpan], factors[kFactors * kSpan], weights[kSpan];
   Pass p;
   find_pages(segment, span, p);
   if (a.weights.data)
@@ -80,7 +87,7 @@ static void attend_span(const Job& job, int64_t index) {
     int64_t members = smaller(kGroup, job.group - first), at = index * job.group + first;
     p.query = query + first * job.key_size;
     p.query_sums = sums + first * groups;
-    p.logits = job.numerators ? job.numerators + at * kSpan : logits;
+    p.logits = numerators ? numerators + first * kSpan : logits;
     p.output = job.partials + at * job.value_size;
     with_format(l.key.format, [&](auto format) {
       passes_of<decltype(format)>(members).key(p);
@@ -133,12 +140,12 @@ static void join_head(const Job& job, int64_t row, int64_t head, int64_t g) {
   write_output(a, a.starts[row], head * job.group + g, output, size);
 }
 
-static void sum_numerators(const Job& job, int64_t row, int64_t head) {
+// numerators: of all spans of the head.
+static void sum_numerators(const Job& job, int64_t row, int64_t head, const float* numerators) {
   float* mass = job.mass_of(row, head);
   int64_t first = job.first_span(row, head);
-  for (int64_t s = first; s < first + job.spans_of(row); ++s) {
+  for (int64_t s = first; s < first + job.spans_of(row); ++s, numerators += job.group * kSpan) {
     const Span& span = job.spans[s];
-    const float* numerators = job.numerators + s * job.group * kSpan;
     for (int64_t i = 0; i < span.count; i += W) {
       vf total = {};
       for (int64_t g = 0; g < job.group; ++g)
@@ -147,6 +154,33 @@ static void sum_numerators(const Job& job, int64_t row, int64_t head) {
       store(mass + span.base + i, total);
     }
   }
+}
+
+INLINE void add_scores(const Job& job, int64_t row, int64_t head) {
+  const Attend& a = *job.a;
+  const Segment& first = a.segments[0];
+  int64_t page_size = first.blocks.layout->page_size, entries = job.entries_of(row);
+  const float* mass = job.mass_of(row, head);
+  auto scores = [&](int64_t i) {
+    int64_t page = first.table[row * first.table_stride + i / page_size];
+    return a.scores.data + page * a.scores.page_stride + head * a.scores.head_stride;
+  };
+  for (int64_t i = 0; i < entries; i += page_size, mass += page_size) {
+    const float* later = scores(smaller(i + 8 * page_size, entries - 1));
+    for (int64_t slot = 0; slot < page_size; slot += 16) fetch(later + slot);
+    float* own = scores(i);
+    int64_t count = smaller(page_size, entries - i), slot = 0;
+    for (; slot + W <= count; slot += W)
+      store(own + slot, load<vf>(own + slot) + load<vf>(mass + slot));
+    for (; slot < count; ++slot) own[slot] += mass[slot];
+  }
+}
+
+INLINE void join(const Job& job, int64_t row, int64_t head, const float* numerators) {
+  for (int64_t g = 0; g < job.group; ++g) join_head(job, row, head, g);
+  if (!job.mass) return;
+  sum_numerators(job, row, head, numerators);
+  if (!job.shared) add_scores(job, row, head);
 }
 
 }  // namespace

@@ -100,4 +100,4 @@ def _move(
     num_entries = len(source[0])
     if num_entries:
         grid = (-(-num_entries // ENTRIES),)
-        move_kernel[grid](words, *source, *target, num_entries, PART=part, N=ENTRIES)
+        move_kernel[grid](words, *source, *target, num_entries, PART=part, N=ENTRIES, **EXACT)

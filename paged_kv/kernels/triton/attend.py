@@ -8,7 +8,6 @@ import torch
 import triton
 
 from paged_kv.kernels.operands import Queries, Segment, Terms
-from paged_kv.kernels.page_layout import WORD
 from paged_kv.kernels.triton.attention import (
     combine_kernel,
     rotate_kernel,
@@ -19,8 +18,10 @@ from paged_kv.kernels.triton.parts import part_of
 
 Tensor = torch.Tensor
 ROW_QUERIES = 16  # query heads of a program: the rows of a matrix instruction
-CHUNK_QUERIES = 64  # the same when rows have many new tokens
-TILE_BYTES = 1 << 14  # float32 keys of a program's step
+CHUNK_QUERIES = 32  # the same when rows have many new tokens
+CHUNK_SIZE = 128  # the largest head for which their states fit a program's registers
+TILE_NUMBERS = 1 << 11  # keys of a program's step
+WARPS = 4
 PROGRAMS = 4  # per multiprocessor, so that memory is kept busy
 MAX_SPLITS = 32  # of a row's entries
 INTERPRETED = 4  # multiprocessors that Triton's interpreter is taken to have
@@ -29,16 +30,28 @@ INTERPRETED = 4  # multiprocessors that Triton's interpreter is taken to have
 class _Call:
     """What the launches of one call share."""
 
-    def __init__(self, queries: Queries, segments: list[Segment], terms: Terms) -> None:
+    def __init__(
+        self, output: Tensor, queries: Queries, segments: list[Segment], terms: Terms
+    ) -> None:
         self.states, self.starts = queries
         self.segments, self.terms = segments, terms
         self.num_rows = len(queries.starts) - 1
         self.num_tokens, self.num_heads = self.states.shape[:2]
         self.num_kv_heads = segments[0].blocks.shape[1]
         self.group = self.num_heads // self.num_kv_heads
-        many = self.num_tokens > self.num_rows
+        self.size = triton.next_power_of_2(max(self.states.shape[2], output.shape[2]))
+        # 16-bit queries lose nothing in TF32, whose products are exact; three of them come near
+        # to a product of float32, and take more registers.
+        wide = self.states.dtype == torch.float32
+        chunked = self.num_tokens > self.num_rows and self.size <= CHUNK_SIZE and not wide
         least = triton.next_power_of_2(self.group)
-        self.num_queries = max(CHUNK_QUERIES if many else ROW_QUERIES, least)
+        self.num_queries = max(CHUNK_QUERIES if chunked else ROW_QUERIES, least)
+        self.precision = "tf32x3" if wide else "tf32"
+        self.options = {
+            "num_warps": 2 * WARPS if wide or chunked else WARPS,
+            "enable_fp_fusion": True,
+        }
+        self.tile = max(16, min(64, TILE_NUMBERS * (2 if wide else 1) // self.size))
         counts = [segment.counts for segment in segments]
         self.totals = counts[0] if len(counts) == 1 else counts[0] + counts[1]
         self.befores = [torch.zeros_like(counts[0]), counts[0]][: len(counts)]
@@ -49,21 +62,15 @@ class _Call:
     def _num_splits(self, segment: Segment) -> int:
         """As many as fill the GPU, and no more than there are steps in the longest row."""
         wanted = PROGRAMS * _multiprocessors(self.states.device)
-        tiles = -(-segment.table.shape[1] * segment.layout.page_size // self.tile(segment))
+        tiles = -(-segment.table.shape[1] * segment.layout.page_size // self.tile)
         return max(1, min(MAX_SPLITS, tiles, wanted // (self.grid[0] * self.grid[1])))
-
-    def tile(self, segment: Segment) -> int:
-        """Entries of a program's step: fewer for large heads, whose numbers must fit registers."""
-        codec = segment.layout.key
-        size = triton.next_power_of_2(max(codec.size, segment.layout.value.size))
-        return max(16, min(64, TILE_BYTES // (WORD * size)))
 
     def rotated(self, segment: Segment) -> Tensor:
         """The queries as the segment's keys need them."""
         codec = segment.layout.key
         if codec.rotation == 1:
             return self.states
-        result = torch.empty_like(self.states, memory_format=torch.contiguous_format)
+        result = torch.empty(self.states.shape, dtype=torch.float32, device=self.states.device)
         rotate_kernel[(self.num_tokens, self.num_heads)](
             result,
             self.states,
@@ -103,9 +110,10 @@ class _Call:
             "SIDE_PAGE": first.layout.page_size,
             "GROUP": self.group,
             "QUERIES": self.num_queries,
-            "ENTRIES": self.tile(segment),
+            "ENTRIES": self.tile,
             "SOFTCAP": bool(terms.softcap),
-            "enable_fp_fusion": True,
+            "PRECISION": self.precision,
+            **self.options,
         }
 
 
@@ -116,7 +124,7 @@ def attend(output: Tensor, queries: Queries, segments: list[Segment], terms: Ter
     """
     if not output.numel():
         return
-    call = _Call(queries, segments, terms)
+    call = _Call(output, queries, segments, terms)
     shared = [call.arguments(i, call.rotated(segment)) for i, segment in enumerate(segments)]
     size, splits = output.shape[2], sum(call.splits)
     device = output.device
@@ -163,7 +171,7 @@ def _add_scores(
 ) -> None:
     for segment, arguments in zip(call.segments, shared, strict=True):
         most = segment.table.shape[1] * segment.layout.page_size
-        grid = -(-most // call.tile(segment)), call.num_rows, call.num_kv_heads
+        grid = -(-most // call.tile), call.num_rows, call.num_kv_heads
         score_kernel[grid](
             scores,
             log_totals,

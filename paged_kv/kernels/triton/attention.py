@@ -8,25 +8,22 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton import knobs
 
 from paged_kv.kernels.triton.numbers import load_numbers, rotate
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 NOTHING = tl.constexpr(float("-inf"))
-WIDENED = tl.constexpr(knobs.runtime.interpret)  # the interpreter cannot multiply bfloat16
 
 
 @triton.jit
 def rotate_kernel(result, states, token_step, head_step, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Queries as rotated keys need them. Grid: tokens, heads; result: of their dtype, dense."""
+    """Queries as rotated keys need them. Grid: tokens, heads; result: float32, dense."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     column = tl.arange(0, triton.next_power_of_2(SIZE))[None]
     source = states + token * token_step + head * head_step
     numbers = tl.load(source + column, mask=column < SIZE, other=0.0).to(tl.float32)
     place = (token * tl.num_programs(1) + head) * SIZE + column
-    rotated = rotate(numbers, BLOCK).to(result.dtype.element_ty)
-    tl.store(result + place, rotated, mask=column < SIZE)
+    tl.store(result + place, rotate(numbers, BLOCK), mask=column < SIZE)
 
 
 @triton.jit
@@ -47,11 +44,11 @@ def _find_row(starts, num_rows, block, TOKENS: tl.constexpr):
 
 @triton.jit
 def _load_queries(states, token, head, token_step, head_step, used, SIZE: tl.constexpr):
-    """[queries, columns], 0 beyond the head's size."""
+    """float32 [queries, columns], 0 beyond the head's size."""
     column = tl.arange(0, triton.next_power_of_2(SIZE))
     place = token.to(tl.int64)[:, None] * token_step + head[:, None] * head_step + column[None]
     mask = used[:, None] & (column < SIZE)[None]
-    return tl.load(states + place, mask=mask, other=0.0)
+    return tl.load(states + place, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -59,15 +56,6 @@ def _locate(table, row, table_step, entry, inside, PAGE_SIZE: tl.constexpr):
     """(page id, offset), int64 [entries], of a row's entries."""
     place = table + row * table_step + entry // PAGE_SIZE
     return tl.load(place, mask=inside, other=0).to(tl.int64), (entry % PAGE_SIZE).to(tl.int64)
-
-
-@triton.jit
-def _product(left, right, total, DTYPE: tl.constexpr):
-    """total + left @ right. Two 16-bit numbers have an exact product; float32 takes three."""
-    left, right = left.to(DTYPE), right.to(DTYPE)
-    if WIDENED:
-        left, right = left.to(tl.float32), right.to(tl.float32)
-    return tl.dot(left, right, total, input_precision="tf32x3")
 
 
 @triton.jit
@@ -81,10 +69,10 @@ def _logits(
     side_place,
     inside,
     SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """float32 [queries, entries] in base 2."""
-    found = tl.zeros((queries.shape[0], keys.shape[0]), tl.float32)
-    found = _product(queries, tl.trans(keys), found, queries.dtype) * scale
+    found = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
     if SOFTCAP:  # tanh(x) = 1 - 2 / (exp(2x) + 1)
         found = softcap * (1.0 - 2.0 / (tl.exp2(found * (2.0 * LOG2_E / softcap)) + 1.0))
     found = found * LOG2_E
@@ -128,6 +116,7 @@ def segment_kernel(
     QUERIES: tl.constexpr,
     ENTRIES: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Softmax and mix of a split of a segment. Grid: token blocks, KV heads, splits.
 
@@ -179,6 +168,7 @@ def segment_kernel(
             side_place,
             inside,
             SOFTCAP,
+            PRECISION,
         )
         new_peak = tl.maximum(peak, tl.max(found, 1))
         reference = tl.where(new_peak == NOTHING, 0.0, new_peak)
@@ -186,7 +176,7 @@ def segment_kernel(
         shrink = tl.exp2(peak - reference)
         weight_sum = weight_sum * shrink + tl.sum(shares, 1)
         values = load_numbers(words, block, offset, inside, VALUE)
-        mix = _product(shares, values, mix * shrink[:, None], queries.dtype)
+        mix = tl.dot(shares, values, mix * shrink[:, None], input_precision=PRECISION)
         peak = new_peak
     place = ((start + token).to(tl.int64) * tl.num_programs(1) * GROUP + head) * all_splits
     place += first_split + split
@@ -279,6 +269,7 @@ def score_kernel(
     QUERIES: tl.constexpr,
     ENTRIES: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Adds what entries got to their scores. Grid: blocks of ENTRIES entries, rows, KV heads."""
     TOKENS: tl.constexpr = QUERIES // GROUP
@@ -314,6 +305,7 @@ def score_kernel(
             side_place,
             inside,
             SOFTCAP,
+            PRECISION,
         )
         place = (start + token) * (tl.num_programs(2) * GROUP) + head
         log_total = tl.load(log_totals + place, mask=used, other=0.0)

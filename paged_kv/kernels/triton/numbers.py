@@ -163,7 +163,9 @@ def _quantize(words, block, offset, inside, numbers, PART: tl.constexpr):
     halves = words.to(tl.pointer_type(tl.int16))
     place, mask = _scale_places(block, offset, inside, groups.shape[1], PART)
     if PART.code == INT4:
-        low = _rounded(tl.min(groups, 2))
+        # A minimum need not keep a NaN.
+        known = tl.min((groups == groups).to(tl.int32), 2) > 0
+        low = _rounded(tl.where(known, tl.min(groups, 2), float("nan")))
         high = tl.max(groups, 2) - low
         LIMIT: tl.constexpr = LEVELS
         tl.store(halves + place + PART.groups * PART.page_size, _narrowed(low), mask=mask)

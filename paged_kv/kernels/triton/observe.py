@@ -7,7 +7,7 @@ import torch
 from paged_kv.kernels.triton.observing import mass_kernel, total_kernel
 
 Tensor = torch.Tensor
-QUERIES, ENTRIES = 16, 64  # of a program's block
+QUERIES, ENTRIES = 16, 32  # of a program's block
 
 
 def observe(

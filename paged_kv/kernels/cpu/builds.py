@@ -19,7 +19,7 @@ FUNCTIONS = ("write", "gather", "store", "move", "attend", "attention_mass")
 
 
 @lru_cache(maxsize=1)
-def library() -> ctypes.CDLL | None:
+def best() -> ctypes.CDLL | None:
     """The kernels to use; None for torch's operations instead, with one warning.
 
     Raises:

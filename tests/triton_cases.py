@@ -1,0 +1,147 @@
+"""The Triton kernels in Triton's interpreter, on CPU tensors, against the reference.
+
+Run by test_triton.py in a process of its own, with TRITON_INTERPRET=1: Triton reads it once, when
+it is imported.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import kernel_cases
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from kernel_cases import SPECIAL, Case, Row
+
+import paged_kv.kernels.triton as kernels
+from paged_kv.core.page_formats import FORMATS
+from paged_kv.kernels import packed_reference, reference
+from paged_kv.kernels.page_layout import PageLayout
+from paged_kv.kernels.triton.attend import _Call
+from paged_kv.quant import make_layout
+
+HALF, SINGLE = torch.bfloat16, torch.float32
+EDGES = (Row(1, 1), Row(1, 15), Row(0, 0), Row(1, 16), Row(0, 9), Row(1, 17), Row(1, 130))
+CHUNKS = (Row(7, 7), Row(1, 33), Row(0, 5), Row(20, 50))
+RESIDUAL = (Row(1, 33, 17), Row(1, 16, 16), Row(0, 0), Row(5, 40, 3), Row(1, 20, 0))
+
+
+def check(case: Case) -> None:
+    problem = kernel_cases.make(case)
+    wanted, scores = kernel_cases.expected(problem)
+    output = kernel_cases.poisoned_output(problem)
+    kernels.attend(output, problem.queries, problem.segments, problem.terms)
+    kernel_cases.assert_close(output, wanted)
+    if scores is not None:
+        kernel_cases.assert_close(problem.terms.scores, scores)
+
+
+@pytest.mark.parametrize("page_format", FORMATS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(EDGES, dtype=SINGLE, key_size=64, value_size=64, weights=True, scores=True),
+        Case(EDGES[-2:], dtype=HALF, key_size=128, value_size=80, kv_heads=1, group=8, sinks=True),
+        Case(CHUNKS, dtype=HALF, key_size=80, value_size=16, page_size=48, softcap=2.5),
+        Case(RESIDUAL, dtype=SINGLE, key_size=64, value_size=64, weights=True, scores=True),
+    ],
+    ids=["decode", "many heads", "chunks", "residual"],
+)
+def test_attention(case, page_format):
+    check(case._replace(page_format=page_format, seed=int(torch.randint(2**31, ()))))
+
+
+def test_rows_are_split():
+    """Or the cases above would not meet the second stage."""
+    problem = kernel_cases.make(Case(EDGES[-1:]))
+    output = kernel_cases.poisoned_output(problem)
+    assert _Call(output, problem.queries, problem.segments, problem.terms).splits[0] > 1
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@given(kernel_cases.cases(max_rows=3, max_entries=70, max_tokens=5, page_sizes=(16, 32, 48)))
+def test_any_attention(case):
+    check(case)
+
+
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf])
+def test_other_rows_do_not_see_nan(odd):
+    case = Case((Row(1, 20), Row(1, 20), Row(1, 33)), "int8", seed=3)
+    problem = kernel_cases.make(case)
+    wanted, _ = kernel_cases.expected(problem)
+    first = problem.segments[0]
+    slot = int(first.table[1, 0]) * case.page_size + 4
+    spoilt = torch.full((1, case.kv_heads, case.key_size), odd)
+    kernels.write(first.blocks, first.layout, spoilt, spoilt, torch.tensor([slot]))
+    output = kernel_cases.poisoned_output(problem)
+    kernels.attend(output, problem.queries, problem.segments, problem.terms)
+    assert output[1].isnan().all()
+    kernel_cases.assert_close(output[::2], wanted[::2])
+
+
+def two(layout: PageLayout, pages: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two stacks of equal poisoned blocks, 2 layers of 2 heads."""
+    blocks = kernel_cases.poisoned_blocks(2 * pages, 2, layout).clone()
+    stack = blocks.unflatten(0, (2, pages))
+    return stack, stack.clone()
+
+
+LAYOUTS = list(itertools.product(FORMATS, (64, 80, 128)))
+
+
+@pytest.mark.parametrize(("page_format", "size"), LAYOUTS)
+def test_written_bytes_are_the_codecs(page_format, size):
+    """Every odd entry, in slots of several pages; one token is left out."""
+    for dtype in (SINGLE, HALF):
+        # Where a CPU converts to bfloat16 in one instruction, torch loses what is not normal.
+        odd = {name: make for name, make in SPECIAL.items() if dtype == SINGLE or name != "tiny"}
+        keys = torch.cat([make(size) for make in odd.values()])
+        keys = torch.stack([keys, keys.flip(0)], 1)
+        values = keys.flip(1, 2) / 3
+        slots = torch.randperm(6 * 16)[: len(keys)]
+        slots[5] = -1
+        layout = make_layout(page_format, dtype, size, size, 16)
+        ours, theirs = two(layout)
+        # Not contiguous, as the slices of a fused projection are.
+        mixed = torch.cat([keys, values], 2).to(dtype)
+        numbers = mixed[..., :size], mixed[..., size:]
+        kernels.write(ours[1], layout, *numbers, slots)
+        packed_reference.write(theirs[1], layout, *numbers, slots)
+        kernel_cases.assert_same_entries(layout, ours, theirs)
+
+
+@pytest.mark.parametrize(("page_format", "size"), LAYOUTS)
+def test_store_move_gather(page_format, size):
+    layout = make_layout(page_format, SINGLE, size, size, 32)
+    ours, theirs = two(layout)
+    layer, head = torch.arange(2)[:, None, None], torch.arange(2)[:, None]
+    source = layer, torch.tensor([3, 0, 0]), head, torch.tensor([31, 0, 7])
+    target = layer, torch.tensor([5, 1, 3]), head, torch.tensor([0, 9, 30])
+    for part in ("key", "value"):
+        numbers = torch.randn(2, 2, 3, size)
+        for module, stack in ((kernels, ours), (packed_reference, theirs)):
+            module.store(stack, layout, part, source, numbers)
+            module.move(stack, layout, part, source, target)
+        assert torch.equal(ours, theirs)
+        regions = torch.tensor([1, 0]), torch.tensor([[3, 0], [5, 1]])
+        found = kernels.gather(ours, layout, part, *regions)
+        wanted = packed_reference.gather(theirs, layout, part, *regions)
+        torch.testing.assert_close(found, wanted, equal_nan=True)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("size", [64, 80])
+def test_observe(size, softcap):
+    """Queries that are not there, that see nothing, and entries that nobody sees."""
+    layers, rows, heads, group, window, entries = 2, 2, 2, 3, 7, 70
+    queries = torch.randn(layers, rows, heads, group, window, size)
+    keys = torch.randn(layers, rows, heads, entries, size)
+    asked = torch.randint(0, 60, (rows, 1, 1, window))
+    asked[0, ..., 0] = -1
+    held = torch.randint(1, 65, (layers, rows, heads, entries))
+    sinks = torch.randn(layers, 1, heads, group)
+    for extra in (None, sinks):
+        arguments = (queries, keys, asked, held, size**-0.5, softcap, extra)
+        found = kernels.observe(*arguments)
+        torch.testing.assert_close(found, reference.attention_mass(*arguments), atol=1e-5, rtol=0)
