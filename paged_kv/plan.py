@@ -42,7 +42,7 @@ class Plan:
 
     def format(self, layer: int) -> str | None:
         """The page format of a layer, None for pages as the engine has them."""
-        return self.formats[layer] if self.formats else None
+        return self.formats[layer] if layer < len(self.formats) else None
 
     def schedule(self, layer: int) -> Schedule | None:
         """The schedule of a layer, None for one that keeps everything."""

@@ -82,7 +82,7 @@ def reference(tiny, **options) -> str:
         (["--policy-config", '{"budget": 3}'], "policy-config must not have budget: use --budget"),
         (["--policy", "h2o", "--policy-config", '{"x": 3}'], "unknown paged_kv option x"),
         (["--page-size", "0"], "page-size must be an integer >= 1, not 0"),
-        (["--page-format", "int3"], "page_format must be one of native, int8, int4, .*, not 'int3'"),
+        (["--page-format", "int3"], "page_format must be one of native, int8, .*, not 'int3'"),
         (["--max-new-tokens", "0"], "max-new-tokens must be an integer >= 1, not 0"),
         (["--temperature", "-1"], "temperature must be a number >= 0, not -1.0"),
         (["--temperature", "nan"], "temperature must be a number >= 0, not nan"),

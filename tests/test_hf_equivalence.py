@@ -2,7 +2,7 @@
 
 An engine and 512 tokens for each of 20 policies take 15 minutes: `pytest -m exhaustive` runs all of
 them, `make test` four that cover what policies read and do (test_policy_equivalence.py and
-test_hf_reference.py have each of them on a small model).
+test_hf_reference.py have each of them on a small model). So with the page formats.
 """
 
 from __future__ import annotations
@@ -57,3 +57,40 @@ def test_tokens_are_those_of_vllm(policy, smollm2_dir, model, prompt):
         stats = cache.stats()
     assert stats.evicted + stats.merged > 30 * (PROMPT - BUDGET)
     assert found[0, PROMPT:].tolist() == expected
+
+
+FORMATS = [
+    ("int8", "snapkv", 0),
+    ("int8", "full", 0),
+    ("int8", "h2o", 1),
+    ("fp8", "streaming", 0),
+    ("int4", "full", 0),
+    ("int4", "snapkv", 1),
+    ("int4", "pyramidal+snapkv", 0),
+]
+NEAR = {"int8": 0.02, "fp8": 0.1, "int4": 0.1}
+"""Logits so close are one choice: noise of 1e-6 moves some numbers to another level of a format."""
+
+
+@pytest.mark.parametrize(
+    ("page_format", "policy", "residual"),
+    [
+        pytest.param(*one, marks=[] if one is FORMATS[0] else [pytest.mark.exhaustive])
+        for one in FORMATS
+    ],
+)
+def test_page_formats(page_format, policy, residual, smollm2_dir, model, prompt):
+    """Each of vLLM's tokens is the choice of transformers after those before it."""
+    config = {"policy": policy, "page_format": page_format, "residual_pages": residual}
+    if policy != "full":
+        config["budget"] = BUDGET
+    with engines.engine(str(smollm2_dir), config) as llm:
+        expected = torch.tensor(engines.generate(llm, [prompt], NEW)[0])
+    with PagedCache(model.config, **config) as cache, torch.inference_mode():
+        rows = [model(torch.tensor([prompt]), past_key_values=cache).logits[0, -1]]
+        for token in expected[:-1].tolist():
+            rows.append(model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1])
+    logits = torch.stack(rows)
+    behind = logits.amax(-1) - logits.gather(1, expected[:, None])[:, 0]
+    assert (behind > 0).sum() <= NEW // 50, behind
+    assert behind.max() < NEAR[page_format], behind

@@ -9,8 +9,8 @@ from hf_models import load, padded, prompt
 from torch.nn.functional import scaled_dot_product_attention
 
 from paged_kv.hf import PagedCache, PagePool, providers
-from paged_kv.hf.paged_attention import visible
 from paged_kv.hf.arena import Geometry, NativeArena
+from paged_kv.hf.paged_attention import visible
 from paged_kv.hf.providers import Flex, Held, paged_bias
 
 SNAPKV = {"policy": "snapkv", "budget": 80, "observation_window": 16, "page_size": 16}

@@ -10,13 +10,16 @@ import reference_loop
 import tiny_models
 import torch
 import torch.nn.functional as F
+from transformers import DynamicCache
 
 from paged_kv import cli
 from paged_kv.config import CompressionConfig
 from paged_kv.hf.loading import encode, load_model
 from paged_kv.hf.reference import ReferenceEngine
+from paged_kv.quant import QUANTIZED
 
-FIELDS = ["policy", "budget", "protocol", "nll", "ppl", "kept", "bytes_per_token", "seconds"]
+FIELDS = ["policy", "budget", "page_format", "protocol", "nll", "ppl", "kept", "bytes_per_token"]
+FIELDS += ["seconds"]
 KV_BYTES = 6 * 2 * 2 * 32 * 4  # of a token of the tiny model, in float32
 SHORT = ["--prompt-tokens", "160", "--score-tokens", "100"]
 
@@ -83,6 +86,31 @@ def perplexity(tiny, text, capsys):
             ],
             "score-tokens 10 with prompt-tokens 10",
         ),
+        (["--policy", "full", "--page-format", "int8,int3"], "page_format must be one of"),
+        (["--policy", "full", "--page-format", "x.json"], "page_format x.json: the file cannot"),
+        (["--policy", "full", "--residual-pages", "1"], "residual_pages 1: with page_format nat"),
+        (
+            ["--policy", "full", "--page-format", "int8", "--page-size", "8"],
+            "page_size 8: packed pages need a multiple of 16",
+        ),
+        (
+            ["--policy", "full", "--policy-config", '{"page_format": "int8"}'],
+            "policy-config must not have page_format: use --page-format",
+        ),
+        (
+            [
+                "--policy",
+                "full",
+                "--page-format",
+                "int8",
+                "--residual-pages",
+                "1",
+                "--engine",
+                "vllm",
+                *SHORT,
+            ],
+            "residual-pages 1: engine vllm scores in one chunk",
+        ),
         (["--policy", "full", "--text", "/nowhere"], "text /nowhere: no such file"),
         (["--policy", "full", "--model", "/nowhere"], "model /nowhere: no such directory"),
     ],
@@ -133,8 +161,8 @@ def test_table(tiny, text, capsys):
     header, full, streaming = output.out.splitlines()
     assert header.split() == FIELDS
     assert len(header) == len(full) == len(streaming)
-    assert full.split()[:2] == ["full", "prompt"]
-    assert streaming.split()[:3] == ["streaming", "96", "prompt"]
+    assert full.split()[:3] == ["full", "native", "prompt"]
+    assert streaming.split()[:4] == ["streaming", "96", "native", "prompt"]
     assert "streaming 96: 100%" in output.err
 
 
@@ -189,6 +217,58 @@ def test_scores_are_not_shared_between_policies(perplexity):
     for row in together:
         (alone,) = perplexity("--policy", row["policy"], "--budget", row["budget"], *SHORT)
         assert alone["nll"] == row["nll"]
+
+
+# ---- page formats
+
+
+def test_page_formats(perplexity, tiny, text):
+    """Loss by a plain cache whose entries went through the codec; bytes as pages store them."""
+    args = ["--policy", "full,snapkv", "--budget", "96", "--page-format", "native,int8,fp8,int4"]
+    rows = perplexity(*args, *SHORT)
+    assert [row["page_format"] for row in rows[::2]] == ["native", "int8", "fp8", "int4"]
+    model, tokens = load_model(tiny), encode(tiny, text.read_text())
+
+    class Coded(DynamicCache):
+        def update(self, key, value, *args, **more):
+            key, value = (codec.decode(codec.encode(part)) for part in (key, value))
+            return super().update(key, value, *args, **more)
+
+    native = rows[0]["nll"]
+    for full, snapkv in zip(rows[2::2], rows[3::2], strict=True):
+        codec = QUANTIZED[full["page_format"]](32)
+        with torch.inference_mode():
+            logits = model(torch.tensor([tokens[:261]]), past_key_values=Coded()).logits[0]
+        expected = nll_of(logits[160:260], tokens[161:261])
+        assert abs(full["nll"] - expected) < 0.2 * abs(native - expected)
+        assert full["bytes_per_token"] == 6 * 2 * 2 * codec.num_bytes
+        assert snapkv["bytes_per_token"] == full["bytes_per_token"] * 96 / 160
+
+
+@pytest.mark.parametrize("protocol", ["prompt", "stream"])
+def test_the_residual_is_that_of_each_token(perplexity, protocol):
+    """Token after token gives what pages at once give; the newest entries count as they are."""
+    args = ["--policy", "streaming", "--budget", 96, "--protocol", protocol, *SHORT]
+    args += ["--page-format", "int4"]
+    (without,) = perplexity(*args)
+    (row,) = perplexity(*args, "--residual-pages", 1)
+    ring = 6 * 32 * 2 * 2 * 32 * 4
+    seen = 160 if protocol == "prompt" else 260
+    more = (row["bytes_per_token"] - without["bytes_per_token"]) * seen
+    assert more == pytest.approx(ring, rel=1e-4)
+    assert row["nll"] != without["nll"]
+
+
+def test_a_stream_with_a_residual_goes_token_by_token(perplexity, tiny, text):
+    model, tokens = load_model(tiny), encode(tiny, text.read_text())
+    config = CompressionConfig.from_dict({"page_format": "int4", "residual_pages": 1})
+    engine, losses = ReferenceEngine(model, config), []
+    for token in tokens[:260]:
+        losses.append(engine.logits(engine.process([token])))
+    expected = nll_of(torch.cat(losses)[159:259], tokens[160:260])
+    args = ["--policy", "full", "--page-format", "int4,native", "--protocol", "stream", *SHORT]
+    row, native = perplexity(*args, "--residual-pages", 1)
+    assert abs(row["nll"] - expected) < 0.2 * abs(expected - native["nll"])
 
 
 # ---- both engines

@@ -59,9 +59,20 @@ def test_rows_are_split():
     assert _Call(output, problem.queries, problem.segments, problem.terms).splits[0] > 1
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
-@given(kernel_cases.cases(max_rows=3, max_entries=70, max_tokens=5, page_sizes=(16, 32, 48)))
+SMALL = kernel_cases.cases(max_rows=3, max_entries=70, max_tokens=5, page_sizes=(16, 32, 48))
+PACE = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+
+
+@settings(max_examples=5, **PACE)
+@given(SMALL)
 def test_any_attention(case):
+    check(case)
+
+
+@pytest.mark.exhaustive
+@settings(max_examples=200, **PACE)
+@given(SMALL)
+def test_many_attentions(case):
     check(case)
 
 

@@ -1,21 +1,21 @@
-"""What the Triton kernels need of a GPU, from the compiler.
-
-    python tests/triton_resources.py ARCH [HEAD_SIZE ...] [DTYPE ...], ARCH 80 or 90
+"""What the Triton kernels need of a GPU, from the compiler; no GPU is needed.
 
 Every call below compiles its kernels as on that GPU, from the arguments that it would launch them
 with; nothing is launched. Prints a JSON line per kernel: case, kernel, arch, registers of a thread,
-spilled bytes, shared memory of a program in bytes, warps.
+spilled bytes, shared memory of a program in bytes, warps, and inexact instructions.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -25,11 +25,14 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import paged_kv.kernels.triton as kernels
+from paged_kv.core.page_formats import FORMATS
 from paged_kv.kernels.operands import Queries, Segment, Terms
 from paged_kv.quant import make_layout
 
 KV_HEADS, GROUP, PAGE_SIZE, ROWS, NUM_PAGES = 3, 3, 32, 8, 64
 CHUNK = 64  # new tokens of a row in the prefill case
+# Instructions that round a product and a sum at once, divide roughly or lose small numbers.
+INEXACT = re.compile(r"\bfma\.|\bdiv\.(?:full|approx)|\.ftz\b")
 
 
 class _Driver:
@@ -58,7 +61,7 @@ def compiling(arch: int) -> Iterator[list[Any]]:
         made.append(run(self, *args, grid=grid, warmup=True, **kwargs))
         return made[-1]
 
-    driver.set_active(_Driver(arch))
+    driver.set_active(_Driver(arch))  # of one arch in a process: kernels are kept by device
     JITFunction.run = compile_only
     try:
         yield made
@@ -66,7 +69,7 @@ def compiling(arch: int) -> Iterator[list[Any]]:
         JITFunction.run = run
 
 
-def attend(page_format: str, dtype: torch.dtype, size: int, tokens: int, **more: Any) -> None:
+def attend(page_format: str, dtype: torch.dtype, size: int, tokens: int) -> None:
     layout = make_layout(page_format, dtype, size, size, PAGE_SIZE)
     blocks = torch.zeros(NUM_PAGES, KV_HEADS, layout.block_bytes, dtype=torch.uint8)
     table = torch.zeros(ROWS, NUM_PAGES, dtype=torch.int32)
@@ -75,7 +78,7 @@ def attend(page_format: str, dtype: torch.dtype, size: int, tokens: int, **more:
     states = torch.zeros(ROWS * tokens, heads, size, dtype=dtype)
     starts = torch.zeros(ROWS + 1, dtype=torch.int32)
     side = torch.ones(NUM_PAGES, KV_HEADS, PAGE_SIZE)
-    terms = Terms(size**-0.5, more.get("softcap", 0.0), torch.zeros(heads), side, side.clone())
+    terms = Terms(size**-0.5, 0.0, torch.zeros(heads), side, side.clone())
     kernels.attend(torch.empty_like(states), Queries(states, starts), [segment], terms)
 
 
@@ -90,7 +93,7 @@ def copy(page_format: str, dtype: torch.dtype, size: int) -> None:
     kernels.gather(stack, layout, "value", index[0, :1], index[:1, :2])
 
 
-def observe(size: int, softcap: float) -> None:
+def observe(size: int) -> None:
     window, entries = 32, 256
     kernels.observe(
         torch.zeros(2, KV_HEADS, GROUP, window, size),
@@ -98,20 +101,19 @@ def observe(size: int, softcap: float) -> None:
         torch.zeros(window, dtype=torch.int64),
         torch.zeros(entries, dtype=torch.int64),
         size**-0.5,
-        softcap,
     )
 
 
-def cases(sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Any]]:
+def cases(options: Any) -> Iterator[tuple[str, Any]]:
     """(name, call)."""
-    for size in sizes:
-        for dtype in dtypes:
-            for name in ("native", "int8", "int4", "fp8"):
-                of = f"{name} {str(dtype).removeprefix('torch.')} {size}"
-                yield f"decode {of}", lambda a=(name, dtype, size): attend(*a, tokens=1)
-                yield f"prefill {of}", lambda a=(name, dtype, size): attend(*a, tokens=CHUNK)
-                yield f"copy {of}", lambda a=(name, dtype, size): copy(*a)
-        yield f"observe {size}", lambda size=size: observe(size, 0.0)
+    for size, dtype, name in product(options.sizes, options.dtypes, options.formats):
+        of = f"{name} {dtype} {size}"
+        case = name, getattr(torch, dtype), size
+        yield f"decode {of}", partial(attend, *case, tokens=1)
+        yield f"prefill {of}", partial(attend, *case, tokens=CHUNK)
+        yield f"copy {of}", partial(copy, *case)
+    for size in options.sizes:
+        yield f"observe {size}", partial(observe, size)
 
 
 def resources(compiled: Any) -> dict[str, Any]:
@@ -129,13 +131,14 @@ def resources(compiled: Any) -> dict[str, Any]:
         "spilled": int(stack),
         "shared": compiled.metadata.shared,
         "warps": compiled.metadata.num_warps,
+        "inexact": len(INEXACT.findall(compiled.asm["ptx"])),
     }
 
 
-def main(arch: int, sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+def main(options: Any) -> None:
     seen = set()
-    for case, call in cases(sizes, dtypes):
-        with compiling(arch) as made:
+    for case, call in cases(options):
+        with compiling(options.arch) as made:
             call()
         for compiled in made:
             if compiled.hash not in seen:
@@ -144,6 +147,9 @@ def main(arch: int, sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> 
 
 
 if __name__ == "__main__":
-    names = [name for name in sys.argv[2:] if not name.isdigit()] or ["bfloat16", "float32"]
-    wanted = [int(size) for size in sys.argv[2:] if size.isdigit()] or [64, 80, 128]
-    main(int(sys.argv[1]), tuple(wanted), tuple(getattr(torch, name) for name in names))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--arch", type=int, choices=(80, 90), required=True)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 80, 128])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--formats", nargs="+", default=FORMATS)
+    main(parser.parse_args())

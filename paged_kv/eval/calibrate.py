@@ -3,9 +3,9 @@
 A text is read once with native pages, and once for each layer with only that layer's pages in int4.
 What a layer costs is how far the predictions move: the mean Kullback-Leibler divergence, in nats
 per token, of the model's distribution from the one with native pages. (The loss itself is too noisy
-for this: a single layer changes it by less than its error on a few hundred tokens.) The --int8-layers
-that cost most get int8, which costs next to nothing; all others get int4. Layers without full
-attention have no pages and stay native.
+for this: a single layer changes it by less than its error on a few hundred tokens.) The
+--int8-layers that cost most get int8, which costs next to nothing; all others get int4. Layers
+without full attention have no pages and stay native.
 
 The file is what page_format takes, in vLLM and in transformers. The table shows each layer's cost;
 below it are loss, divergence and bytes per token of the choice and of one format for all layers.

@@ -65,8 +65,9 @@ class _Prompts:
 
     def _prefill(self, config: CompressionConfig) -> tuple[ReferenceEngine, float]:
         """An engine that has processed the prompt and dropped nothing, and the seconds it took."""
-        paging = {"page_format": config.page_format, "residual_pages": config.residual_pages}
-        own = CompressionConfig(**paging)
+        own = CompressionConfig(
+            page_format=config.page_format, residual_pages=config.residual_pages
+        )
         key: Any = config.page_format
         if config.enabled and "scores" in config.create_policy().reads:
             options = tuple(sorted(config.options.items()))

@@ -197,14 +197,15 @@ class PackedArena(Arena):
 
     def write(self, keys: Tensor, values: Tensor, places: Tensor) -> None:
         """See Arena."""
-        ops.write(self.blocks, self.layout, keys.transpose(0, 1), values.transpose(0, 1), places)
+        new = keys.transpose(0, 1), values.to(keys.dtype).transpose(0, 1)  # autocast may differ
+        ops.write(self.blocks, self.layout, *new, places)
 
     def entries(self, part: str, pages: Tensor) -> Tensor:
         """See Arena; float32."""
         layer = torch.zeros(1, dtype=torch.int64, device=pages.device)
-        flat = pages.flatten(0, -2)
+        flat = pages.reshape(-1, pages.shape[-1])
         found = ops.gather(self.blocks[None], self.layout, _PARTS[part], layer, flat)[0]
-        return found.unflatten(0, pages.shape[:-1])
+        return found.view(*pages.shape[:-1], *found.shape[1:])
 
     def move(self, source: Places, target: Places) -> None:
         """See Arena."""

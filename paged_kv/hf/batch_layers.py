@@ -1,7 +1,8 @@
 """Which Sequences hold the layers of a model in a batch.
 
-Layers with full attention follow the policy and its page format. Those with a sliding window keep the window, which is
-a policy, too; what is not dropped yet because pages are dropped whole, a mask hides.
+Layers with full attention follow the policy and its page format. Those with a sliding window keep
+the window, which is a policy, too; what is not dropped yet because pages are dropped whole, a mask
+hides.
 """
 
 from __future__ import annotations

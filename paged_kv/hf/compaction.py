@@ -231,7 +231,7 @@ def _apply(part: _Part, region: Region, decided: Compaction, tails: Int64s) -> N
         return
     # What has not changed keeps its bytes: quantized again, it could become something else.
     new = decided.changed.gather(-1, source)
-    column, there = source[new], tuple(own[new] for own in write)
+    column, there = source[new], (write[0][new], write[1][new], write[2][new])
     layer, event, own_head, _ = new.nonzero(as_tuple=True)
     for name in ("keys", "values"):
         numbers = getattr(decided, name)

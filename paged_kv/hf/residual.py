@@ -20,7 +20,7 @@ Tensor = torch.Tensor
 
 
 class Residual:
-    """A ring of pages for each row; token t of row r lies in page r * num_pages + t // p % num_pages.
+    """Rings of pages; token t of row r lies in page r * num_pages + t // p % num_pages.
 
     Args:
         num_layers: layers.
@@ -84,8 +84,8 @@ class Residual:
         device = self.blocks.device
         self._slots = torch.from_numpy(slots).to(device)
         rows, pages = np.arange(len(counts))[:, None], np.arange(self.num_pages)
-        table = self._page(rows, self.first[:, None] // size + pages)
-        self._table = torch.from_numpy(table.astype(np.int32)).to(device)
+        table = self._page(rows, self.first[:, None] // size + pages).astype(np.int32)
+        self._table = torch.from_numpy(np.ascontiguousarray(table)).to(device)
         self._counts = torch.from_numpy(self.counts(ends).astype(np.int32)).to(device)
 
     def _page(self, row: Int64s, index: Int64s) -> Int64s:
@@ -94,7 +94,7 @@ class Residual:
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Stores the new tokens of a layer, of all rows: [kv_heads, tokens, size]."""
-        new = keys.transpose(0, 1), values.transpose(0, 1)
+        new = keys.transpose(0, 1), values.to(keys.dtype).transpose(0, 1)
         ops.write(self._blocks(layer), self.layout, *new, self._slots)
 
     def segment(self, layer: int) -> Segment:

@@ -65,15 +65,17 @@ class Step:
     @cached_property
     def page_ids(self) -> Tensor:
         """int32 [layers, rows, width]: the tables, for the kernels; -1 past an end."""
-        return torch.from_numpy(self.tables.ids.astype(np.int32)).to(self._device)
+        return self._int32(self.tables.ids)
 
     @cached_property
     def sizes(self) -> Tensor:
         """int32 [layers, rows]: entries, the new ones included."""
-        return torch.from_numpy((self._size + self.counts).astype(np.int32)).to(self._device)
+        return self._int32(self._size + self.counts)
 
     @cached_property
     def starts(self) -> Tensor:
         """int32 [rows + 1]: where each row's new tokens begin among all."""
-        starts = np.concatenate([[0], np.cumsum(self.counts)])
-        return torch.from_numpy(starts.astype(np.int32)).to(self._device)
+        return self._int32(np.concatenate([[0], np.cumsum(self.counts)]))
+
+    def _int32(self, numbers: Int64s) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(numbers, dtype=np.int32)).to(self._device)

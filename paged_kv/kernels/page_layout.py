@@ -124,7 +124,8 @@ class PageLayout:
 
 def scales_to_bytes(scales: torch.Tensor) -> torch.Tensor:
     """uint8 [..., 2 * n] of float32 [..., n] that bfloat16 can hold."""
-    return scales.to(torch.bfloat16).contiguous().view(torch.uint8)
+    # Cloned: without an entry it would count as contiguous whatever its strides, with no such view.
+    return scales.to(torch.bfloat16).clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def scales_of(bits: torch.Tensor) -> torch.Tensor:

@@ -60,8 +60,8 @@ def add_cli_args(parser: Any) -> Any:
         "--kv-policy-config",
         metavar="JSON",
         help="More options: num_sink_tokens, recent_window, pyramid_beta, min_budget, "
-        "compress_prefill, skip_layers, tiers, max_groups, page_format, residual_pages and what the "
-        "policy declares.",
+        "compress_prefill, skip_layers, tiers, max_groups, page_format, residual_pages, and what "
+        "the policy declares.",
     )
     _check_when_parsed(parser)
     return parser

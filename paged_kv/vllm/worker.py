@@ -17,12 +17,12 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from paged_kv.config import CompressionConfig
 from paged_kv.core.page_formats import NATIVE
-from paged_kv.core.schedule import Schedule, cdiv
+from paged_kv.core.schedule import Schedule
 from paged_kv.policies.base import Policy
-from paged_kv.vllm import limits, side_data
+from paged_kv.vllm import limits
 from paged_kv.vllm.attention import observe_layer, wrap_backend
 from paged_kv.vllm.compaction import Compactor
-from paged_kv.vllm.layer_group import row_bytes
+from paged_kv.vllm.memory import Shares
 from paged_kv.vllm.packed import PackedAttention, layout_of, packed_backend, packed_spec
 from paged_kv.vllm.residual import Residual
 from paged_kv.vllm.spec import PagedSpec, register
@@ -48,6 +48,7 @@ class PagedWorkerMixin:
         """Loads, then wraps the attention of every layer that is compressed or has packed pages."""
         super().load_model(**kwargs)  # type: ignore[misc]
         register()
+        self._stored()  # refuses
         every = self.vllm_config.compilation_config.static_forward_context
         specs = super().get_kv_cache_spec()  # type: ignore[misc]
         layouts = {name: layout_of(specs[name], form) for name, form in self._formats().items()}
@@ -93,12 +94,9 @@ class PagedWorkerMixin:
             ValueError: nothing is left.
         """
         memory: int = super().determine_available_memory()  # type: ignore[misc]
-        if self.residual is not None:
-            self.residual.requests.grow(self._residual_rows(memory))
-        if self.compactor is not None:
-            own = memory - self._residual_bytes(memory)
-            self.compactor.requests.grow(self._ring_rows(own))
-        return self._for_pages(memory)
+        shares = self._shares()
+        shares.grow_rings(memory)
+        return shares.for_pages(memory)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """The caches are (re)allocated."""
@@ -157,63 +155,16 @@ class PagedWorkerMixin:
                 specs[name] = packed_spec(spec, formats[name])
         return specs
 
-    def _for_pages(self, memory: int) -> int:
-        """Of so many bytes for the KV cache, those for keys and values."""
-        left = memory - self._residual_bytes(memory)
-        if self.compactor is not None and not self.compactor.positional:
-            policy, layers = self.compactor.policy, list(self.compactor.layers.values())
-            ring = (self._ring_rows(left) + 1) * row_bytes(layers, policy)
-            stored, beside = (sum(sizes) for sizes in zip(*self._pages().values(), strict=True))
-            # A page of the pool is one group's; what lies beside it, every layer has.
-            stored //= limits.get_plan(self.vllm_config).num_groups
-            left = (left - ring) * stored // (stored + beside)
-            if left <= 0:
-                raise ValueError(
-                    f"the queries that this kv-policy observes take {ring} bytes "
-                    f"(observation_window {policy.observation_window}), more than the {memory} of "
-                    "the KV cache: lower observation_window, or give the KV cache more memory"
-                )
-        return left
-
-    def _ring_rows(self, memory: int) -> int:
-        """Requests with an observation window that fit: each holds about a budget in each layer."""
-        assert self.compactor is not None
-        policy, layers = self.compactor.policy, list(self.compactor.layers.values())
-        if not policy.observation_window:
-            return 0
-        least, pages = row_bytes(layers, policy), self._pages()
-        for name, schedule in self._schedules().items():
-            held = schedule.minimum + schedule.page_size - policy.observation_window
-            least += max(1, cdiv(held, schedule.page_size)) * sum(pages[name])
-        return min(self.vllm_config.scheduler_config.max_num_seqs, max(1, memory // least))
-
-    def _pages(self) -> dict[str, tuple[int, int]]:
-        """(bytes of a page, of its side data) of each compressed layer."""
-        assert self.compactor is not None
-        specs, per_slot = self._stored(), side_data.bytes_per_slot(self.compactor.policy)
-        result = {}
-        for name in self.compactor.layers:
-            spec: Any = specs[name]
-            slots = spec.num_kv_heads * spec.block_size
-            result[name] = spec.page_size_bytes, per_slot * slots
-        return result
-
-    def _residual_rows(self, memory: int) -> int:
-        """Requests that fit: each holds a page at least."""
-        assert self.residual is not None
-        least = self.residual.row_bytes + sum(s.page_size_bytes for s in self._stored().values())
-        return min(self.vllm_config.scheduler_config.max_num_seqs, max(1, memory // least))
-
-    def _residual_bytes(self, memory: int) -> int:
-        if self.residual is None:
-            return 0
-        taken = (self._residual_rows(memory) + 1) * self.residual.row_bytes
-        if taken >= memory:
-            raise ValueError(
-                f"residual_pages {self.residual.num_pages} takes {taken} bytes, more than the "
-                f"{memory} of the KV cache: lower it, or give the KV cache more memory"
-            )
-        return taken
+    def _shares(self) -> Shares:
+        """What lies beside the pages."""
+        return Shares(
+            self._stored(),
+            self._schedules(),
+            limits.get_plan(self.vllm_config).num_groups,
+            self.vllm_config.scheduler_config.max_num_seqs,
+            self.compactor,
+            self.residual,
+        )
 
     def _limit_prompts(self, specs: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
         """Lets vLLM start with a pool below max_model_len, where the pool's size is configured.
@@ -230,7 +181,7 @@ class PagedWorkerMixin:
             sizes = [spec.page_size_bytes for spec in specs.values()]
             mixed = len(set(sizes)) > 1  # in one group
             page_bytes = sum(sizes) if mixed else sizes[0] * plan.layers_per_page
-            num_pages = self._for_pages(memory) // page_bytes
+            num_pages = self._shares().for_pages(memory) // page_bytes
         limit = None if num_pages is None else limits.max_prompt_len(self.vllm_config, num_pages)
         if limit is None:
             return specs

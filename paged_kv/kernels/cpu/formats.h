@@ -131,31 +131,39 @@ INLINE void with_format(int64_t code, Call&& call) {
   }
 }
 
-// Blocks of `size` (a power of two) times the orthonormal Hadamard matrix, in place; the order of
-// the additions is that of paged_kv.kernels.page_layout.rotate, so that the results are equal.
-INLINE void rotate(float* x, int64_t count, int64_t size) {
-  if (size == 1) return;
-  for (int64_t step = 1; step < size; step *= 2) {
-    for (int64_t start = 0; start < count; start += 2 * step) {
-      float *low = x + start, *high = low + step;
-      for (int64_t i = 0; i < step; ++i) {
-        float a = low[i], b = high[i];
-        low[i] = a + b;
-        high[i] = a - b;
-      }
-    }
-  }
-  float factor = (float)(1.0 / __builtin_sqrt((double)size));
-  for (int64_t i = 0; i < count; ++i) x[i] *= factor;
+// Sums and differences of lanes that are `step` apart: a + b where bit `step` of the index is 0, in
+// the other lane a - b.
+INLINE vf butterfly(vf x, int step) {
+  vi index = lane_index();
+  vf other;
+#if defined(PAGED_KV_AVX512)
+  other = (vf)_mm512_permutexvar_ps((__m512i)(index ^ step), (__m512)x);
+#elif defined(PAGED_KV_AVX2)
+  other = (vf)_mm256_permutevar8x32_ps((__m256)x, (__m256i)(index ^ step));
+#else
+  other = vf{x[0 ^ step], x[1 ^ step], x[2 ^ step], x[3 ^ step]};
+#endif
+  return (index & step) == 0 ? x + other : other - x;
 }
 
-INLINE float number_at(const void* numbers, int64_t dtype, int64_t i) {
-  if (dtype == kFloat32) return ((const float*)numbers)[i];
-  const uint8_t* p = (const uint8_t*)numbers + 2 * i;
-  if (dtype == kBFloat16) return bf16_at(p);
-  uint16_t half;
-  memcpy(&half, p, 2);
-  return half_to_float(splat((int32_t)half))[0];
+// Blocks of `size` (a power of two from 16 on; 1 for none) times the orthonormal Hadamard matrix, in
+// place, with the additions of paged_kv.kernels.page_layout.rotate: the results are equal.
+INLINE void rotate(float* x, int64_t count, int64_t size) {
+  if (size == 1) return;
+  for (int64_t i = 0; i < count; i += W) {
+    vf own = load<vf>(x + i);
+    for (int step = 1; step < W; step *= 2) own = butterfly(own, step);
+    store(x + i, own);
+  }
+  for (int64_t step = W; step < size; step *= 2)
+    for (int64_t start = 0; start < count; start += 2 * step)
+      for (int64_t i = start; i < start + step; i += W) {
+        vf a = load<vf>(x + i), b = load<vf>(x + i + step);
+        store(x + i, a + b);
+        store(x + i + step, a - b);
+      }
+  vf factor = splat((float)(1.0 / __builtin_sqrt((double)size)));
+  for (int64_t i = 0; i < count; i += W) store(x + i, load<vf>(x + i) * factor);
 }
 
 // Multiples of W numbers between float and a model's dtype.

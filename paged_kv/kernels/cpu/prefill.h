@@ -5,8 +5,10 @@
 
 namespace {
 
-constexpr int64_t kTile = 96;    // query vectors of a tile at most, unless a token has more
-constexpr int64_t kChunk = 128;  // entries of a chunk at most
+constexpr int64_t kTile = 192;   // query vectors of a tile at most, unless a token has more
+constexpr int64_t kChunk = 256;  // entries of a chunk at most
+constexpr int64_t kLine = kChunk + 16;  // so that lines do not share a cache's set
+constexpr int64_t kDepth = 128;  // terms of a product at once: what a core's first cache holds
 
 struct Call {
   Attend* a;
@@ -66,7 +68,7 @@ static void product_columns(float* c, int64_t c_line, const float* a, int64_t a_
 }
 
 // columns: a multiple of 16.
-static void product(float* c, int64_t c_line, const float* a, int64_t a_line, const float* b,
+static void product_slice(float* c, int64_t c_line, const float* a, int64_t a_line, const float* b,
                     int64_t b_line, int64_t rows, int64_t columns, int64_t k, bool add) {
   constexpr int N = W == 8 ? 2 : 4;
   int64_t n = 0;
@@ -80,7 +82,14 @@ static void product(float* c, int64_t c_line, const float* a, int64_t a_line, co
       product_columns<1>(c + n, c_line, a, a_line, b + n, b_line, rows, k, add);
 }
 
-// keys: [key size][kChunk] of a page's first `slots` slots.
+static void product(float* c, int64_t c_line, const float* a, int64_t a_line, const float* b,
+                    int64_t b_line, int64_t rows, int64_t columns, int64_t k, bool add) {
+  for (int64_t i = 0; i < k; i += kDepth)
+    product_slice(c, c_line, a + i, a_line, b + i * b_line, b_line, rows, columns,
+                  smaller(kDepth, k - i), add || i);
+}
+
+// keys: [key size][kLine] of a page's first `slots` slots.
 template <class F>
 INLINE void expand_keys(const Layout& l, const uint8_t* block, int64_t slots, float* keys) {
   int64_t groups = F::affine ? l.key.num_scales / 2 : 1, words = l.key.data_bytes / 4 / groups;
@@ -95,7 +104,7 @@ INLINE void expand_keys(const Layout& l, const uint8_t* block, int64_t slots, fl
         auto element = [&](auto index) {
           vf x = F::template unpack<decltype(index)::value>(bits);
           store(to, F::scaled ? fma(x, scale, least) : x);
-          to += kChunk;
+          to += kLine;
         };
         each<F::per_word>(element);
       }

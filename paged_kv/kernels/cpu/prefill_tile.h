@@ -12,15 +12,15 @@ struct Tile {
 struct TileScratch {
   float *keys, *values, *logits, *output, *weights, *tops, *sums;
   static int64_t floats(const Call& call, int64_t vectors) {
-    return kChunk * (call.key_size + call.value_size + 1) + vectors * (kChunk + call.value_size + 32);
+    return kLine * (call.key_size + call.value_size + 1) + vectors * (kLine + call.value_size + 2);
   }
   TileScratch(float* at, const Call& call, int64_t vectors) {
     keys = at;
-    values = keys + kChunk * call.key_size;
-    logits = values + kChunk * call.value_size;
-    output = logits + vectors * kChunk;
+    values = keys + kLine * call.key_size;
+    logits = values + kLine * call.value_size;
+    output = logits + vectors * kLine;
     weights = output + vectors * call.value_size;
-    tops = weights + kChunk;
+    tops = weights + kLine;
     sums = tops + vectors;
   }
 };
@@ -37,10 +37,9 @@ INLINE void side_of(const Attend& a, const Side& side, int64_t row, int64_t head
   }
 }
 
-// Query vector m's logits of a chunk: how many of them it sees.
-INLINE int64_t seen(const Call& call, const Tile& tile, const Chunk& chunk, int64_t m) {
-  int64_t token = tile.first + m / call.group;
-  int64_t visible = call.entries_of(tile.row) - call.tokens_of(tile.row) + token + 1;
+// How many of a chunk's entries a token sees, counted in its row.
+INLINE int64_t seen(const Call& call, const Chunk& chunk, int64_t token) {
+  int64_t visible = call.entries_of(chunk.row) - call.tokens_of(chunk.row) + token + 1;
   return larger(0, smaller(chunk.count, visible - chunk.base));
 }
 
@@ -48,7 +47,7 @@ INLINE void logits_of(const Call& call, const Tile& tile, const Chunk& chunk, fl
                       float* logits) {
   int64_t segment = chunk.segment - call.a->segments;
   const float* q = call.query(segment, tile.head, call.a->starts[tile.row] + tile.first);
-  product(logits, kChunk, q, call.key_size, keys, kChunk, tile.tokens * call.group,
+  product(logits, kLine, q, call.key_size, keys, kLine, tile.tokens * call.group,
           pieces(chunk.count, 16) * 16, call.key_size, false);
 }
 
@@ -120,10 +119,13 @@ static void attend_tile(const Call& call, const Tile& tile, float* memory) {
     float* weights = a.weights.data ? s.weights : nullptr;
     if (weights) side_of(a, a.weights, tile.row, tile.head, chunk.base, chunk.count, weights);
     int64_t columns = pieces(chunk.count, W) * W;
-    for (int64_t m = 0; m < vectors; ++m)
-      soften_more(s.logits + m * kChunk, seen(call, tile, chunk, m), columns, (float)a.softcap,
-                  weights, s.output + m * size, size, s.tops + m, s.sums + m);
-    product(s.output, size, s.logits, kChunk, s.values, size, vectors, size, chunk.count, true);
+    for (int64_t token = 0, m = 0; token < tile.tokens; ++token) {
+      int64_t count = seen(call, chunk, tile.first + token);
+      for (int64_t g = 0; g < call.group; ++g, ++m)
+        soften_more(s.logits + m * kLine, count, columns, (float)a.softcap, weights,
+                    s.output + m * size, size, s.tops + m, s.sums + m);
+    }
+    product(s.output, size, s.logits, kLine, s.values, size, vectors, size, chunk.count, true);
   });
   unrotate();
   finish_tile(call, tile, s);
@@ -141,14 +143,12 @@ static void add_mass(const Call& call, const Chunk& chunk, int64_t tile_tokens, 
   int64_t tokens = call.tokens_of(chunk.row);
   for (int64_t first = 0; first < tokens; first += tile_tokens) {
     Tile tile{chunk.row, chunk.head, first, smaller(tile_tokens, tokens - first)};
-    int64_t vectors = tile.tokens * call.group;
-    if (!seen(call, tile, chunk, vectors - 1)) continue;
+    if (!seen(call, chunk, first + tile.tokens - 1)) continue;
     logits_of(call, tile, chunk, s.keys, s.logits);
-    for (int64_t m = 0; m < vectors; ++m) {
-      int64_t token = a.starts[tile.row] + tile.first + m / call.group;
-      int64_t at = token * a.heads + tile.head * call.group + m % call.group;
-      int64_t count = seen(call, tile, chunk, m);
-      float *own = s.logits + m * kChunk, top = call.tops[at];
+    for (int64_t m = 0; m < tile.tokens * call.group; ++m) {
+      int64_t token = first + m / call.group, count = seen(call, chunk, token);
+      int64_t at = (a.starts[tile.row] + token) * a.heads + tile.head * call.group + m % call.group;
+      float *own = s.logits + m * kLine, top = call.tops[at];
       if (count) soften(own, count, (float)a.softcap, weights, &top);
       for (int64_t i = 0; i < count; i += W)
         store(total + i, fma(load<vf>(own + i), splat(call.shares[at]), load<vf>(total + i)));

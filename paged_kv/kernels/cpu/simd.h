@@ -129,6 +129,10 @@ INLINE bool any(vi mask) {
   return found != 0;
 }
 
+#if defined(PAGED_KV_AVX512)
+INLINE float sum_of(vf x) { return _mm512_reduce_add_ps((__m512)x); }
+INLINE float max_of(vf x) { return _mm512_reduce_max_ps((__m512)x); }
+#else
 INLINE float sum_of(vf x) {
   float lanes[W];
   store(lanes, x);
@@ -136,7 +140,6 @@ INLINE float sum_of(vf x) {
     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   return lanes[0];
 }
-
 INLINE float max_of(vf x) {
   float lanes[W];
   store(lanes, x);
@@ -144,7 +147,7 @@ INLINE float max_of(vf x) {
     for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
   return lanes[0];
 }
-
+#endif
 INLINE float min_of(vf x) { return -max_of(-x); }
 
 // f(integral constant) for 0 .. N - 1.
@@ -167,20 +170,23 @@ INLINE vi lane_index() {
   return index;
 }
 
-// e^x for x <= 88, to a unit in the last place or two; 0 below -87; NaN stays NaN.
+// e^x for x <= 88, as exact as x is; 0 far below; NaN stays NaN.
 INLINE vf exponential(vf x) {
-  vf n = round_even(x * 1.44269504f);
-  vf r = fma(n, splat(-0.693145752f), x);
-  r = fma(n, splat(-1.42860677e-6f), r);
-  vf p = splat(1.98756915e-4f);
-  p = fma(p, r, splat(1.39819995e-3f));
-  p = fma(p, r, splat(8.33345191e-3f));
-  p = fma(p, r, splat(4.16657962e-2f));
-  p = fma(p, r, splat(1.66666655e-1f));
-  p = fma(p, r, splat(5.00000001e-1f));
-  p = fma(p, r * r, r) + 1.f;
+  x = max(splat(-200.f), x);  // in this order a NaN stays
+  vf t = x * 1.44269504f, n = round_even(t), r = t - n;  // e^x = 2^n 2^r, |r| <= 0.5
+  vf p = splat(0.00015353357f);
+  p = fma(p, r, splat(0.00133988761f));
+  p = fma(p, r, splat(0.00961843739f));
+  p = fma(p, r, splat(0.0555033247f));
+  p = fma(p, r, splat(0.240226479f));
+  p = fma(p, r, splat(0.693147203f));
+  p = fma(p, r, splat(1.f));
+#if defined(PAGED_KV_AVX512)
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
   vf power = (vf)((to_int(n) + 127) << 23);
   return x < -87.f ? splat(0.f) : p * power;
+#endif
 }
 
 INLINE vf tanh_of(vf x) {

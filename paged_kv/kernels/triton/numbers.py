@@ -167,13 +167,13 @@ def _quantize(words, block, offset, inside, numbers, PART: tl.constexpr):
         known = tl.min((groups == groups).to(tl.int32), 2) > 0
         low = _rounded(tl.where(known, tl.min(groups, 2), float("nan")))
         high = tl.max(groups, 2) - low
-        LIMIT: tl.constexpr = LEVELS
         tl.store(halves + place + PART.groups * PART.page_size, _narrowed(low), mask=mask)
         finite = finite & (tl.abs(low) < NO_LIMIT)
     else:
         high = tl.max(tl.abs(groups), 2)
         low = tl.zeros_like(high)
-        LIMIT: tl.constexpr = INT8_LIMIT if PART.code == INT8 else FP8_LIMIT
+    SYMMETRIC: tl.constexpr = INT8_LIMIT if PART.code == INT8 else FP8_LIMIT
+    LIMIT: tl.constexpr = LEVELS if PART.code == INT4 else SYMMETRIC
     scale = _rounded(tl.div_rn(high, tl.full(high.shape, LIMIT, tl.float32)))
     finite = finite & (scale < NO_LIMIT)
     finite = finite & (tl.min((tl.abs(groups) < NO_LIMIT).to(tl.int32), 2) > 0)
