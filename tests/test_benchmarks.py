@@ -22,6 +22,8 @@ COST = {
     for figure in ("share", "calls_per_step", "us_per_call")
 }
 
+KERNELS = ["decode", "scores", "write"] * 4  # for each page format
+
 # script -> (arguments, cases in the order of the lines, fields)
 PARTS = ("key", "value")
 FORMATS = [
@@ -85,6 +87,12 @@ SCRIPTS = {
         "--rounds 1 --requests 3 --longest 40 --output-len 4 --cases full streaming",
         ["full", "streaming"],
         COMPARED - {"idle_cpu"},
+    ),
+    "kernels": (
+        "--json --rounds 1 --entries 64",
+        2 * KERNELS + 2 * ["prefill"] * 4,
+        {"op", "format", "sequences", "entries", "heads", "kv_heads", "head_dim", "tokens"}
+        | {"ours_ms", "vllm_ms", "ratio", "gb_per_s", "read_gb_per_s"},
     ),
     "quantized_decode": (
         "--rounds 2 --steps 2 --requests 2 --prompt-len 40 --cases int8",

@@ -297,6 +297,7 @@ class Server:
 @pytest.fixture
 def server(environment, smollm2_dir, tmp_path):
     flags = ["--kv-policy", "pyramidal", "--kv-budget", "256", "--num-gpu-blocks-override", "100"]
+    flags += ["--kv-cache-dtype", "int8_per_token_head"]
     line = arguments("serve", str(smollm2_dir), *flags, "--dtype", "bfloat16")
     line += ["--max-model-len", "2048", "--served-model-name", "smollm2"]
     variables = environment | {"VLLM_LOGGING_LEVEL": "INFO"}
@@ -314,6 +315,7 @@ def test_serve(server):
     """Several processes, as users run it; 99 pages hold a prompt of 33 pages in each of 3 tiers."""
     assert len(server.processes()) > 1
     assert "paged_kv pyramidal keeps: layers 0-9: " in server.log.read_text()
+    assert "paged_kv page formats: 30 x int8" in server.log.read_text()
 
     request = {"model": "smollm2", "max_tokens": 300, "temperature": 0, "ignore_eos": True}
     status, answer = server.post("/v1/completions", request | {"prompt": "Once upon a time"})

@@ -7,7 +7,9 @@ number by a level from then on; so errors are compared with what the format itse
 
 from __future__ import annotations
 
+import copy
 import json
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -155,8 +157,7 @@ class Plain:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("residual", [1, 2])
-@pytest.mark.parametrize("policy", ["full", "streaming"])
+@pytest.mark.parametrize(("policy", "residual"), [("full", 1), ("streaming", 2)])
 def test_the_newest_pages_are_read_as_they_were(policy, residual):
     options = {**SMALL, "recent_window": 32} if policy == "streaming" else {}
     budget = 64 if policy == "streaming" else None
@@ -165,8 +166,6 @@ def test_the_newest_pages_are_read_as_they_were(policy, residual):
     plain = [[Plain(inputs.codec, residual, budget) for _ in range(3)] for _ in range(LAYERS)]
     for step in [*STEPS, ("crop", 9), [1, 1], ("crop", 5), *[[1, 1]] * 20, [40, 3], [1, 1]]:
         if isinstance(step, tuple) and step[0] == "select":
-            import copy
-
             held.select_rows(step[1])
             plain = [[copy.deepcopy(rows[i]) for i in step[1]] for rows in plain]
             continue
@@ -256,8 +255,9 @@ def check_close(found: torch.Tensor, expected: torch.Tensor, native: torch.Tenso
     assert error.max() < 0.7 * cost.max(), (error.max(), cost.max())
 
 
-@pytest.mark.parametrize("page_format", FORMATS)
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("name", "page_format"), [("llama", "fp8"), ("gemma2", "int8"), ("gpt_oss", "int4")]
+)
 def test_models(name, page_format):
     model, ids = load(name), torch.tensor([prompt(60)])
     chunks = [20, 25, *[1] * 15]
@@ -269,9 +269,14 @@ def test_models(name, page_format):
         assert cache.stats().page_format == page_format
 
 
-@pytest.mark.parametrize("page_format", FORMATS)
-@pytest.mark.parametrize("policy", ["streaming", "snapkv", "h2o", "pooling"])
-@pytest.mark.parametrize("residual", [0, 1])
+COMMON = {("snapkv", "int4", 1), ("pooling", "int8", 0), ("pooling", "int4", 0), ("h2o", "fp8", 1)}
+CASES = list(product(["streaming", "snapkv", "h2o", "pooling", "value_merge"], FORMATS, [0, 1]))
+
+
+@pytest.mark.parametrize(
+    ("policy", "page_format", "residual"),
+    [pytest.param(*one, marks=() if one in COMMON else pytest.mark.exhaustive) for one in CASES],
+)
 def test_policies_give_what_the_reference_engine_gives(policy, page_format, residual):
     """Merging ones, too: what has changed is quantized again, and nothing else."""
     model, tokens = load("llama"), torch.randperm(160, generator=torch.Generator().manual_seed(0))

@@ -72,7 +72,7 @@ def test_models(tmp_path, name):
     assert [spec for spec, _ in layers] == [
         "PagedSpec" if full else "SlidingWindowSpec" for full in is_full
     ]
-    assert [backend.startswith("PagedKV") for _, backend in layers] == is_full
+    assert [backend.startswith(("PagedKV", "Packed")) for _, backend in layers] == is_full
     assert len(pages) == (2 if name == "gemma3" else 1)
     # 299 tokens are in the cache: 10 pages; a budget of 128 keeps 128 to 159, in 5.
     assert max(stock_pages) == 10

@@ -22,8 +22,9 @@ MOST_REGISTERS = 255
 def run(*arguments: str, **environment: str) -> str:
     """A process of its own: Triton is imported for the interpreter or for a GPU, not for both."""
     command = [sys.executable, *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     done = subprocess.run(
-        command, capture_output=True, text=True, cwd=TESTS.parent, env=os.environ | environment
+        command, capture_output=True, text=True, cwd=TESTS.parent, env=environment
     )
     assert not done.returncode, done.stdout[-6000:] + done.stderr[-2000:]
     return done.stdout

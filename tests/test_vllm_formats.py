@@ -115,7 +115,7 @@ UNDER_A_POLICY = {
 
 @pytest.mark.parametrize("case", UNDER_A_POLICY)
 def test_tokens_under_a_policy(case, tiny, model, mixed):
-    """Moved as they are stored; a policy sees them as they are stored."""
+    """Moved, copied for the cache, and seen by a policy as they are stored; then prefix hits."""
     config, arguments, name = UNDER_A_POLICY[case]
     config = {**config, "budget": BUDGET}
     if config.get("page_format") == "mixed":
@@ -124,8 +124,10 @@ def test_tokens_under_a_policy(case, tiny, model, mixed):
     rule = (EveryChunk if "residual_pages" in config else Rule)([BUDGET] * LAYERS)
     with engines.engine(tiny, config, **SETTINGS, **arguments) as llm:
         total = engines.block_pool(llm).get_num_free_blocks()
-        waves = [prompts_of(20, 101, 150)]
-        complete_and_check(llm, model, waves, rule, formats, config, 60)
+        first = prompts_of(20, 101, 150)
+        waves = [first, [first[2][:140]]]
+        chunks = complete_and_check(llm, model, waves, rule, formats, config, 60)
+        assert chunks[3][0][0] == 128
         assert engines.worker(llm).compactor.num_events > 0
         assert engines.block_pool(llm).get_num_free_blocks() == total
 

@@ -91,6 +91,14 @@ def test_other_rows_do_not_see_nan(odd):
     kernel_cases.assert_close(output[::2], wanted[::2])
 
 
+def ties(size: int) -> torch.Tensor:
+    """float32 [8, size]: scales and numbers half-way between two that can be stored."""
+    numbers = torch.arange(8.0 * size).view(8, size) % 57
+    numbers[:, 0] = 448
+    numbers[0, 0], numbers[1, 0] = 448 * (1 + 2**-8), 127 * (1 + 2**-8)
+    return numbers
+
+
 def two(layout: PageLayout, pages: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
     """Two stacks of equal poisoned blocks, 2 layers of 2 heads."""
     blocks = kernel_cases.poisoned_blocks(2 * pages, 2, layout).clone()
@@ -107,7 +115,7 @@ def test_written_bytes_are_the_codecs(page_format, size):
     for dtype in (SINGLE, HALF):
         # Where a CPU converts to bfloat16 in one instruction, torch loses what is not normal.
         odd = {name: make for name, make in SPECIAL.items() if dtype == SINGLE or name != "tiny"}
-        keys = torch.cat([make(size) for make in odd.values()])
+        keys = torch.cat([*(make(size) for make in odd.values()), ties(size)])
         keys = torch.stack([keys, keys.flip(0)], 1)
         values = keys.flip(1, 2) / 3
         slots = torch.randperm(6 * 16)[: len(keys)]
@@ -154,5 +162,5 @@ def test_observe(size, softcap):
     sinks = torch.randn(layers, 1, heads, group)
     for extra in (None, sinks):
         arguments = (queries, keys, asked, held, size**-0.5, softcap, extra)
-        found = kernels.observe(*arguments)
+        found = kernels.attention_mass(*arguments)
         torch.testing.assert_close(found, reference.attention_mass(*arguments), atol=1e-5, rtol=0)

@@ -95,7 +95,7 @@ def copy(page_format: str, dtype: torch.dtype, size: int) -> None:
 
 def observe(size: int) -> None:
     window, entries = 32, 256
-    kernels.observe(
+    kernels.attention_mass(
         torch.zeros(2, KV_HEADS, GROUP, window, size),
         torch.zeros(2, KV_HEADS, entries, size),
         torch.zeros(window, dtype=torch.int64),

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from paged_kv.config import CompressionConfig
-from paged_kv.core.page_formats import NATIVE, layer_formats
+from paged_kv.core.page_formats import FORMATS, NATIVE, layer_formats
 from paged_kv.hf import compaction
 from paged_kv.hf.allocator import Int64s
 from paged_kv.hf.arena import Geometry, PackedArena
@@ -71,8 +71,10 @@ class Sequences:
         self.policy = compression.create_policy() if compression.enabled else None
         self.compress_prefill = compression.compress_prefill
         self.page_format = compression.page_format
-        formats = layer_formats(compression.page_format, num_layers)
-        self.formats = [formats[layer] for layer in layers]
+        self.formats = [self.page_format] * len(layers)
+        if self.page_format not in FORMATS:  # a file that has them by layer
+            by_layer = layer_formats(self.page_format, num_layers)
+            self.formats = [by_layer[layer] for layer in layers]
         self.residual_pages = compression.residual_pages
         self.groups = layer_groups(
             compression, pool.page_size, self.layers, num_layers, self.formats

@@ -54,6 +54,9 @@ def attend(output: Tensor, queries: Queries, segments: list[Segment], terms: Ter
                     f"counts: row {row} has {held} entries, more than its table has pages for"
                 )
             _inside("table: page", segment.table[row, :pages], len(segment.blocks))
+            for beside in (terms.weights, terms.scores) if segment is segments[0] else ():
+                if beside is not None:
+                    _inside("table: page", segment.table[row, :pages], len(beside))
     packed_reference.attend(output, queries, segments, terms)
 
 

@@ -89,13 +89,13 @@ def attend(output: Tensor, queries: Queries, segments: list[Segment], terms: Ter
     tokens, heads, size = states.shape
     if size != first.layout.key.size:
         raise _wrong("queries", states, f"head_dim {first.layout.key.size}, as the pages have")
-    wanted = (tokens, heads, first.layout.value.size)
-    if output.dtype != states.dtype or output.shape != wanted or output.stride(-1) != 1:
-        raise _wrong("output", output, f"{list(wanted)} of the queries' dtype")
     _vector("starts", starts, torch.int32)
     rows, kv_heads = len(starts) - 1, first.blocks.shape[1]
     if rows < 0 or heads % kv_heads or heads // kv_heads > MAX_GROUP:
         raise _wrong("queries", states, f"a multiple of {kv_heads} heads, at most {MAX_GROUP} each")
+    wanted = (tokens, heads, first.layout.value.size)
+    if output.dtype != states.dtype or output.shape != wanted or output.stride(-1) != 1:
+        raise _wrong("output", output, f"{list(wanted)} of the queries' dtype")
     for one in segments:
         _segment(one, first, rows)
     _terms(terms, first, heads)

@@ -94,17 +94,17 @@ class Kernels:
         source: Index | None = None,
         target: Index | None = None,
     ) -> None:
-        given = [list(index) for index in (source, target) if index is not None]
-        size = torch.broadcast_shapes(*(one.shape for one in sum(given, [])))
-        given = [[one.expand(size).contiguous() for one in index] for index in given]
-        places = [structs.PlacesStruct(*(one.data_ptr() for one in index)) for index in given]
-        none = structs.PlacesStruct()
+        size = torch.broadcast_shapes(*(one.shape for one in (*(source or ()), *(target or ()))))
+        # Kept until the call is over: the structs have addresses only.
+        read, written = (
+            [one.expand(size).contiguous() for one in index or ()] for index in (source, target)
+        )
         work = structs.EntriesStruct(
             structs.blocks_struct(stack, layout),
             part == "value",
             size.numel(),
-            none if source is None else places[0],
-            none if target is None else places[-1],
+            structs.PlacesStruct(*(one.data_ptr() for one in read)),
+            structs.PlacesStruct(*(one.data_ptr() for one in written)),
             None if numbers is None else numbers.data_ptr(),
         )
         _run(getattr(self.library, f"paged_kv_{name}"), work, "index", layout)

@@ -11,10 +11,13 @@ from typing import Any
 
 import torch  # noqa: F401  before the libraries: they share its threads (libgomp)
 
+FOLDER = Path(__file__).parent
 BUILDS = ("avx512", "avx2", "portable")  # the best first
 REFERENCE = "reference"
 VARIABLE = "PAGED_KV_CPU_KERNELS"
 CPU_BITS = {"avx512": 2, "avx2": 1, "portable": 0}
+OTHER_CPU = "this CPU lacks instructions it uses"
+NOT_BUILT = "not built"
 FUNCTIONS = ("write", "gather", "store", "move", "attend", "attention_mass")
 
 
@@ -43,39 +46,39 @@ def best() -> ctypes.CDLL | None:
             return found
         reasons.append(f"{build}: {why}")
     warnings.warn(
-        "paged_kv has no compiled kernels for this CPU: packed pages are read by torch operations, "
-        f"many times slower ({'; '.join(reasons)}). They are built when paged_kv is installed and a "
-        "C++ compiler is there.",
+        "paged_kv has no compiled kernels for this CPU: torch reads packed pages, "
+        f"many times slower ({'; '.join(reasons)}). They are built when paged_kv is installed "
+        "and a C++ compiler is there.",
         RuntimeWarning,
         stacklevel=3,
     )
     return None
 
 
-def load(build: str, folder: Path | None = None) -> tuple[ctypes.CDLL | None, str]:
+def load(build: str) -> tuple[ctypes.CDLL | None, str]:
     """(a build, "") or (None, why not)."""
-    if CPU_BITS[build] & ~cpu_bits(folder):
-        return None, "this CPU lacks instructions it uses"
-    file = _file(build, folder)
+    if CPU_BITS[build] & ~cpu_bits():
+        return None, OTHER_CPU
+    file = _file(build)
     if file is None:
-        return None, "not built"
+        return None, NOT_BUILT
     try:
         return _typed(ctypes.CDLL(str(file))), ""
     except OSError as error:
         return None, str(error)
 
 
-def cpu_bits(folder: Path | None = None) -> int:
+def cpu_bits() -> int:
     """Which builds the CPU can run, as the portable one finds; 0 without that."""
-    file = _file("portable", folder)
+    file = _file("portable")
     try:
         return ctypes.CDLL(str(file)).paged_kv_cpu() if file else 0
     except OSError:
         return 0
 
 
-def _file(build: str, folder: Path | None) -> Path | None:
-    found = sorted((folder or Path(__file__).parent).glob(f"_{build}.*so"))
+def _file(build: str) -> Path | None:
+    found = sorted(FOLDER.glob(f"_{build}.*so"))
     return found[0] if found else None
 
 

@@ -8,13 +8,7 @@ namespace {
 constexpr int64_t kSpan = 512;  // entries of a span at most; a multiple of 128 and 16
 constexpr int64_t kGroup = 8;   // query heads at once
 constexpr int64_t kFactors = 16;  // heads by groups of channels at once
-#ifndef AHEAD
-#define AHEAD 8192
-#endif
-#ifndef LOC
-#define LOC 3
-#endif
-constexpr int64_t kAhead = AHEAD;  // bytes that are fetched ahead
+constexpr int64_t kAhead = 8192;  // bytes that are fetched ahead: pages lie anywhere
 
 struct Span {
   int32_t row, head, segment, first_page, pages, count;
@@ -35,7 +29,7 @@ struct Pass {
 };
 
 INLINE vf bf16_lanes(const uint8_t* p) { return bf16_to_float(halves(p)); }
-INLINE void fetch(const void* p) { __builtin_prefetch(p, 0, LOC); }
+INLINE void fetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 INLINE void fetch_scales(const Layout& l, const uint8_t* scales) {
   for (int64_t b = 0; b < l.block_bytes - l.key_scale_offset; b += 64) fetch(scales + b);
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -16,27 +16,21 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 Number, Pointer = ctypes.c_int64, ctypes.c_void_p
 
 
-class _Struct(ctypes.Structure):
-    """A struct whose fields are numbers, pointers and others of its kind."""
-
-    _fields_: ClassVar = []
-
-
-def _numbers(names: str) -> list[tuple[str, type]]:
+def _numbers(names: str) -> list[Any]:
     return [(name, Number) for name in names.split()]
 
 
-def _pointers(names: str) -> list[tuple[str, type]]:
+def _pointers(names: str) -> list[Any]:
     return [(name, Pointer) for name in names.split()]
 
 
-class PartStruct(_Struct):
+class PartStruct(ctypes.Structure):
     """A codec."""
 
     _fields_: ClassVar = _numbers("format size data_bytes num_scales rotation")
 
 
-class LayoutStruct(_Struct):
+class LayoutStruct(ctypes.Structure):
     """A page layout."""
 
     _fields_: ClassVar = [
@@ -46,7 +40,7 @@ class LayoutStruct(_Struct):
     ]
 
 
-class BlocksStruct(_Struct):
+class BlocksStruct(ctypes.Structure):
     """uint8 [layers, pages, heads, block_bytes]."""
 
     _fields_: ClassVar = [
@@ -55,7 +49,7 @@ class BlocksStruct(_Struct):
     ]
 
 
-class SegmentStruct(_Struct):
+class SegmentStruct(ctypes.Structure):
     """operands.Segment."""
 
     _fields_: ClassVar = [
@@ -66,13 +60,13 @@ class SegmentStruct(_Struct):
     ]
 
 
-class SideStruct(_Struct):
+class SideStruct(ctypes.Structure):
     """float32 [pages, heads, page_size]."""
 
     _fields_: ClassVar = [*_pointers("data"), *_numbers("pages page_stride head_stride")]
 
 
-class AttendStruct(_Struct):
+class AttendStruct(ctypes.Structure):
     """attend."""
 
     _fields_: ClassVar = [
@@ -91,7 +85,7 @@ class AttendStruct(_Struct):
     ]
 
 
-class WriteStruct(_Struct):
+class WriteStruct(ctypes.Structure):
     """write."""
 
     _fields_: ClassVar = [
@@ -103,13 +97,13 @@ class WriteStruct(_Struct):
     ]
 
 
-class PlacesStruct(_Struct):
+class PlacesStruct(ctypes.Structure):
     """int64 [count] each."""
 
     _fields_: ClassVar = _pointers("layer page head offset")
 
 
-class EntriesStruct(_Struct):
+class EntriesStruct(ctypes.Structure):
     """gather, store and move."""
 
     _fields_: ClassVar = [
@@ -122,7 +116,7 @@ class EntriesStruct(_Struct):
     ]
 
 
-class MassStruct(_Struct):
+class MassStruct(ctypes.Structure):
     """attention_mass."""
 
     _fields_: ClassVar = [

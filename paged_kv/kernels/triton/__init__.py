@@ -17,15 +17,16 @@ from paged_kv.kernels.triton.copying import (
     store_kernel,
     write_kernel,
 )
-from paged_kv.kernels.triton.observe import observe
+from paged_kv.kernels.triton.mass import attention_mass
 from paged_kv.kernels.triton.parts import Part, part_of, places
 
-__all__ = ["attend", "gather", "move", "observe", "store", "write"]
+__all__ = ["attend", "attention_mass", "gather", "move", "store", "write"]
 
 Tensor = torch.Tensor
 ENTRIES = 16  # entries of a program: their words of a key lie together, 64 bytes
-# A product and a sum in one rounding would give other bytes than the codecs.
-EXACT = {"enable_fp_fusion": False}
+# A product and a sum in one rounding would give other bytes than the codecs. With fewer warps the
+# numbers of large entries do not fit the registers.
+EXACT = {"enable_fp_fusion": False, "num_warps": 8}
 
 
 def write(blocks: Tensor, layout: PageLayout, keys: Tensor, values: Tensor, slots: Tensor) -> None:

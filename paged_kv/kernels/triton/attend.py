@@ -8,13 +8,9 @@ import torch
 import triton
 
 from paged_kv.kernels.operands import Queries, Segment, Terms
-from paged_kv.kernels.triton.attention import (
-    combine_kernel,
-    rotate_kernel,
-    score_kernel,
-    segment_kernel,
-)
+from paged_kv.kernels.triton.attention import rotate_kernel, segment_kernel
 from paged_kv.kernels.triton.parts import part_of
+from paged_kv.kernels.triton.sums import combine_kernel, score_kernel
 
 Tensor = torch.Tensor
 ROW_QUERIES = 16  # query heads of a program: the rows of a matrix instruction

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from paged_kv.kernels.triton.observing import mass_kernel, total_kernel
+from paged_kv.kernels.triton.mass_kernels import mass_kernel, total_kernel
 
 Tensor = torch.Tensor
 QUERIES, ENTRIES = 16, 32  # of a program's block
 
 
-def observe(
+def attention_mass(
     queries: Tensor,
     keys: Tensor,
     query_positions: Tensor,
