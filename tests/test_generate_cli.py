@@ -282,7 +282,7 @@ def test_the_cache_is_used_again_between_turns(tiny, capsys, beams):
     conversation = Conversation(tokenizer)
     sampling = Sampling(max_new_tokens=8, num_beams=beams)
     config = CompressionConfig.from_dict({"policy": "streaming", "budget": 80})
-    engine = TextGenerator(Path(tiny), tokenizer, config, sampling, 32, "native")
+    engine = TextGenerator(Path(tiny), tokenizer, config, sampling, 32)
     lengths: list[int] = []
     engine.model.register_forward_pre_hook(
         lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[-1]),
@@ -297,6 +297,18 @@ def test_the_cache_is_used_again_between_turns(tiny, capsys, beams):
     assert lengths[0] == again
     engine.close()
     capsys.readouterr()
+
+
+def test_quantized_pages(generate):
+    args = ["--page-format", "int8", "--residual-pages", "1", "--max-new-tokens", "8"]
+    code, text, notes = generate("--prompt", PROMPT, *args)
+    assert (code, len(text.split())) == (0, 8)
+    assert "page_format int8" in notes
+    held = 6 * 160 * 2 * 2 * (32 + 2) + 6 * 32 * 2 * 2 * 32 * 4  # pages, and the residual
+    assert f"device_bytes {held}" in notes
+    code, _, notes = generate("--prompt", PROMPT, "--page-format", "int8", "--page-size", "8")
+    assert code == 2
+    assert "page_size 8: packed pages need a multiple of 16" in notes
 
 
 # ---- as a user runs it

@@ -164,7 +164,7 @@ def test_the_newest_pages_are_read_as_they_were(policy, residual):
     options |= {"policy": policy, "residual_pages": residual} | ({"budget": 64} if budget else {})
     inputs, held = Inputs("int4"), sequences(3, "int4", **options)
     plain = [[Plain(inputs.codec, residual, budget) for _ in range(3)] for _ in range(LAYERS)]
-    for step in [*STEPS, ("crop", 9), [1, 1], ("crop", 5), *[[1, 1]] * 20, [40, 3], [1, 1]]:
+    for step in [*STEPS, ("crop", 9), [1, 1], ("crop", 30), *[[1, 1]] * 20, [40, 3], [1, 1]]:
         if isinstance(step, tuple) and step[0] == "select":
             held.select_rows(step[1])
             plain = [[copy.deepcopy(rows[i]) for i in step[1]] for rows in plain]

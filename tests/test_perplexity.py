@@ -293,6 +293,20 @@ def test_engines_agree(perplexity, protocol):
         }
 
 
+@pytest.mark.vllm
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("protocol", "residual"), [("prompt", 0), ("stream", 1)])
+def test_engines_agree_on_page_formats(perplexity, protocol, residual):
+    args = ["--policy", "full,snapkv", "--budget", "112", "--protocol", protocol, *SHORT]
+    args += ["--page-format", "int8,int4", "--residual-pages", residual]
+    (native,) = perplexity("--policy", "full", "--protocol", protocol, *SHORT)
+    ours, theirs = perplexity(*args), perplexity(*args, "--engine", "vllm")
+    for one, other in zip(ours, theirs, strict=True):
+        cost = abs(ours[0]["nll"] - native["nll"])  # numbers near the middle of two levels differ
+        assert abs(other["nll"] - one["nll"]) < 0.2 * cost
+        assert other["kept"] == one["kept"]
+
+
 @pytest.mark.model
 def test_real_model(perplexity, smollm2_dir, tmp_path):
     """The text is predicted, the worse the less is kept; the shipped tokenizer is used."""

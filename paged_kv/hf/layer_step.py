@@ -72,7 +72,7 @@ class LayerStep:
         explicit = self.sequences.reads_scores or not self.terms.is_plain
         alike = min(first) == max(first)
         fresh = max(first) == 0 and num_queries > 1 and self.terms.bias is None
-        if fresh and not explicit and self._is_exact:  # what is stored is at hand
+        if fresh and not explicit:  # what is stored is at hand
             return fused(query, key, value, first, self.terms.scale)
         if num_queries == 1 and not explicit and self.terms.bias is None:
             found = self._provided(row, query)
@@ -95,11 +95,6 @@ class LayerStep:
         if bias is not None:
             return masked(query, keys, values, bias[None].to(query.dtype), self.terms.scale)
         return fused(query, keys, values, first, self.terms.scale)
-
-    @property
-    def _is_exact(self) -> bool:
-        """Whether what is read is what was stored."""
-        return isinstance(self.arena, NativeArena)
 
     def _numbers(self, part: str, row: int, num_rows: int, size: int) -> Tensor:
         """[rows, kv_heads, size, ...]: the first keys, or values, of rows."""

@@ -25,7 +25,7 @@ class PackedStep(LayerStep):
 
     def attend(self, row: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See LayerStep."""
-        if not self._has_kernel or len(query) != self.sequences.num_rows:
+        if not self._has_kernel:
             return super().attend(row, query, key, value)
         self._observe(row, query)
         output = self._by_kernel(query.transpose(1, 2).flatten(0, 1), value.shape[-1])

@@ -5,6 +5,8 @@ Everything wrong with sizes, dtypes and indices is a ValueError before memory is
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,9 +19,14 @@ from paged_kv.kernels.pages import Index
 Tensor = torch.Tensor
 
 
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
 def _kernels(device: torch.device) -> Any:
     """Who does the work: the functions below, with operands that have been checked."""
-    if device.type == "cuda":
+    if device.type == "cuda" and _has_triton():
         from paged_kv.kernels import triton
 
         return triton
@@ -112,8 +119,8 @@ def attention_mass(
 
     Args: see reference.attention_probabilities; with lead dimensions that broadcast.
     """
+    kernels = _kernels(queries.device)
+    if kernels is checked_reference or queries.dtype != torch.float32 or queries.shape[-1] % 16:
+        kernels = reference
     terms = query_positions, key_positions, scale, softcap, sinks
-    compiled = cpu.kernels() if queries.device.type == "cpu" else None
-    if compiled is None or queries.dtype != torch.float32 or queries.shape[-1] % 16:
-        return reference.attention_mass(queries, keys, *terms)
-    return compiled.attention_mass(queries, keys, *terms)
+    return kernels.attention_mass(queries, keys, *terms)

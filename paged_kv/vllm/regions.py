@@ -8,8 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from paged_kv.kernels.packed_pages import PackedPart
-from paged_kv.kernels.pages import Index, Part, region_index, slot_index
+from paged_kv.kernels.pages import region_index, slot_index
 from paged_kv.kernels.rotary import Rotary
 from paged_kv.policies.base import Events, Int64s, Policy
 from paged_kv.policies.region import Compaction, Queries, Region, moves
@@ -151,32 +150,14 @@ def _apply(
     write = slot_index(layers, pages, target, page_size)
     for name in ("keys", "values"):
         part, new = getattr(stack.pages, name), getattr(decided, name)
-        part.move(read, write)
-        if new is not None:
-            _store(part, write, _at(new, source), decided, source)
+        if new is None:
+            part.move(read, write)
+        else:  # numbers that were not changed give the bits that they came from
+            part.store(write, _at(new, source))
     for name in stack.side.tensors:
         new = decided.weights if name == "weights" and decided.weights is not None else None
         old = getattr(region, name)
         stack.side.write(name, write, (old if new is None else new).gather(-1, source))
-
-
-def _store(
-    part: Part | PackedPart,
-    index: Index,
-    numbers: torch.Tensor,
-    decided: Compaction,
-    source: torch.Tensor,
-) -> None:
-    """Stores numbers in place of the entries that a merge has changed.
-
-    Those that only moved have their bits already: rounding them anew would cost accuracy. A GPU,
-    whose formats give the same bits again, must not wait to hear which these are.
-    """
-    if decided.changed is not None and numbers.device.type == "cpu":
-        chosen = decided.changed.expand(decided.losers.shape).gather(-1, source)
-        index = tuple(place.expand(chosen.shape)[chosen] for place in index)  # type: ignore[assignment]
-        numbers = numbers[chosen]
-    part.store(index, numbers)
 
 
 def _at(entries: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:

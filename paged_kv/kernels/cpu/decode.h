@@ -38,7 +38,8 @@ INLINE void fetch_scales(const Layout& l, const uint8_t* scales) {
 template <class F, int G, int N>
 INLINE void key_columns(const Pass& p, int64_t page, int64_t slot) {
   const Layout& l = *p.layout;
-  constexpr int kChains = G * N < 8 && F::per_word > 1 ? 2 : 1;  // sums that do not wait for another
+  // With few sums, each in two parts, so that additions need not wait for another.
+  constexpr int kChains = G * N < 8 && F::per_word > 1 ? 2 : 1;
   int64_t groups = F::affine ? l.key.num_scales / 2 : 1, words = l.key.data_bytes / 4 / groups;
   const uint8_t *word = p.blocks[page] + 4 * slot, *next = p.ahead[page] + 4 * slot;
   const uint8_t* scales = p.blocks[page] + l.key_scale_offset + 2 * slot;
@@ -176,8 +177,9 @@ INLINE Passes passes_of(int64_t group) {
   return table[group - 1];
 }
 
-// Turns logits into numerators of a softmax: e^(logit - top), top the largest and what it was
-// before; gives their sum. weights: [count, to W], finite, or null. Behind the last entry, to W, become 0.
+// Turns logits into numerators of a softmax: e^(logit - top), top the largest of them and what it
+// was before; gives their sum. weights: [count, to W], finite, or null. What lies behind the last
+// entry, to W, becomes 0.
 INLINE float soften(float* logits, int64_t count, float softcap, const float* weights, float* top) {
   const vf nothing = splat(-(float)INFINITY);
   if (softcap > 0)

@@ -34,7 +34,8 @@ static void write_entry(const Blocks& b, bool value, uint8_t* block, int64_t slo
                         const void* numbers, int64_t dtype) {
   const Part& part = value ? b.layout->value : b.layout->key;
   alignas(64) uint8_t bytes[kMaxEntryBytes];
-  if (part.format == dtype) return store_entry(*b.layout, value, block, slot, (const uint8_t*)numbers);
+  if (part.format == dtype)
+    return store_entry(*b.layout, value, block, slot, (const uint8_t*)numbers);
   alignas(64) float x[kMaxEntryBytes / 4];
   to_floats(x, numbers, dtype, part.size);
   encode(part, x, bytes);
@@ -48,7 +49,8 @@ static void write_token(const Write& w, int64_t token) {
     uint8_t* block = block_of(w.blocks, 0, slot / page_size, head);
     int64_t key = token * w.key_token_stride + head * w.key_head_stride;
     int64_t value = token * w.value_token_stride + head * w.value_head_stride;
-    write_entry(w.blocks, false, block, slot % page_size, (const char*)w.keys + key * width, w.dtype);
+    write_entry(w.blocks, false, block, slot % page_size, (const char*)w.keys + key * width,
+                w.dtype);
     write_entry(w.blocks, true, block, slot % page_size, (const char*)w.values + value * width,
                 w.dtype);
   }

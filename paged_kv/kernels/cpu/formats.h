@@ -1,4 +1,4 @@
-// How stored bits become floats: one struct per page format, in the order of paged_kv.quant's codes.
+// How stored bits become floats: one struct per page format, numbered as paged_kv.quant does.
 #pragma once
 
 #include "simd.h"
@@ -146,8 +146,8 @@ INLINE vf butterfly(vf x, int step) {
   return (index & step) == 0 ? x + other : other - x;
 }
 
-// Blocks of `size` (a power of two from 16 on; 1 for none) times the orthonormal Hadamard matrix, in
-// place, with the additions of paged_kv.kernels.page_layout.rotate: the results are equal.
+// Blocks of `size` (a power of two from 16 on; 1 for none) times the orthonormal Hadamard matrix,
+// in place, with the additions of paged_kv.kernels.page_layout.rotate: the results are equal.
 INLINE void rotate(float* x, int64_t count, int64_t size) {
   if (size == 1) return;
   for (int64_t i = 0; i < count; i += W) {

@@ -65,7 +65,8 @@ INLINE void soften_lines(const Columns& c, float* logits, const int64_t* positio
 INLINE void close_columns(const Columns& c) {
   for (int64_t q = 0; q < kColumns; ++q) {
     float before = c.top[q];
-    c.sum[q] = close_softmax(c.sinks[q] == -(float)INFINITY ? nullptr : c.sinks, q, c.top + q, c.sum + q);
+    const float* sinks = c.sinks[q] == -(float)INFINITY ? nullptr : c.sinks;
+    c.sum[q] = close_softmax(sinks, q, c.top + q, c.sum + q);
     c.top[q] = before;  // close_softmax's factor is for numerators of this maximum
   }
 }
@@ -111,7 +112,10 @@ extern "C" EXPORT int paged_kv_attention_mass(Mass* m) {
 #pragma omp barrier
 #pragma omp for schedule(dynamic)
     for (int64_t head = 0; head < (failed ? 0 : m->heads); ++head) {
-      Columns c{m, head, 0, 0, (float*)memory.data, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+      Columns c{};
+      c.mass = m;
+      c.head = head;
+      c.queries = (float*)memory.data;
       c.numerators = c.queries + kColumns * m->size;
       c.tops = c.numerators + kColumns * m->entries;
       c.top = c.tops + kColumns * tops;

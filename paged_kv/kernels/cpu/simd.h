@@ -144,7 +144,8 @@ INLINE float max_of(vf x) {
   float lanes[W];
   store(lanes, x);
   for (int half = W / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+    for (int i = 0; i < half; ++i)
+      if (!(lanes[i] > lanes[i + half])) lanes[i] = lanes[i + half];
   return lanes[0];
 }
 #endif
