@@ -133,6 +133,11 @@ def scales_of(bits: torch.Tensor) -> torch.Tensor:
     return bits.contiguous().view(torch.bfloat16).float()
 
 
+def hadamard_block(size: int) -> int:
+    """The largest blocks that so many numbers can be rotated in: a power of two divides them."""
+    return size & -size
+
+
 def rotate(numbers: torch.Tensor, size: int) -> torch.Tensor:
     """Blocks of `size` (a power of two) times the orthonormal Hadamard matrix: its own inverse.
 

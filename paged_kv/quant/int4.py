@@ -9,7 +9,13 @@ from __future__ import annotations
 
 import torch
 
-from paged_kv.kernels.page_layout import Codec, rotate, scales_of, scales_to_bytes
+from paged_kv.kernels.page_layout import (
+    Codec,
+    hadamard_block,
+    rotate,
+    scales_of,
+    scales_to_bytes,
+)
 
 LEVELS = 15
 
@@ -27,7 +33,7 @@ class Int4(Codec):
 
     def __init__(self, size: int) -> None:
         super().__init__(size)
-        self.rotation = size & -size  # the largest power of two that divides it
+        self.rotation = hadamard_block(size)
         self.num_groups = size // (32 if size % 32 == 0 else 16)
         self.num_scales = 2 * self.num_groups  # all scales, then all minimums
 

@@ -86,6 +86,7 @@ INLINE void encode_int4(float* x, const Part& part, uint8_t* bytes) {
 
 // part.num_bytes of part.size numbers, which may be changed.
 INLINE void encode(const Part& part, float* x, uint8_t* bytes) {
+  if (part.format == kInt8) rotate(x, part.size, part.rotation);
   if (part.format == kInt8) return encode_int8(x, part.size, bytes);
   if (part.format == kInt4) return encode_int4(x, part, bytes);
   if (part.format == kFp8) return encode_fp8(x, part.size, bytes);
