@@ -38,8 +38,10 @@ def passed(name: str, numbers: torch.Tensor) -> torch.Tensor:
 def test_the_error_is_that_of_the_levels(name, numbers):
     error = (passed(name, numbers) - numbers).abs()
     largest = numbers.abs().amax(-1, keepdim=True)
-    if name == "int8":  # half a step; at the ends a rounded scale costs a quarter more
-        assert (error <= largest / 127 * 0.77).all()
+    if name == "int8":  # half a step of rotated numbers; a rounded scale costs a quarter more
+        rotated = rotate(numbers, QUANTIZED[name](numbers.shape[-1]).rotation)
+        step = rotated.abs().amax(-1) / 127 * 0.77
+        assert (error.norm(dim=-1) <= step * numbers.shape[-1] ** 0.5).all()
     elif name == "fp8":  # three bits of mantissa; steps end at 2 ** -9 of a scale
         assert (error <= numbers.abs() * 2**-4 * 1.01 + largest / 448 * 2**-9).all()
     else:  # of rotated numbers, whose length is that of the numbers
@@ -50,10 +52,10 @@ def test_the_error_is_that_of_the_levels(name, numbers):
         assert (error.norm(dim=-1) <= bound).all()
 
 
-@given(st.sampled_from(["int8", "fp8"]), entries())
-def test_what_was_stored_stays(name, numbers):
-    once = passed(name, numbers)
-    assert torch.equal(passed(name, once), once)
+@given(entries())
+def test_what_was_stored_stays(numbers):
+    once = passed("fp8", numbers)  # the others' rotation rounds
+    assert torch.equal(passed("fp8", once), once)
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
