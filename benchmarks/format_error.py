@@ -91,7 +91,7 @@ def candidates(size: int) -> dict[str, tuple[float, Change]]:
     found["4 bits, rotated, minimum, 2 groups, searched"] = (
         four, rotated(grouped(shifted_best, size // 2)))  # fmt: skip
     found["4 bits, rotated, Gaussian levels"] = (one, rotated(gaussian))
-    found["8 bits, rotated"] = (8 + 16 / size, rotated(lambda x: scaled(x, 127)))
+    found["8 bits, symmetric"] = (8 + 16 / size, lambda x: scaled(x, 127))
     return found
 
 

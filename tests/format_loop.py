@@ -25,7 +25,8 @@ from reference_loop import Chunk, Rule, Sequence_, check_output
 from paged_kv.quant import make_layout
 
 TOLERANCE = 2e-4  # of logprobs, as without formats
-CLOSE = 2e-4  # of keys and values
+MERGING = 1e-3  # the same: noise can put what a merge makes into the neighbouring code
+CLOSE = 1e-3  # of keys and values; for the same reason no less
 Pair = tuple[torch.Tensor, torch.Tensor]  # key and value, [heads, dim]
 
 
@@ -192,6 +193,7 @@ def complete_and_check(
 ) -> list[list[Chunk]]:
     """Waves of prompts, each token compared with the loop. Returns the chunks of all."""
     differences, found = {}, []
+    tolerance = MERGING if config.get("policy") == "value_merge" else TOLERANCE
     with recorded_writes(llm) as written:
         for wave in waves:
             with engines.recorded_chunks(llm) as recorded, recorded_losers(llm) as dropped:
@@ -199,7 +201,7 @@ def complete_and_check(
             for prompt, output, (name, chunks) in zip(wave, outputs, recorded.items(), strict=True):
                 given = formats, config, dropped[name], (name, written)
                 sequence = make(model, rule, len(prompt), *given)
-                if differs := check_output(sequence, prompt, output, chunks, TOLERANCE):
+                if differs := check_output(sequence, prompt, output, chunks, tolerance):
                     differences[f"{name}, prompt of {len(prompt)}"] = differs
                 found.append(chunks)
     assert not differences, differences

