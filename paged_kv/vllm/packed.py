@@ -71,7 +71,7 @@ def packed_backend(
     """A subclass of backend that makes PackedMetadata, of what compactions have left."""
     builder: Any = backend.get_builder_cls()
 
-    class PackedMetadataBuilder(builder):
+    class PackedMetadataBuilder(builder):  # what attention.wrap_backend says holds here, too
         supports_update_block_table = False
 
         @classmethod
