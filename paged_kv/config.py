@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 DEFAULT_PAGE_SIZE = 32
 DEFAULT_BUDGET = 1024
+MAX_GIB = 1 << 20
 VARIABLES = {"policy": "PAGED_KV_POLICY", "budget": "PAGED_KV_BUDGET"}
 CONFIG_VARIABLE = "PAGED_KV_POLICY_CONFIG"  # a JSON object of the other options
 
@@ -41,6 +42,18 @@ class CompressionConfig:
         page_format: how pages store numbers: native, int8, int4, fp8, or a file of `paged-kv
             calibrate` with a format for each layer.
         residual_pages: newest pages of a sequence that stay in the model's dtype.
+        swap_space: GiB of host memory for the pages of preempted requests; 0 for none (vLLM).
+        swap_dir: directory for what the host memory cannot hold; empty for none.
+        swap_dir_space: GiB of files there.
+        swap_format: how swapped pages store numbers, where that is smaller than how they lived.
+        spill: whether evicted entries go down a tier, from where they can be fetched back.
+        spill_budget: entries there, per sequence and layer.
+        fetch_limit: entries that one compaction may fetch back, per sequence, layer and KV head.
+        spill_window: last queries that say what is worth fetching.
+        spill_threshold: how many times the attention of the weakest survivor a spilled entry must
+            get to take its place.
+        spill_dir: directory for spilled entries beyond spill_host_budget; empty for none.
+        spill_host_budget: of the spilled entries, those in host memory, if there is a spill_dir.
         options: what the policy itself declares.
     """
 
@@ -56,6 +69,17 @@ class CompressionConfig:
     max_groups: int = 8
     page_format: str = "native"
     residual_pages: int = 0
+    swap_space: float = 0.0
+    swap_dir: str = ""
+    swap_dir_space: float = 0.0
+    swap_format: str = "native"
+    spill: bool = False
+    spill_budget: int = 8192
+    fetch_limit: int = 64
+    spill_window: int = 32
+    spill_threshold: float = 1.0
+    spill_dir: str = ""
+    spill_host_budget: int = 4096
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -255,4 +279,15 @@ _READERS: dict[str, Any] = {
     "max_groups": opt.integer(1, least=1).read,
     "page_format": _page_format,
     "residual_pages": opt.integer(0).read,
+    "swap_space": opt.number(0.0, 0.0, MAX_GIB).read,
+    "swap_dir": opt.text("").read,
+    "swap_dir_space": opt.number(0.0, 0.0, MAX_GIB).read,
+    "swap_format": opt.choice("native", "int8", "int4").read,
+    "spill": opt.boolean(False).read,
+    "spill_budget": opt.integer(8192, least=1).read,
+    "fetch_limit": opt.integer(64, least=1).read,
+    "spill_window": opt.integer(32, least=1).read,
+    "spill_threshold": opt.number(1.0, 0.0, 1e6).read,
+    "spill_dir": opt.text("").read,
+    "spill_host_budget": opt.integer(4096, least=1).read,
 }
