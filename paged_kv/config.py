@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
@@ -121,9 +122,25 @@ class CompressionConfig:
             for key, option in declared.items()
         }
         config = cls(**settings, options=options)
+        config.check_spill()
         if config.enabled:
             config.create_policy()  # it may refuse what it is given
         return config
+
+    def check_spill(self) -> None:
+        """Refuses what does not go with spill. Raises ValueError."""
+        if self.spill and not self.enabled:
+            raise ValueError("spill needs a policy that drops entries, not policy 'full'")
+        if self.spill_dir and not self.spill:
+            raise ValueError(f"spill_dir {self.spill_dir!r} is for spill: add spill=true")
+        if self.spill_dir:
+            try:
+                tempfile.TemporaryFile(dir=self.spill_dir).close()
+            except OSError as error:
+                raise ValueError(
+                    f"spill_dir must be a directory to write to, not {self.spill_dir!r}: "
+                    f"{error.strerror}"
+                ) from None
 
     @classmethod
     def from_env(cls, **given: Any) -> CompressionConfig:
@@ -160,10 +177,23 @@ class CompressionConfig:
         return result
 
     def create_policy(self) -> Policy:
-        """What picks the survivors. Raises ValueError: the policy refuses an option's value."""
-        return registry.create(
+        """What picks the survivors; with spill, around it what fetches others back.
+
+        Raises:
+            ValueError: the policy refuses an option's value, or merges what should spill.
+        """
+        policy = registry.create(
             self.selector, self.num_sink_tokens, self.recent_window, self.options
         )
+        if not self.spill:
+            return policy
+        if policy.merges:
+            raise ValueError(
+                f"spill needs a policy that drops entries; {self.policy!r} merges them into others"
+            )
+        from paged_kv.policies.spill import Spill
+
+        return Spill(policy, self.fetch_limit, self.spill_window, self.spill_threshold)
 
     def min_entries(self, page_size: int) -> int:
         """The least budget that leaves a page to evict."""

@@ -172,7 +172,7 @@ def recorded_losers(llm: Any) -> Iterator[dict[str, Losers]]:
                     region.positions[index, event], decided.losers[index, event], strict=True
                 )
                 result[request][key] = [set(row[lost].tolist()) for row, lost in rows]
-        apply(stack, layers, pages, region, decided)
+        return apply(stack, layers, pages, region, decided)
 
     regions._gather, regions._apply = gathering, applying
     try:

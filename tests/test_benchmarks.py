@@ -99,6 +99,12 @@ SCRIPTS = {
         ["plain", "int8"],
         {"tokens_per_second", "ratio", "ratios", "step_ms", "attention_ms", "write_ms"},
     ),
+    "swap": (
+        "--rounds 1 --requests 6 --prompt-len 128 --output-len 32 --preempt-every 12 "
+        "--swap-space 0.05 --cases preempted",
+        ["preempted"],
+        COMPARED | PRESSURE | {"computed_tokens", "baseline_computed_tokens"},
+    ),
     "same_process": (
         "--rounds 1 --requests 2 --prompt-len 16 --output-len 8",
         ["streaming"],

@@ -28,6 +28,8 @@ _HELP = {
     "waves": "batches of requests in a round",
     "prefix_len": "tokens that all prompts of a round begin with",
     "suffix_len": "tokens of a prompt after that",
+    "preempt_every": "steps after which all running requests are preempted",
+    "minutes": "how long the load lasts, all cases together",
     "cycles": "times that every sequence compacts while it is measured",
 }
 

@@ -62,6 +62,8 @@ def run(sequences: Sequences, layers: Int64s, rows: Int64s, num_losers: Int64s) 
     policy = sequences.policy
     assert policy is not None
     _own(sequences, layers, rows)
+    if sequences.compression.spill:
+        sequences.spilled.own(layers, rows, sequences.tables.arena(layers[0]).geometry)
     tails = sequences.residual.counts(sequences.num_tokens)
     for part in _parts(sequences, layers, rows, num_losers):
         region = _gather(sequences, part)
@@ -70,6 +72,8 @@ def run(sequences: Sequences, layers: Int64s, rows: Int64s, num_losers: Int64s) 
         if decided.weights is not None and region.weights is not None:
             gained = (decided.weights - region.weights).masked_fill(decided.losers, 0.0)
             sequences.counters.merged.append(gained.sum() / gained.shape[2])
+        if region.spilled is not None and decided.changed is not None:
+            sequences.counters.fetched.append(decided.changed.sum() / decided.changed.shape[2])
     _shrink(sequences, layers, rows, num_losers)
     sequences.counters.evicted += int(num_losers.sum()) * len(layers)
     sequences.counters.compactions += len(layers) * len(rows)
@@ -200,6 +204,7 @@ def _gather(sequences: Sequences, part: _Part, reads: frozenset[str] | None = No
         scores=side("scores", 0.0),
         queries=queries,
         rotary=sequences.rotary() if sequences.rotary and "rotary" in reads else None,
+        spilled=sequences.spilled.views(part.layers, part.rows) if reads else None,
     )
 
 
@@ -237,6 +242,7 @@ def _apply(part: _Part, region: Region, decided: Compaction, tails: Int64s) -> N
         numbers = getattr(decided, name)
         if numbers is not None:
             arena.put(name, there, numbers[layer, event, own_head, column])
-    if decided.weights is not None:
-        weights = decided.weights[layer, event, own_head, column]
-        arena.side["weights"][there] = weights
+    for name, tensor in arena.side.items():
+        numbers = getattr(decided, name)
+        if numbers is not None:
+            tensor[there] = numbers[layer, event, own_head, column].to(tensor.dtype)

@@ -30,6 +30,8 @@ from paged_kv.kernels.rotary import Rotary
 from paged_kv.plan import make_plan
 from paged_kv.policies.base import Policy
 from paged_kv.policies.region import Region
+from paged_kv.policies.spill import Spill
+from paged_kv.tiers.spill_memory import SpillSpace
 
 Tensor = torch.Tensor
 
@@ -81,6 +83,10 @@ class ReferenceEngine:
 
     def _set_policy(self, config: CompressionConfig) -> None:
         self.policy: Policy | None = None
+        self._space: SpillSpace | None = None
+        if config.spill:
+            own = config.spill_budget, config.spill_host_budget, config.spill_dir
+            self._space = SpillSpace(*own)
         self.schedules: list[Schedule | None] = [None] * self._num_layers
         if config.enabled:
             self.policy = config.create_policy()
@@ -225,9 +231,11 @@ class ReferenceEngine:
             evicted = schedule.evicted(self.num_tokens, self.prompt_len)
             surplus = layer.cache.size - (self.num_tokens - evicted)
             if surplus > 0:
-                due[layer.alike(surplus)].append(layer)
+                due[layer.alike(surplus, apart=self._space is not None)].append(layer)
         for alike, layers in due.items():
             assert self.policy is not None
+            if self._space is not None:
+                layers[0].spill_to(self._space)
             reads, window = self.policy.reads, self.policy.observation_window
             region = self.region(layers, alike.num_losers, reads, window)
             apply(layers, alike.num_losers, self.policy.compact(region))
@@ -244,7 +252,9 @@ class ReferenceEngine:
 
 
 def _same_scores(old: Policy | None, new: Policy) -> bool:
-    """Whether what one policy accumulated means the same to another."""
+    """Whether what one policy accumulated means the same to another, with or without spill."""
+    old = old.inner if isinstance(old, Spill) else old
+    new = new.inner if isinstance(new, Spill) else new
     return old is not None and type(old) is type(new) and old.settings == new.settings
 
 

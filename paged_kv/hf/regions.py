@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,8 +13,11 @@ from paged_kv.hf.packing import Packing
 from paged_kv.hf.seams import Terms
 from paged_kv.kernels.rotary import Rotary
 from paged_kv.policies.region import Compaction, Queries, Region
+from paged_kv.tiers.spill_memory import SpillSpace
+from paged_kv.tiers.spill_store import SpillStore
 
 Tensor = torch.Tensor
+_PACKED = ("keys", "values")
 
 
 @dataclass
@@ -27,6 +30,7 @@ class Layer:
         packing: how its entries are stored.
         cache: its entries, as they are read.
         terms: how it computes attention; known from the first chunk on.
+        spilled: what it has spilled; None: nothing yet.
     """
 
     index: int
@@ -34,11 +38,20 @@ class Layer:
     packing: Packing = field(default_factory=Packing)
     cache: LayerCache = field(default_factory=LayerCache)
     terms: Terms = field(default_factory=lambda: Terms(1.0))
+    spilled: SpillStore | None = None
 
-    def alike(self, num_losers: int) -> Alike:
-        """What must be equal for layers to share a region."""
+    def alike(self, num_losers: int, apart: bool) -> Alike:
+        """What must be equal for layers to share a region; apart: no two do."""
         shape, terms = tuple(self.cache["keys"].shape), self.terms
-        return Alike(num_losers, shape, terms.scale, terms.softcap, terms.sinks is not None)
+        index = self.index if apart else 0
+        return Alike(num_losers, shape, terms.scale, terms.softcap, terms.sinks is not None, index)
+
+    def spill_to(self, space: SpillSpace) -> None:
+        """Has a store from now on."""
+        if self.spilled is None:
+            keys, values = self.cache["keys"], self.cache["values"]
+            sizes = keys.shape[-1], values.shape[-1]
+            self.spilled = SpillStore((1, len(keys)), sizes, keys.dtype, space)
 
     def copy(self) -> Layer:
         """One that shares nothing with this."""
@@ -48,6 +61,7 @@ class Layer:
             self.packing.copy(),
             self.cache.copy(),
             self.terms,
+            None if self.spilled is None else self.spilled.copy(),
         )
 
 
@@ -59,6 +73,7 @@ class Alike(NamedTuple):
     scale: float
     softcap: float
     has_sinks: bool
+    layer: int  # its index, if each spills for itself
 
 
 def make_region(
@@ -79,7 +94,8 @@ def make_region(
         observation_window: last queries that the policy looks at.
         rotary: makes the model's RoPE tables.
     """
-    fields = {name: _stack(layers, name) for name in sorted(reads - {"rotary"})}
+    fields: dict[str, Any] = {name: _stack(layers, name) for name in sorted(reads - {"rotary"})}
+    stores = [layer.spilled for layer in layers if layer.spilled is not None]
     positions = _stack(layers, "positions")
 
     def integers(*values: int) -> Tensor:
@@ -96,6 +112,7 @@ def make_region(
         **fields,
         queries=_queries(layers, num_tokens, observation_window) if observation_window else None,
         rotary=rotary() if "rotary" in reads else None,
+        spilled=[store.select([0]) for store in stores] or None,
     )
 
 
@@ -123,13 +140,12 @@ def apply(layers: Sequence[Layer], num_losers: int, result: Compaction) -> None:
     kept = ~result.losers[:, 0]  # [layers, kv_heads, m]
     assert (kept.sum(-1) == size).all(), "a policy must name exactly num_losers losers"
     index = kept.nonzero()[:, -1].view(len(layers), kv_heads, size)
-    changed = {"keys": result.keys, "values": result.values, "weights": result.weights}
     for row, layer in enumerate(layers):
         fields = {}
         for name in ("keys", "values", "positions", "weights", "scores"):
-            new = changed.get(name)
+            new = getattr(result, name)
             before = layer.cache[name] if new is None else new[row, 0]
-            if new is not None and name != "weights" and not layer.packing.is_native:
+            if new is not None and name in _PACKED and not layer.packing.is_native:
                 assert result.changed is not None
                 stored = layer.packing.stored(name, before)
                 before = torch.where(result.changed[row, 0, ..., None], stored, layer.cache[name])

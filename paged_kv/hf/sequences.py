@@ -31,6 +31,7 @@ from paged_kv.hf.paged_attention import Terms
 from paged_kv.hf.pool import PagePool
 from paged_kv.hf.providers import Provider
 from paged_kv.hf.residual import Residual
+from paged_kv.hf.spilled import SpilledRows
 from paged_kv.hf.stats import CacheStats, Counters, snapshot
 from paged_kv.hf.step import Step
 from paged_kv.hf.tables import PageTables
@@ -69,7 +70,7 @@ class Sequences:
         self.layers = np.array(layers, dtype=np.int64)
         self.index = {layer: index for index, layer in enumerate(layers)}
         self.policy = compression.create_policy() if compression.enabled else None
-        self.compress_prefill = compression.compress_prefill
+        self.compression, self.compress_prefill = compression, compression.compress_prefill
         self.page_format = compression.page_format
         self.formats = [self.page_format] * len(layers)
         if self.page_format not in FORMATS:  # a file that has them by layer
@@ -94,6 +95,7 @@ class Sequences:
         self.tables = PageTables(self.pool, self.formats, self.is_private, not any(grows))
         self.residual = Residual(num_layers, self.residual_pages, self.pool.page_size)
         self.ring = QueryRing(num_layers, window)
+        self.spilled = SpilledRows(self.compression, [one.layers for one in self.groups])
         self.terms: list[Terms] = [Terms(1.0)] * num_layers
         self.counters = Counters()
         self.step: Step | None = None
@@ -123,7 +125,7 @@ class Sequences:
         self.num_tokens = np.pad(self.num_tokens, (0, num_rows))
         self.prompt_lens = np.append(self.prompt_lens, np.array(lens, dtype=np.int64))
         self.size = np.pad(self.size, ((0, 0), (0, num_rows)))
-        for rows in (self.tables, self.ring, self.residual):
+        for rows in (self.tables, self.ring, self.residual, self.spilled):
             rows.add_rows(num_rows)
 
     def select_rows(self, indices: Sequence[int]) -> None:
@@ -132,7 +134,7 @@ class Sequences:
         index = np.asarray(indices, dtype=np.int64)
         self.num_tokens, self.prompt_lens = self.num_tokens[index], self.prompt_lens[index]
         self.size = self.size[:, index]
-        for rows in (self.tables, self.ring, self.residual):
+        for rows in (self.tables, self.ring, self.residual, self.spilled):
             rows.select_rows(index)
 
     def release(self) -> None:

@@ -81,7 +81,7 @@ class TextGenerator:
         values = {field.name: getattr(stats, field.name) for field in fields(stats)}
         for tier, num_bytes in values.pop("bytes_by_tier").items():
             values[f"{tier}_bytes"] = num_bytes
-        return values | {"merged": round(stats.merged, 1)}
+        return values | {"merged": round(stats.merged, 1), "fetched": round(stats.fetched, 1)}
 
     def close(self) -> None:
         """Gives the pages back."""

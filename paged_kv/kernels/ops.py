@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from paged_kv.kernels import checked_reference, checks, cpu, reference
+from paged_kv.kernels import checked_reference, checks, cpu, packed_reference, reference
 from paged_kv.kernels.operands import Queries, Segment, Terms
 from paged_kv.kernels.page_layout import PageLayout
 from paged_kv.kernels.pages import Index
@@ -61,6 +61,19 @@ def gather(stack: Tensor, layout: PageLayout, part: str, layers: Tensor, pages: 
     """
     checks.gather(stack, layout, part, layers, pages)
     return _kernels(stack.device).gather(stack, layout, part, layers, pages)
+
+
+def take(stack: Tensor, layout: PageLayout, part: str, index: Index) -> Tensor:
+    """Keys or values of some entries: float32 [..., size], of the index's shape.
+
+    Args:
+        stack: see gather.
+        layout: of the blocks.
+        part: "key" or "value".
+        index: see pages.Index.
+    """
+    checks.index(stack, layout, part, [index])
+    return packed_reference.take(stack, layout, part, index)
 
 
 def store(stack: Tensor, layout: PageLayout, part: str, index: Index, numbers: Tensor) -> None:

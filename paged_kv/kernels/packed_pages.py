@@ -30,6 +30,10 @@ class PackedPart:
         """See ops.gather."""
         return ops.gather(self.stack, self.layout, self.name, layers, pages)
 
+    def take(self, index: Index) -> Tensor:
+        """See ops.take."""
+        return ops.take(self.stack, self.layout, self.name, index)
+
     def move(self, source: Index, target: Index) -> None:
         """See ops.move."""
         ops.move(self.stack, self.layout, self.name, source, target)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from paged_kv.kernels.operands import Queries, Segment, Terms
-from paged_kv.kernels.page_layout import Codec, PageLayout
+from paged_kv.kernels.page_layout import SCALE_BYTES, WORD, Codec, PageLayout
 from paged_kv.kernels.pages import Index, region_index
 from paged_kv.kernels.reference import attention_probabilities
 
@@ -31,6 +31,27 @@ def gather(stack: Tensor, layout: PageLayout, part: str, layers: Tensor, pages: 
     index = region_index(layers, pages, stack.shape[2], layout.page_size)
     codec: Codec = getattr(layout, part)
     return codec.decode(_bits(stack, layout, part, index)).flatten(-3, -2)
+
+
+def take(stack: Tensor, layout: PageLayout, part: str, index: Index) -> Tensor:
+    """Some entries; see ops.take."""
+    codec: Codec = getattr(layout, part)
+    words, halves = stack.view(torch.int32), stack.view(torch.int16)
+    if part == "key":
+        data = words[..., : layout.value_offset // WORD]
+        data = data.unflatten(-1, (-1, layout.page_size)).transpose(-1, -2)
+        first = layout.key_scale_offset
+    else:
+        data = words[..., layout.value_offset // WORD : layout.key_scale_offset // WORD]
+        data = data.unflatten(-1, (layout.page_size, -1))
+        first = layout.value_scale_offset
+    bits = data[index].view(torch.uint8)
+    if codec.num_scales:
+        first //= SCALE_BYTES
+        scales = halves[..., first : first + codec.num_scales * layout.page_size]
+        scales = scales.unflatten(-1, (-1, layout.page_size)).transpose(-1, -2)
+        bits = torch.cat([bits, scales[index].view(torch.uint8)], -1)
+    return codec.decode(bits)
 
 
 def store(stack: Tensor, layout: PageLayout, part: str, index: Index, numbers: Tensor) -> None:

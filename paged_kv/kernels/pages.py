@@ -65,6 +65,10 @@ class Part:
         index = region_index(layers, pages, self.num_heads, self.page_size)
         return self.decode(self.read(index)).flatten(-3, -2)
 
+    def take(self, index: Index) -> torch.Tensor:
+        """Numbers of some entries: float32 [..., size]."""
+        return self.decode(self.read(index))
+
     def move(self, source: Index, target: Index) -> None:
         """Copies entries between slots, all read before any is written; see write."""
         self.write(target, self.read(source))
@@ -174,3 +178,16 @@ def slot_index(layers: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, s
     sequence = torch.arange(len(pages), device=device)[:, None, None]
     head = torch.arange(slots.shape[2], device=device)[:, None]
     return layers[:, None, None, None], pages[sequence, slots // size], head, slots % size
+
+
+def entry_index(layers: torch.Tensor, pages: torch.Tensor, entries: Index, size: int) -> Index:
+    """Some entries of a region, as index of [n].
+
+    Args:
+        layers: int64 [layers].
+        pages: int64 [sequences, pages], page ids of each region.
+        entries: int64 (layer, sequence, head, slot) of the region, [n] each.
+        size: entries per page.
+    """
+    layer, sequence, head, slot = entries
+    return layers[layer], pages[sequence, slot // size], head, slot % size

@@ -161,15 +161,24 @@ def lowest(
         count: int64, broadcasts to [...]: how many to choose; never more than may be.
         limit: the largest count, known on the host.
     """
-    # Floats as integers of the same order, with the position below them: one exact comparison.
-    bits = (scores.float() + 0.0).view(torch.int32)  # + 0.0: there is only one zero
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    order = (ordered.long() << 32) | positions
-    order = order.masked_fill(keep, torch.iinfo(torch.int64).max)
+    order = sort_keys(scores, positions).masked_fill(keep, torch.iinfo(torch.int64).max)
     lowest = order.topk(limit, dim=-1, largest=False, sorted=True).indices
     chosen = torch.arange(limit, device=scores.device) < count[..., None]
     result = torch.zeros_like(keep.expand(order.shape), memory_format=torch.contiguous_format)
     return result.scatter_(-1, lowest, chosen.expand(lowest.shape))
+
+
+def sort_keys(scores: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """int64 [..., m]: in the order of (score, position), exactly.
+
+    Args:
+        scores: float32 [..., m], not NaN.
+        positions: int64 [..., m], from 0 to 2**31 - 1; keys of others mean nothing.
+    """
+    # Floats as integers of the same order, with the position below them.
+    bits = (scores.float() + 0.0).view(torch.int32)  # + 0.0: there is only one zero
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (ordered.long() << 32) | positions
 
 
 def pair_moves(

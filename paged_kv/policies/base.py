@@ -167,7 +167,7 @@ class Wrapper(Policy):
         options: see Policy.
     """
 
-    def __init__(self, inner: ScoringPolicy, options: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, inner: Policy, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(inner.num_sink_tokens, inner.recent_window, options)
         self.inner = inner
         self.reads = type(self).reads | inner.reads

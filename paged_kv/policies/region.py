@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from paged_kv.kernels import ops, reference
 from paged_kv.kernels.rotary import Rotary
+
+if TYPE_CHECKING:
+    from paged_kv.policies.spill import Tier
 
 Tensor = torch.Tensor
 
@@ -58,6 +62,7 @@ class Region:
         scores: float32 [..., m], what Policy.accumulate made of the attention so far.
         queries: the observation window.
         rotary: the model's RoPE.
+        spilled: what each event has on a lower tier, in these layers; None: nobody spills.
     """
 
     num_tokens: Tensor
@@ -73,6 +78,7 @@ class Region:
     scores: Any = None
     queries: Any = None
     rotary: Rotary | None = None
+    spilled: Sequence[Tier] | None = None
 
     @cached_property
     def valid(self) -> Tensor:
@@ -108,8 +114,10 @@ class Compaction(NamedTuple):
         keys: float32 [..., m, head_dim], what survivors hold from now on; None if unchanged.
         values: the same for values.
         weights: float32 [..., m], tokens that survivors stand for from now on; None if unchanged.
-        changed: bool [..., m], survivors whose keys, values or weights changed; no more of them in
-            a row than losers plus one.
+        changed: bool [..., m], survivors that hold something else from now on.
+        max_changed: the most of them in a row; None: losers plus one.
+        positions: int64 [..., m], of what survivors hold from now on; None if unchanged.
+        scores: float32 [..., m], theirs; None if unchanged.
     """
 
     losers: Tensor
@@ -117,6 +125,9 @@ class Compaction(NamedTuple):
     values: Tensor | None = None
     weights: Tensor | None = None
     changed: Tensor | None = None
+    max_changed: int | None = None
+    positions: Tensor | None = None
+    scores: Tensor | None = None
 
 
 def moves(decided: Compaction, freed: Tensor, limit: int, spare: int) -> tuple[Tensor, Tensor]:
@@ -136,7 +147,8 @@ def moves(decided: Compaction, freed: Tensor, limit: int, spare: int) -> tuple[T
     if decided.changed is None:
         return source, target
     size = decided.losers.shape[-1]
-    places = reference.first_places(decided.changed & ~freed, min(limit + 1, size))
+    most = limit + 1 if decided.max_changed is None else decided.max_changed
+    places = reference.first_places(decided.changed & ~freed, min(most, size))
     unused = places == size
     source = torch.cat([source, torch.where(unused, source[..., :1], places)], -1)
     target = torch.cat([target, torch.where(unused, target[..., :1], places)], -1)

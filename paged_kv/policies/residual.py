@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from paged_kv.core.options import choice, text
-from paged_kv.policies.base import Wrapper
+from paged_kv.policies.base import ScoringPolicy, Wrapper
 from paged_kv.policies.region import Compaction, Region
 
 
@@ -23,6 +23,7 @@ class Residual(Wrapper):
     options = {"of": text("h2o"), "mode": choice("mean", "sum")}
     reads = frozenset({"keys", "values", "weights"})
     merges = True
+    inner: ScoringPolicy
 
     def compact(self, region: Region) -> Compaction:
         """The losers and the residual entry become the residual entry."""

@@ -25,10 +25,11 @@ from paged_kv.kernels.rotary import Rotary
 from paged_kv.policies.base import Events, Int64s, Policy, PositionalPolicy
 from paged_kv.vllm import observation, regions
 from paged_kv.vllm.block_table import physical, skip
-from paged_kv.vllm.layer_group import Stack, find_rotary, make_stacks, movers
+from paged_kv.vllm.layer_group import Stack, find_rotary, make_stacks, movers, row_bytes
 from paged_kv.vllm.observation import StepRows
 from paged_kv.vllm.requests import RequestRows
 from paged_kv.vllm.spec import PagedSpec
+from paged_kv.vllm.spilled import Spilled
 
 
 @dataclass
@@ -41,6 +42,7 @@ class _Pending:
     rows: Int64s  # [num_events], row of each event in block_table
     events: Events
     ring: Int64s | None  # [num_events], row of each event's request in the query ring
+    requests: list[str]  # [num_events], their names, if entries are spilled
 
 
 @dataclass
@@ -60,6 +62,7 @@ class Compactor:
         policy: picks the survivors.
         layers: Attention layers by name (vLLM's static forward context).
         layouts: of those whose pages are packed.
+        spilled: where a policy that spills has its entries.
 
     Raises:
         ValueError: the policy needs the model's RoPE, and the model has no plain one.
@@ -71,11 +74,13 @@ class Compactor:
         policy: Policy,
         layers: dict[str, Any],
         layouts: Mapping[str, PageLayout] | None = None,
+        spilled: Spilled | None = None,
     ) -> None:
         self.runner = runner
         self.policy = policy
         self.layers = layers
         self.layouts = layouts or {}
+        self.spilled = spilled
         self.num_events = 0
         self.positional = isinstance(policy, PositionalPolicy)
         self.requests = RequestRows(runner, policy.observation_window)
@@ -93,10 +98,22 @@ class Compactor:
         """Whether the forward pass must show its queries."""
         return self.policy.observation_window > 0 or "scores" in self.policy.reads
 
+    @property
+    def row_bytes(self) -> int:
+        """Memory of a row of the query ring, in all layers."""
+        return row_bytes(list(self.layers.values()), self.policy)
+
+    def ring_rows(self, row: int) -> list[torch.Tensor]:
+        """A row of the query ring, [layers, window, heads, head_dim] of each stack."""
+        stacks = [stack for names in sorted(self._stacks) for stack in self._stacks[names]]
+        return [stack.ring[:, row] for stack in stacks if stack.ring is not None]
+
     def reset_pages(self) -> None:
         """Forgets the caches: they have been allocated anew."""
         self._movers.clear()
         self._stacks.clear()
+        if self.spilled is not None:
+            self.spilled.clear()
 
     @contextmanager
     def step(self, scheduler_output: Any = None) -> Iterator[None]:
@@ -112,6 +129,8 @@ class Compactor:
             self.requests.begin_step(scheduler_output)
         try:
             yield
+            if self.spilled is not None:
+                self.spilled.update(scheduler_output)
             snapshots = getattr(scheduler_output, "paged_kv_snapshots", ())
             if snapshots:
                 num_pages = self.runner.kv_cache_config.num_blocks
@@ -150,7 +169,9 @@ class Compactor:
             events = Events(evicted[rows], evicted_after[rows], after[rows])
             table = metadata.block_table_tensor
             own = None if ring is None else ring[rows]
-            self._pending.append(_Pending(names, table, spec.block_size, rows, events, own))
+            requests = self.requests.names(metadata, rows) if self.spilled is not None else []
+            pending = _Pending(names, table, spec.block_size, rows, events, own, requests)
+            self._pending.append(pending)
         return skip(metadata, evicted, spec.block_size) if evicted.any() else metadata
 
     def observe(self, layer_name: str, query: torch.Tensor) -> None:
@@ -189,7 +210,7 @@ class Compactor:
     ) -> None:
         """Slots that this step writes know nothing yet, nor do those of a prefix hit."""
         table = metadata.block_table_tensor
-        stacks = self._stacks_of(names)
+        stacks = self.stacks_of(names)
         size = stacks[0].pages.page_size
         rows, firsts, counts = np.arange(len(step.start)), step.after - step.num_new, step.num_new
         if hits:  # once per request
@@ -205,7 +226,7 @@ class Compactor:
             self._note_queries(names, table, step)
 
     def _note_queries(self, names: tuple[str, ...], table: torch.Tensor, step: StepRows) -> None:
-        stacks = self._stacks_of(names)
+        stacks = self.stacks_of(names)
         for stack in stacks:
             stack.make_room(self.requests.num_rows)
         window = self.policy.observation_window
@@ -229,7 +250,9 @@ class Compactor:
             assert pending.ring is not None
             first = self.requests.first_token[pending.ring]
             batch = regions.Batch(pending.rows, pending.ring, first, pending.events)
-            for stack in self._stacks_of(pending.layer_names):
+            for stack in self.stacks_of(pending.layer_names):
+                if self.spilled is not None:
+                    batch = batch._replace(spilled=self.spilled.of(pending.requests, stack))
                 regions.compact(self.policy, stack, pending.block_table, batch, self.rotary)
             return
         moves = self.policy.moves(pending.events)
@@ -245,7 +268,8 @@ class Compactor:
         for move in self._movers[names]:
             move(source, target)
 
-    def _stacks_of(self, layer_names: tuple[str, ...]) -> list[Stack]:
+    def stacks_of(self, layer_names: tuple[str, ...]) -> list[Stack]:
+        """The stacks of a metadata builder's layers; policies that go by position have none."""
         if layer_names not in self._stacks:
             self._stacks[layer_names] = make_stacks(
                 layer_names, self.layers, self.policy, self.layouts

@@ -10,7 +10,8 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class _Recorder:
         """Begins a run."""
         self.start = time.perf_counter()
         self.steps: list[Step] = []
-        self.prefix_queries = self.prefix_hits = 0
+        self.prefix_queries = self.prefix_hits = self.computed = 0
 
     def record(self, scheduler_stats: Any, iteration_stats: Any, **_: Any) -> None:
         """Called by vLLM after each step."""
@@ -74,7 +75,18 @@ class _Recorder:
         end = time.perf_counter() - self.start
         pages = round(scheduler_stats.kv_cache_usage * self.num_pages)
         running = scheduler_stats.num_running_reqs
-        self.steps.append(Step(end, generated, prefilled, running, pages, preempted))
+        computed, self.computed = self.computed, 0
+        self.steps.append(Step(end, generated, prefilled, running, pages, preempted, computed))
+
+    def count_computed(self, schedule: Callable[..., Any]) -> Callable[..., Any]:
+        """A scheduler's schedule() that counts tokens: vLLM's statistics count prompts once."""
+
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            output = schedule(*args, **kwargs)
+            self.computed += output.total_num_scheduled_tokens
+            return output
+
+        return counting
 
     def log(self) -> None:
         """Nothing is printed."""
@@ -106,6 +118,8 @@ class Engine:
         self.core = self.llm.llm_engine.engine_core.engine_core
         self.recorder = _Recorder(self.info().num_pages)
         self.llm.llm_engine.logger_manager.stat_loggers = [self.recorder]
+        scheduler = self.core.scheduler
+        scheduler.schedule = self.recorder.count_computed(scheduler.schedule)
         self.num_requests = 0
 
     def close(self) -> None:
@@ -168,7 +182,11 @@ class Engine:
         for prompt in workload.prompts:
             engine.add_request(str(self.num_requests), {"prompt_token_ids": prompt}, params)
             self.num_requests += 1
-        while engine.has_unfinished_requests():
+        for step in count(1):
+            if not engine.has_unfinished_requests():
+                break
+            if workload.preempt_every and step % workload.preempt_every == 0:
+                engine.reset_prefix_cache(reset_running_requests=True)
             for output in engine.step():
                 index = int(output.request_id) - first
                 self.outputs[index] = list(output.outputs[0].token_ids)

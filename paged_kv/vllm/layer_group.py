@@ -38,6 +38,7 @@ class Stack:
     ) -> None:
         first, device = layers[0], pages.device
         self.pages = pages
+        self.dtype: torch.dtype = first.dtype  # the model's
         shape = (pages.num_layers, pages.num_pages, pages.num_heads, pages.page_size)
         self.side = SideData(policy, shape, device)
         self.ring = None  # [layers, rows, window, query heads, head_dim]: token t at t % window
@@ -71,17 +72,29 @@ def make_stacks(
     layouts: Mapping[str, PageLayout],
 ) -> list[Stack]:
     """The stacks of these layers; see Stack. layouts: of those with packed pages."""
-    stacks = []
+    return [
+        Stack(part, [layers[name] for name in part], pages, policy)
+        for part, pages in _pages(names, layers, layouts)
+    ]
+
+
+def make_pages(
+    names: tuple[str, ...], layers: dict[str, Any], layouts: Mapping[str, PageLayout]
+) -> list[Pages | PackedPages]:
+    """The pages of these layers, of each stack; see make_stacks."""
+    return [pages for _, pages in _pages(names, layers, layouts)]
+
+
+def _pages(
+    names: tuple[str, ...], layers: dict[str, Any], layouts: Mapping[str, PageLayout]
+) -> Iterator[tuple[list[str], Pages | PackedPages]]:
     for part, cache, elements in _caches(names, layers, layouts):
-        chosen = [layers[name] for name in part]
-        first = chosen[0]
+        first = layers[part[0]]
         if part[0] in layouts:
-            pages: Pages | PackedPages = PackedPages(cache, layouts[part[0]])
+            yield part, PackedPages(cache, layouts[part[0]])
         else:
             key, value = _number(first, "_k_scale_float"), _number(first, "_v_scale_float")
-            pages = Pages(cache, first.head_size, key, value, elements)
-        stacks.append(Stack(part, chosen, pages, policy))
-    return stacks
+            yield part, Pages(cache, first.head_size, key, value, elements)
 
 
 def movers(

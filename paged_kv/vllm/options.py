@@ -1,4 +1,4 @@
-"""--kv-policy, --kv-budget, --kv-policy-config: from the user into a VllmConfig.
+"""--kv-policy, --kv-budget, --kv-policy-config, --kv-swap-*: from the user into a VllmConfig.
 
 A user's mistake is a ValueError before any process starts; on the command line, one line and exit
 code 2.
@@ -19,8 +19,10 @@ from paged_kv.config import DEFAULT_BUDGET, DEFAULT_PAGE_SIZE, CompressionConfig
 from paged_kv.core.page_formats import NATIVE
 from paged_kv.vllm import formats, support
 from paged_kv.vllm.limits import PLAN_KEY
+from paged_kv.vllm.swap import options as swap
 
 CONFIG_KEY = "paged_kv"
+SWAP_OPTIONS = ("swap_space", "swap_dir", "swap_dir_space", "swap_format")
 
 
 class _CommandLine(dict[str, Any]):
@@ -63,8 +65,32 @@ def add_cli_args(parser: Any) -> Any:
         "compress_prefill, skip_layers, tiers, max_groups, page_format, residual_pages, and what "
         "the policy declares.",
     )
+    _add_swap_args(group)
     _check_when_parsed(parser)
     return parser
+
+
+def _add_swap_args(group: Any) -> None:
+    group.add_argument(
+        "--kv-swap-space",
+        metavar="GIB",
+        help="Host memory for the pages of preempted requests, in GiB for all ranks together: they "
+        "come back instead of being computed again. Default: 0, none.",
+    )
+    group.add_argument(
+        "--kv-swap-dir",
+        metavar="DIR",
+        help="Directory for what the host memory cannot hold; files there are removed at the end.",
+    )
+    group.add_argument(
+        "--kv-swap-dir-space", metavar="GIB", help="What the files there may take, in GiB."
+    )
+    group.add_argument(
+        "--kv-swap-format",
+        metavar="FORMAT",
+        help="How swapped pages store numbers where that is smaller than how they lived: native "
+        "(as they lived, the default), int8, int4.",
+    )
 
 
 def _check_when_parsed(parser: Any) -> None:
@@ -78,6 +104,7 @@ def _check_when_parsed(parser: Any) -> None:
         with _errors_of(additional):
             _read_flags(namespace, additional)
             config = CompressionConfig.from_dict(additional.get(CONFIG_KEY, {}))
+            swap.check(config)
             if _is_active(config):
                 model = getattr(namespace, "model_tag", None) or namespace.model
                 support.check_model_directory(model, namespace.load_format)
@@ -98,15 +125,31 @@ def from_cli_args(engine_args: Any, args: argparse.Namespace) -> None:
 def _read_flags(args: argparse.Namespace, additional: dict[str, Any]) -> None:
     policy, budget = getattr(args, "kv_policy", None), getattr(args, "kv_budget", None)
     more = getattr(args, "kv_policy_config", None)
-    if policy is None and budget is None and more is None:
-        return
-    if policy is None:
+    swapping = {name: getattr(args, f"kv_{name}", None) for name in SWAP_OPTIONS}
+    given = {name: value for name, value in swapping.items() if value is not None}
+    if policy is None and (budget is not None or more is not None):
         raise ValueError("kv-budget and kv-policy-config need a kv-policy")
+    if policy is None and not given:
+        return
     if CONFIG_KEY in additional:
-        raise ValueError("give either kv-policy or additional-config's paged_kv, not both")
+        raise ValueError(
+            "give either kv-policy and kv-swap-space or additional-config's paged_kv, not both"
+        )
     settings = parse_json(more) if more else {}
-    settings |= {"policy": policy} | ({"budget": budget} if budget is not None else {})
+    settings |= {"policy": policy} if policy is not None else {}
+    settings |= {"budget": budget} if budget is not None else {}
+    settings |= {
+        name: _gib(name, text) if "space" in name else text for name, text in given.items()
+    }
     additional[CONFIG_KEY] = CompressionConfig.from_dict(settings).to_dict()
+
+
+def _gib(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        option = name.replace("_", "-")
+        raise ValueError(f"kv-{option} must be a number of GiB, not {text!r}") from None
 
 
 def before_engine_config(engine_args: Any) -> CompressionConfig:
@@ -123,6 +166,9 @@ def before_engine_config(engine_args: Any) -> CompressionConfig:
         if config != given:
             # vLLM may ask for a config again, and no longer finds the dtype in the arguments.
             engine_args.additional_config = _with_settings(additional, config)
+        swap.check(config)
+        if config.swap_space:
+            swap.set_connector(engine_args)
         if _is_active(config):
             support.check_arguments(engine_args, config)
         if config.enabled and engine_args.block_size is None:
@@ -141,13 +187,13 @@ def after_engine_config(engine_args: Any, vllm_config: Any, config: CompressionC
     json.dumps(additional)  # vLLM hashes it
     vllm_config.additional_config = additional
     _install_worker(vllm_config)
-    if config.enabled:
-        _install_scheduler(vllm_config)
+    if config.enabled or config.swap_space:
+        _install_scheduler(vllm_config, config)
 
 
 def _is_active(config: CompressionConfig) -> bool:
     """Whether anything of ours has to run in the engine."""
-    return config.enabled or config.page_format != NATIVE
+    return config.enabled or config.page_format != NATIVE or config.swap_space > 0
 
 
 def _with_settings(additional: Any, config: CompressionConfig) -> dict[str, Any]:
@@ -167,12 +213,15 @@ def _install_worker(vllm_config: Any) -> None:
     parallel.worker_cls = f"paged_kv.vllm.worker.{WORKERS[parallel.worker_cls]}"
 
 
-def _install_scheduler(vllm_config: Any) -> None:
+def _install_scheduler(vllm_config: Any, config: CompressionConfig) -> None:
     from paged_kv.vllm import intake
 
     scheduler = vllm_config.scheduler_config
-    name = "PagedAsyncScheduler" if scheduler.async_scheduling else "PagedScheduler"
-    scheduler.scheduler_cls = f"paged_kv.vllm.scheduler.{name}"
+    kind = "AsyncScheduler" if scheduler.async_scheduling else "Scheduler"
+    if not config.enabled:
+        scheduler.scheduler_cls = f"paged_kv.vllm.swap.scheduler.Swap{kind}"
+        return
+    scheduler.scheduler_cls = f"paged_kv.vllm.scheduler.Paged{kind}"
     intake.install()
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from paged_kv.kernels.pages import region_index, slot_index
+from paged_kv.kernels.packed_pages import PackedPart
+from paged_kv.kernels.pages import Index, Part, entry_index, region_index, slot_index
 from paged_kv.kernels.rotary import Rotary
 from paged_kv.policies.base import Events, Int64s, Policy
 from paged_kv.policies.region import Compaction, Queries, Region, moves
+from paged_kv.policies.spill import Exchanged, Spill
 from paged_kv.vllm.layer_group import Stack
 from paged_kv.vllm.observation import page_ids
+
+if TYPE_CHECKING:
+    from paged_kv.tiers.spill_store import SpillStore
 
 MAX_NUMBERS = 1 << 21  # of keys, gathered at once
 _PADDING = torch.iinfo(torch.int64).max
@@ -27,17 +32,23 @@ class Batch(NamedTuple):
         ring: rows of the query ring.
         first_query: first token whose query the ring has seen.
         events: see Events.
+        spilled: what each has spilled in the stack's layers, if the policy spills.
     """
 
     rows: Int64s
     ring: Int64s
     first_query: Int64s
     events: Events
+    spilled: Sequence[SpillStore] | None = None
 
     def take(self, chosen: Int64s) -> Batch:
         """Some of the sequences."""
         events = Events(*(array[chosen] for array in vars(self.events).values()))
-        return Batch(self.rows[chosen], self.ring[chosen], self.first_query[chosen], events)
+        spilled = None if self.spilled is None else [self.spilled[event] for event in chosen]
+        rows, ring, first_query = (
+            array[chosen] for array in (self.rows, self.ring, self.first_query)
+        )
+        return Batch(rows, ring, first_query, events, spilled)
 
 
 def compact(
@@ -62,8 +73,12 @@ def compact(
         layers = torch.arange(stack.pages.num_layers, device=pages.device)
         for chosen in layers.split(at_once):
             region = _gather(policy, stack, chosen, pages, similar, rotary)
-            decided = policy.compact(region)
-            _apply(stack, chosen, pages, region, decided)
+            if isinstance(policy, Spill):
+                exchanged = policy.exchange(region)
+                moved = _apply(stack, chosen, pages, region, Compaction(exchanged.losers))
+                _replace(stack, chosen, pages, exchanged, moved)
+            else:
+                _apply(stack, chosen, pages, region, policy.compact(region))
 
 
 def _of_similar_size(batch: Batch, page_size: int) -> Iterator[Batch]:
@@ -94,9 +109,13 @@ def _gather(
         )
     )
 
-    def part(name: str) -> torch.Tensor | None:
-        needed = name in policy.reads or (name == "keys" and policy.observation_window)
-        return getattr(stack.pages, name).gather(layers, pages) if needed else None
+    def part(name: str) -> Any:
+        if name not in policy.reads and not (name == "keys" and policy.observation_window):
+            return None
+        whole = getattr(stack.pages, name)
+        if name == "values" and _reads_rows(policy):
+            return _Rows(whole, layers, pages, stack.pages.page_size)
+        return whole.gather(layers, pages)
 
     def side(name: str, padding: float) -> torch.Tensor | None:
         values = stack.side.read(name, index)
@@ -106,6 +125,7 @@ def _gather(
     valid = valid < num_entries[:, None, None]
     positions = side("positions", _PADDING)
     assert positions is not None
+    spilled = batch.spilled
     return Region(
         num_tokens=num_tokens,
         num_entries=num_entries,
@@ -120,7 +140,13 @@ def _gather(
         scores=side("scores", 0.0),
         queries=_queries(stack, layers, batch),
         rotary=rotary,
+        spilled=None if spilled is None else [store.select(layers.tolist()) for store in spilled],
     )
+
+
+def _reads_rows(policy: Policy) -> bool:
+    """Whether few values are read, and not all."""
+    return isinstance(policy, Spill) and "values" not in policy.inner.reads
 
 
 def _queries(stack: Stack, layers: torch.Tensor, batch: Batch) -> Queries | None:
@@ -138,10 +164,54 @@ def _queries(stack: Stack, layers: torch.Tensor, batch: Batch) -> Queries | None
     return Queries(states, places, stack.scale, stack.softcap, sinks)
 
 
+class _Rows:
+    """Keys or values of a region, of which few are read.
+
+    Args:
+        part: of the pages.
+        layers: of the region.
+        pages: of the region.
+        page_size: entries per page.
+    """
+
+    def __init__(
+        self, part: Part | PackedPart, layers: torch.Tensor, pages: torch.Tensor, page_size: int
+    ) -> None:
+        self.part, self.layers, self.pages, self.page_size = part, layers, pages, page_size
+
+    def __getitem__(self, index: Index) -> torch.Tensor:
+        """float32 [n, size] of what lies in (layer, event, KV head, slot), int64 [n] each."""
+        return self.part.take(entry_index(self.layers, self.pages, index, self.page_size))
+
+
+def _replace(
+    stack: Stack,
+    layers: torch.Tensor,
+    pages: torch.Tensor,
+    exchanged: Exchanged,
+    moved: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    """Writes what is fetched to where the survivors lie now, in whose place it comes."""
+    source, target = moved
+    size = exchanged.losers.shape[-1]
+    slots = torch.arange(size, device=pages.device).expand(*source.shape[:-1], size)
+    *place, slot = exchanged.places
+    slot = slots.scatter(-1, source, target)[exchanged.places]
+    index = entry_index(layers, pages, (*place, slot), stack.pages.page_size)
+    for name, rows in exchanged.content.items():
+        if name in stack.side.tensors:
+            stack.side.write(name, index, rows)
+        else:
+            getattr(stack.pages, name).store(index, rows.float())
+
+
 def _apply(
     stack: Stack, layers: torch.Tensor, pages: torch.Tensor, region: Region, decided: Compaction
-) -> None:
-    """Moves survivors into the losers' places, and writes survivors that changed."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Moves survivors into the losers' places, and writes survivors that changed.
+
+    Returns (source, target) of the moves; see moves.
+    """
     index = torch.arange(decided.losers.shape[-1], device=pages.device)
     freed = index < region.num_losers[:, None, None]
     source, target = moves(decided, freed, region.max_losers, spare=len(index) - 1)
@@ -155,9 +225,9 @@ def _apply(
         else:  # numbers that were not changed give the bits that they came from
             part.store(write, _at(new, source))
     for name in stack.side.tensors:
-        new = decided.weights if name == "weights" and decided.weights is not None else None
-        old = getattr(region, name)
+        new, old = getattr(decided, name), getattr(region, name)
         stack.side.write(name, write, (old if new is None else new).gather(-1, source))
+    return source, target
 
 
 def _at(entries: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:

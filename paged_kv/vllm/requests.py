@@ -39,6 +39,7 @@ class RequestRows:
         self._keys: dict[str, Any] = {}  # of each request: its name; in the V2 runner, its index
         self._rows: dict[Any, int] = {}  # by key
         self._fresh: dict[str, int] = {}
+        self._resumed: dict[str, int] = {}  # requests: whose query their new row begins with
 
     @property
     def num_rows(self) -> int:
@@ -49,6 +50,19 @@ class RequestRows:
         """Makes room for so many requests."""
         self._free += range(self.num_rows, num_rows + 1)
         self.first_token = np.pad(self.first_token, (0, num_rows + 1 - self.num_rows))
+
+    def row_of(self, request: str) -> int | None:
+        """The row of a request of this step or of the last one it ran in; None: it has none."""
+        return self._rows.get(self._keys.get(request, request))
+
+    def resume(self, request: str, first_token: int) -> None:
+        """A request that is resumed in the coming step gets its old row's contents back.
+
+        Args:
+            request: its name.
+            first_token: whose query the row begins with.
+        """
+        self._resumed[request] = first_token
 
     def begin_step(self, scheduler_output: Any) -> None:
         """Requests come and go."""
@@ -68,6 +82,9 @@ class RequestRows:
     def hits(self, metadata: CommonAttentionMetadata) -> dict[int, int]:
         """Prefix hit in tokens of the requests that are new in this step, by batch index."""
         places = self._batch_index(metadata)
+        for request in self._resumed.keys() & self._fresh:
+            # Now: all layer groups write this step's queries to it, whichever asks first.
+            self._take(self._keys[request], self._resumed.pop(request))
         return {places[request]: hit for request, hit in self._fresh.items()}
 
     def _batch_index(self, metadata: CommonAttentionMetadata) -> dict[str, int]:
@@ -80,6 +97,14 @@ class RequestRows:
         self._keys |= {request: index[request] for request in self._fresh}
         batch = np.asarray(metadata.req_idx)
         return {request: int(np.flatnonzero(batch == index[request])[0]) for request in self._fresh}
+
+    def names(self, metadata: CommonAttentionMetadata, rows: Int64s) -> list[str]:
+        """Requests in some rows of the batch."""
+        if metadata.req_idx is None:
+            ids: list[str] = self.runner.input_batch.req_ids
+            return [ids[row] for row in rows]
+        names = self.runner.req_states.index_to_req_id
+        return [names[int(metadata.req_idx[row])] for row in rows]
 
     def of_batch(
         self,

@@ -122,6 +122,11 @@ class Residual:
         """What a layer's attention reads of the ring."""
         return Segment(self._ring(name), self.layouts[name], newest.table, newest.counts)
 
+    def ring_rows(self, row: int) -> list[Tensor]:
+        """A row's pages in the ring of every layer."""
+        pages = slice(row * self.num_pages, (row + 1) * self.num_pages)
+        return [self._ring(name)[pages] for name in self.layers]
+
     def _ring(self, name: str) -> Tensor:
         """A layer's ring; grows with the rows."""
         num_pages = self.requests.num_rows * self.num_pages

@@ -18,6 +18,7 @@ from vllm.v1.request import Request, RequestStatus
 from paged_kv.core.schedule import cdiv
 from paged_kv.vllm import limits
 from paged_kv.vllm.manager import PagedManager
+from paged_kv.vllm.swap.scheduler import SwapMixin
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -25,7 +26,7 @@ PAGES_WORTH_A_STEP = 2
 """Computing as much again takes longer than waiting for the step that is being scheduled."""
 
 
-class _PagedMixin(Scheduler):
+class _PagedMixin(SwapMixin):
     """Overrides shared by the synchronous and the asynchronous scheduler."""
 
     need_mamba_block_aligned_split: bool
@@ -89,6 +90,11 @@ class _PagedMixin(Scheduler):
             manager.end(request.request_id)
 
     def _get_local_prefix_cache_hit(self, request: Request) -> Any:
+        self._held_back = None
+        restored = self.restorable_tokens(request)
+        evicted = [m.restore(request.request_id, restored) for m in self.paged_managers]
+        if any(evicted):  # what comes back is compressed; cached pages are not
+            return self.kv_cache_manager.empty_kv_cache_blocks, 0, 0, False
         blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
         while num_tokens > (limit := self._usable_hit(request, blocks)):
             found, num_tokens, _ = self.kv_cache_manager.coordinator.find_longest_cache_hit(
@@ -98,7 +104,8 @@ class _PagedMixin(Scheduler):
             boundary = 0
         pages = num_tokens // self.paged_managers[0].block_size
         soon = min(manager.pages_soon(request, pages) for manager in self.paged_managers)
-        self._held_back = request if soon >= PAGES_WORTH_A_STEP else None
+        if soon >= PAGES_WORTH_A_STEP and not restored:
+            self._held_back = request
         return blocks, num_tokens, boundary, diverged
 
     def _usable_hit(self, request: Request, blocks: Any) -> int:

@@ -12,8 +12,10 @@ from typing import Any
 from vllm.logger import init_logger
 
 from paged_kv.config import CompressionConfig
+from paged_kv.core.page_formats import NATIVE
 from paged_kv.plan import Plan, make_plan
 from paged_kv.vllm.formats import with_formats
+from paged_kv.vllm.swap.options import is_ours
 from paged_kv.vllm.worker import WORKERS
 
 READABLE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
@@ -59,7 +61,7 @@ def check(vllm_config: Any, config: CompressionConfig) -> Plan:
     hf_config = vllm_config.model_config.hf_text_config
     num_layers = vllm_config.model_config.get_total_num_hidden_layers()
     full_layers = _full_attention_layers(hf_config, num_layers)
-    if not full_layers:
+    if not full_layers and (config.enabled or config.page_format != NATIVE):
         what = "a model without full-attention layers (all have a sliding window)"
         raise _unsupported(config, what)
     page_size = vllm_config.cache_config.block_size
@@ -79,7 +81,11 @@ def check(vllm_config: Any, config: CompressionConfig) -> Plan:
 
 
 def _unsupported(config: CompressionConfig, what: str) -> ValueError:
-    asked = "kv-policy" if config.enabled else f"page_format {config.page_format}"
+    asked = "kv-swap-space" if config.swap_space else "kv-policy"
+    if config.page_format != NATIVE:
+        asked = f"page_format {config.page_format}"
+    if config.enabled:
+        asked = "kv-policy"
     return ValueError(f"{asked} does not support {what}")
 
 
@@ -111,7 +117,7 @@ def _check_model(model_config: Any, config: CompressionConfig) -> None:
 
 def _check_features(vllm_config: Any, config: CompressionConfig) -> None:
     parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
-    cache = vllm_config.cache_config
+    cache, transfer = vllm_config.cache_config, vllm_config.kv_transfer_config
     _refuse(
         config,
         {
@@ -119,7 +125,9 @@ def _check_features(vllm_config: Any, config: CompressionConfig) -> None:
             "decode context parallelism": parallel.decode_context_parallel_size > 1,
             "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
             "dual-batch overlap": parallel.use_ubatching,
-            "KV connectors": vllm_config.kv_transfer_config is not None,
+            "KV connectors": not (transfer is None or (config.swap_space and is_ours(transfer))),
+            "pipeline parallelism with kv-swap-space": config.swap_space > 0
+            and parallel.pipeline_parallel_size > 1,
             "--kv-sharing-fast-prefill": cache.kv_sharing_fast_prefill,
             "--disable-hybrid-kv-cache-manager": bool(scheduler.disable_hybrid_kv_cache_manager),
             f"the scheduler class {scheduler.scheduler_cls}": scheduler.scheduler_cls is not None,

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.import_utils import resolve_obj_by_qualname
@@ -18,6 +19,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from paged_kv.config import CompressionConfig
 from paged_kv.core.page_formats import NATIVE
 from paged_kv.core.schedule import Schedule
+from paged_kv.kernels.page_layout import PageLayout
 from paged_kv.policies.base import Policy
 from paged_kv.vllm import limits
 from paged_kv.vllm.attention import observe_layer, wrap_backend
@@ -26,6 +28,9 @@ from paged_kv.vllm.memory import Shares
 from paged_kv.vllm.packed import PackedAttention, layout_of, packed_backend, packed_spec
 from paged_kv.vllm.residual import Residual
 from paged_kv.vllm.spec import PagedSpec, register
+from paged_kv.vllm.spilled import make_spilled
+from paged_kv.vllm.swap.connector import SwapConnector
+from paged_kv.vllm.swap.copier import Copier
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -43,6 +48,7 @@ class PagedWorkerMixin:
     model_runner: Any
     compactor: Compactor | None = None
     residual: Residual | None = None
+    layouts: dict[str, PageLayout] = {}  # noqa: RUF012 -- replaced, never changed
 
     def load_model(self, **kwargs: Any) -> None:
         """Loads, then wraps the attention of every layer that is compressed or has packed pages."""
@@ -60,7 +66,8 @@ class PagedWorkerMixin:
                 self.model_runner, plan.residual_pages, plan.page_size, quantized
             )
         if layers:
-            self.compactor = Compactor(self.model_runner, self._policy(), layers, layouts)
+            self.compactor = self._compactor(layers, layouts)
+        self.layouts = layouts
         for name, layout in layouts.items():
             compactor = self.compactor if name in layers else None
             residual = self.residual if self.residual and name in self.residual.layers else None
@@ -103,9 +110,16 @@ class PagedWorkerMixin:
         if self.compactor is not None:
             self.compactor.reset_pages()
         super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
+        swap = _swap_connector()
+        if swap is not None:
+            own = self.compactor, self.residual, self.layouts
+            swap.bind_copier(Copier(self.model_runner, kv_cache_config, *own))
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        """One step, then its compactions, in stream order."""
+        """One step, then its compactions, in stream order; what is preempted is saved before."""
+        swap = _swap_connector()
+        if swap is not None:
+            swap.handle_preemptions(scheduler_output.kv_connector_metadata)
         with ExitStack() as stack:
             if self.residual is not None:
                 stack.enter_context(self.residual.step(scheduler_output))
@@ -113,9 +127,16 @@ class PagedWorkerMixin:
                 stack.enter_context(self.compactor.step(scheduler_output))
             return super().execute_model(scheduler_output)  # type: ignore[misc]
 
+    def _compactor(self, layers: dict[str, Any], layouts: dict[str, PageLayout]) -> Compactor:
+        num_requests = self.vllm_config.scheduler_config.max_num_seqs
+        spilled = make_spilled(self._config(), list(layers.values()), num_requests)
+        return Compactor(self.model_runner, self._policy(), layers, layouts, spilled)
+
+    def _config(self) -> CompressionConfig:
+        return CompressionConfig.from_dict(self.vllm_config.additional_config["paged_kv"])
+
     def _policy(self) -> Policy:
-        values = self.vllm_config.additional_config["paged_kv"]
-        return CompressionConfig.from_dict(values).create_policy()
+        return self._config().create_policy()
 
     def _schedules(self) -> dict[str, Schedule]:
         """Schedule by layer name, for the compressed layers on this rank."""
@@ -191,6 +212,14 @@ class PagedWorkerMixin:
             else spec
             for name, spec in specs.items()
         }
+
+
+def _swap_connector() -> SwapConnector | None:
+    """This process's connector, if it is ours."""
+    if not has_kv_transfer_group():
+        return None
+    connector = get_kv_transfer_group()
+    return connector if isinstance(connector, SwapConnector) else None
 
 
 def __getattr__(name: str) -> type:

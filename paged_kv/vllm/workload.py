@@ -42,11 +42,13 @@ class Workload:
         prompts: token ids.
         output_len: tokens per request, whatever the model would like (ignore_eos).
         reset_prefix_cache: forget cached prefixes first.
+        preempt_every: steps after which all running requests are preempted; 0: only if they must.
     """
 
     prompts: Sequence[Tokens]
     output_len: int
     reset_prefix_cache: bool = True
+    preempt_every: int = 0
 
     @property
     def output_tokens(self) -> int:
@@ -73,6 +75,7 @@ class Step(NamedTuple):
     running: int  # sequences
     pages: int  # in use
     preempted: int
+    computed: int  # tokens that went through the model, again those of preempted requests
 
 
 @dataclass
@@ -106,6 +109,10 @@ class RunResult:
     @property
     def preemptions(self) -> int:
         return sum(step.preempted for step in self.steps)
+
+    @property
+    def computed_tokens(self) -> int:
+        return sum(step.computed for step in self.steps)
 
     @property
     def peak_pages(self) -> int:

@@ -1,0 +1,104 @@
+"""What a request has beside its pages: rows of rings, which others get when it is preempted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from paged_kv.vllm.compaction import Compactor
+from paged_kv.vllm.requests import RequestRows
+from paged_kv.vllm.residual import Residual
+
+Tensor = torch.Tensor
+
+
+class Rings(NamedTuple):
+    """Rings with a row for each of some requests.
+
+    Args:
+        requests: who has which row.
+        row_bytes: of a row in all rings.
+        of_row: the row's parts of the rings, in an order that never changes.
+    """
+
+    requests: RequestRows
+    row_bytes: int
+    of_row: Callable[[int], list[Tensor]]
+
+
+def rings_of(compactor: Compactor | None, residual: Residual | None) -> list[Rings]:
+    """The query ring and the residual, where there are such."""
+    found = []
+    if compactor is not None and compactor.policy.observation_window:
+        found.append(Rings(compactor.requests, compactor.row_bytes, compactor.ring_rows))
+    if residual is not None:
+        found.append(Rings(residual.requests, residual.row_bytes, residual.ring_rows))
+    return found
+
+
+class States:
+    """Rows of swapped requests, in host slots.
+
+    Args:
+        rings: see rings_of.
+        slot_bytes: size of a slot.
+    """
+
+    def __init__(self, rings: Sequence[Rings], slot_bytes: int) -> None:
+        self.rings = rings
+        self.num_slots = -(-sum(one.row_bytes for one in rings) // slot_bytes)
+        self._first_tokens: dict[str, list[int | None]] = {}  # of each ring; None: had no row
+
+    def save(self, request_id: str, slots: Sequence[Tensor]) -> None:
+        """Writes a request's rows to slots, uint8 [slot_bytes] each."""
+        firsts: list[int | None] = []
+        place = 0
+        for one in self.rings:
+            row = one.requests.row_of(request_id)
+            firsts.append(None if row is None else int(one.requests.first_token[row]))
+            if row is not None:
+                for piece, bytes_ in _pieces(one.of_row(row), slots, place):
+                    piece.copy_(bytes_, non_blocking=True)
+            place += one.row_bytes
+        self._first_tokens[request_id] = firsts
+
+    def begin_load(self, request_id: str) -> None:
+        """A request is resumed in this step: it will get rows that begin where its old ones did."""
+        for one, first in zip(self.rings, self._first_tokens[request_id], strict=True):
+            if first is not None:
+                one.requests.resume(request_id, first)
+
+    def load(self, request_id: str, slots: Sequence[Tensor]) -> None:
+        """The reverse of save, into the rows that the request has now."""
+        place = 0
+        for one, first in zip(self.rings, self._first_tokens.pop(request_id), strict=True):
+            row = one.requests.row_of(request_id)
+            if row is not None and first is not None:
+                parts = one.of_row(row)
+                fresh = [torch.empty_like(part, memory_format=torch.contiguous_format)
+                         for part in parts]  # fmt: skip
+                for piece, bytes_ in _pieces(fresh, slots, place):
+                    bytes_.copy_(piece, non_blocking=True)
+                for part, new in zip(parts, fresh, strict=True):
+                    part.copy_(new)
+            place += one.row_bytes
+
+    def forget(self, request_id: str) -> None:
+        """The request ended, or will be computed again."""
+        self._first_tokens.pop(request_id, None)
+
+
+def _pieces(
+    parts: Sequence[Tensor], slots: Sequence[Tensor], place: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(bytes of a slot, bytes of a part) of equal length, for parts from a place in slots on."""
+    size = len(slots[0])
+    for part in parts:
+        left = part.contiguous().view(-1).view(torch.uint8)
+        while len(left):
+            slot, offset = divmod(place, size)
+            count = min(len(left), size - offset)
+            yield slots[slot][offset : offset + count], left[:count]
+            left, place = left[count:], place + count

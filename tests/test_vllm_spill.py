@@ -1,0 +1,103 @@
+"""Spill in real vLLM: entries go down and come back as in plain loops; what ends leaves nothing."""
+
+from __future__ import annotations
+
+import random
+from fractions import Fraction
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import engines
+import pytest
+import tiny_models
+from engines import Tokens
+from reference_loop import Rule, load_model
+from vllm_spill_loop import complete_and_check
+
+pytestmark = pytest.mark.vllm
+
+BUDGET = 96
+SETTINGS = {
+    "skip_tokenizer_init": True,
+    "max_num_batched_tokens": 100,
+    "kv_cache_memory_bytes": 64 << 20,
+}
+SPILL = {"budget": BUDGET, "spill": True}
+SNAPKV = {**SPILL, "policy": "snapkv", "observation_window": 8}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> str:
+    return tiny_models.saved("llama", tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def model(tiny) -> Any:
+    return load_model(tiny)
+
+
+def prompts_of(*lengths: int, seed: int = 0) -> list[Tokens]:
+    rng = random.Random(seed)
+    return [[rng.randrange(3, tiny_models.VOCAB_SIZE) for _ in range(n)] for n in lengths]
+
+
+def spilled(llm: Any) -> Any:
+    return engines.worker(llm).compactor.spilled
+
+
+def assert_nothing_is_left(llm: Any) -> None:
+    llm.llm_engine.step()  # the worker is told who has ended
+    assert not spilled(llm)._stores
+    pool = engines.block_pool(llm)
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+
+
+PYRAMID = {**SNAPKV, "policy": "pyramidal+snapkv", "budget": 128}
+TIERS = [160] * 2 + [128] * 2 + [96] * 2
+HALF = {"budget": 0.5, "min_budget": 80, "compress_prefill": True}
+CASES = [
+    ({**SPILL, "policy": "streaming", "fetch_limit": 3, "spill_window": 8}, Rule([BUDGET] * 6)),
+    (
+        {**SPILL, **HALF, "policy": "streaming", "spill_budget": 100},
+        Rule([Fraction(1, 2)] * 6, min_budget=80, compress_prefill=True),
+    ),
+    ({**SNAPKV, "spill_window": 5, "spill_threshold": 1.5}, Rule([BUDGET] * 6)),
+    ({**SNAPKV, "compress_prefill": True}, Rule([BUDGET] * 6, compress_prefill=True)),
+    ({**PYRAMID, "fetch_limit": 7}, Rule(TIERS)),
+    ({**PYRAMID, "compress_prefill": True}, Rule(TIERS, compress_prefill=True)),
+    ({**SPILL, "policy": "h2o", "fetch_limit": 5}, Rule([BUDGET] * 6)),
+]
+
+
+@pytest.mark.parametrize(("config", "rule"), CASES, ids=[str(config) for config, _ in CASES])
+def test_tokens_are_those_of_the_definition(config, rule, tiny, model):
+    """Prompts in chunks; entries are lost where the budget of the tier is small."""
+    with engines.engine(tiny, config, **SETTINGS) as llm:
+        _, loops = complete_and_check(llm, model, prompts_of(20, 101, 203, 400), rule, config, 70)
+        assert_nothing_is_left(llm)
+    assert sum(loop.num_fetched for loop in loops) > 100
+    assert sum(loop.num_ranked for loop in loops) > 0 or "fetch_limit" not in config
+    assert (sum(loop.num_lost for loop in loops) > 0) == ("spill_budget" in config)
+    assert sum(loop.num_ties for loop in loops) <= 3
+
+
+def test_files(tiny, model, tmp_path):
+    """Most of the tier is in files, which have no names."""
+    config = {**SNAPKV, "spill_dir": str(tmp_path), "spill_host_budget": 40}
+    with engines.engine(tiny, config, **SETTINGS) as llm:
+        complete_and_check(llm, model, prompts_of(101, 400), Rule([BUDGET] * 6), config, 70)
+        (stores,) = spilled(llm)._stores.values()  # the other request ended before the last step
+        assert sum(store.num_bytes["mmap"] for store in stores.values()) > 0
+        assert not list(tmp_path.iterdir())
+        assert_nothing_is_left(llm)
+
+
+@pytest.mark.parametrize("config", [{**SPILL, "policy": "streaming"}, SNAPKV], ids=str)
+def test_preempted_requests_spill_anew(config, tiny, model):
+    """Recomputing is what preemption means without swap; the second time gives other chunks."""
+    with engines.engine(tiny, config, **SETTINGS, num_gpu_blocks_override=14) as llm:
+        prompts, rule = prompts_of(64, 75, 40, 90), Rule([BUDGET] * 6)
+        chunks, _ = complete_and_check(llm, model, prompts, rule, config, 120)
+        assert_nothing_is_left(llm)
+    assert [b for own in chunks for (_, end), (b, _) in pairwise(own) if b != end], "no preemption"
