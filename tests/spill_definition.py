@@ -56,6 +56,11 @@ def exchange(
         keys=np.stack([one.key for one in every]),
     )
     mass = observed(together, spilling.spill_window)
+    protected = [s for s in range(len(held)) if not is_free(name, head, options, s)]
+    mass[protected] = 0
+    in_order = sorted(range(len(every)), key=lambda place: every[place].position)
+    near = [in_order[max(0, at - 8) : at + 9] for at in range(len(every))]
+    mass = {place: max(mass[near[at]]) for at, place in enumerate(in_order)}
 
     def rank(place: int) -> tuple[float, int]:
         return mass[place], every[place].position

@@ -39,6 +39,7 @@ FORMATS = [
     "4 bits, rotated, Gaussian levels",
     "8 bits, symmetric",
 ]
+SPILL_COST = ("step_ms", "cost", "costs")
 SCRIPTS = {
     "ample_pool": (
         "--rounds 2 --requests 2 --prompt-len 16 --output-len 8 --cases full streaming",
@@ -65,6 +66,12 @@ SCRIPTS = {
         "--cycles 1 --budgets 128 --batches 1 2 --cases pyramidal+streaming",
         ["pyramidal+streaming", "pyramidal+streaming"],
         COST | {"budget", "batch", "step_ms", "share"},
+    ),
+    "spill_cost": (
+        "--rounds 1 --cycles 1 --prompt-len 192 --budget 128 --batches 1 2 --cases streaming",
+        ["streaming", "streaming"],
+        {"batch", "baseline_step_ms", "baseline_cpu_step_ms"}
+        | {f"{cpu}{name}" for cpu in ("", "cpu_") for name in SPILL_COST},
     ),
     "format_error": (
         "--tokens 64",
@@ -104,6 +111,14 @@ SCRIPTS = {
         "--swap-space 0.05 --cases preempted",
         ["preempted"],
         COMPARED | PRESSURE | {"computed_tokens", "baseline_computed_tokens"},
+    ),
+    "swap_soak": (  # it fails when something is lost
+        "--minutes 3",
+        ["full", "streaming"],
+        {"steps", "requests", "aborts", "resets", "compared", "near_ties", "different"}
+        | {"swapped_out", "swapped_in", "demoted", "promoted", "fallbacks"}
+        | {"pages_left", "slots_left", "requests_left", "files_left"}
+        | {"resident_mb", "mb_per_minute"},
     ),
     "same_process": (
         "--rounds 1 --requests 2 --prompt-len 16 --output-len 8",

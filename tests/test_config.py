@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paged_kv.config import DEFAULT_BUDGET, CompressionConfig, parse_budget, parse_json
+from paged_kv.config import DEFAULT_BUDGET, CompressionConfig, parse_json
 from paged_kv.core.budgets import num_groups, tier_sizes
 from paged_kv.core.options import text
+from paged_kv.core.readers import parse_budget
 from paged_kv.policies.streaming import Streaming
 from paged_kv.registry import DEFAULT_SELECTOR
 

@@ -305,11 +305,10 @@ def test_summaries_are_the_bounds_of_pages():
 
 
 def test_the_best_pages_of_a_large_tier():
-    """Of 3000 entries the four that the queries ask for are found, though 128 are read."""
+    """Of 3000 entries the four that the queries ask for come, with neighbours; 320 are read."""
     store = SpillStore((LAYERS, HEADS), (SIZE, VALUE_SIZE), torch.float32, SpillSpace(4000, 4000))
     keys = torch.randn(LAYERS, HEADS, 3000, SIZE, generator=torch.Generator().manual_seed(5)) / 4
     wanted = torch.tensor([7, 700, 2100, 2900])
-    places = [set(wanted.tolist())] * LAYERS * HEADS
     direction = torch.nn.functional.normalize(torch.randn(SIZE), dim=0)
     keys[:, :, wanted] += 9 * direction
     positions = torch.arange(3000).expand(LAYERS, HEADS, 3000)
@@ -320,8 +319,11 @@ def test_the_best_pages_of_a_large_tier():
     decided = compact_random(
         view, keys=torch.randn(LAYERS, 1, HEADS, 132, SIZE) / 4, asks=direction, spill_threshold=20
     )
-    fetched = decided.positions[decided.changed].view(-1, 4)
-    assert [set(row) for row in fetched.tolist()] == places
+    for layer, head in itertools.product(range(LAYERS), range(HEADS)):
+        row = layer, 0, head
+        fetched = set(decided.positions[row][decided.changed[row]].tolist())
+        assert fetched >= set(wanted.tolist())
+        assert len(fetched) <= 4 * 17
     assert store.num_entries == LAYERS * 3032
 
 
@@ -338,7 +340,7 @@ def test_equal_entries_never_change_places():
 
 def compact_random(tier: Any, keys: torch.Tensor, asks: torch.Tensor, **more: Any) -> Any:
     """One page of 132 entries goes, the oldest; all queries ask for the same."""
-    config = {"policy": "streaming", "budget": 100, "recent_window": 8, "fetch_limit": 32}
+    config = {"policy": "streaming", "budget": 100, "recent_window": 8, "fetch_limit": 80}
     policy = CompressionConfig.from_dict(config | {"spill": True} | more).create_policy()
     shape = keys.shape[:-1]
     region = Region(

@@ -5,13 +5,17 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import tiny_models
+from engines import engine, scheduler
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from vllm import SamplingParams
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 
 from paged_kv.vllm.swap import ledger
 from paged_kv.vllm.swap.metrics import (
     COUNTERS,
     FALLBACK,
+    PREFIX,
     REASONS,
     Meter,
     SwapPromMetrics,
@@ -72,3 +76,31 @@ def test_prometheus_has_everything_that_is_counted(prometheus):
             assert value("fallbacks_total", reason=reason) == 2 * number
         assert value("host_slots_used") == number
         assert value("file_slots_used") == 2 * number
+
+
+@pytest.mark.vllm
+def test_an_engine_reports_them(tmp_path):
+    swap = {"policy": "full", "swap_space": 0.01}
+    prompts = [[3 + index] * 64 for index in range(4)]
+    model = tiny_models.saved("llama", tmp_path, tokenizer=True)
+    with engine(model, swap, disable_log_stats=False) as llm:
+        params = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True, detokenize=False)
+        for index, prompt in enumerate(prompts):
+            llm.llm_engine.add_request(str(index), {"prompt_token_ids": prompt}, params)
+        for step in range(100):
+            if step == 8:
+                llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
+            llm.llm_engine.step()
+        assert not llm.llm_engine.has_unfinished_requests()
+        counts = scheduler(llm).connector.ledger.counts
+        samples = {
+            sample.name: sample.value
+            for metric in REGISTRY.collect()
+            for sample in metric.samples
+            if sample.name.startswith(PREFIX) and "reason" not in sample.labels
+        }
+    assert counts["swapped_out_requests"] == counts["swapped_in_requests"] == 4
+    for name in COUNTERS:
+        assert samples[f"{PREFIX}_{name.removeprefix('swapped_')}_total"] == counts[name]
+    assert samples[f"{PREFIX}_restored_tokens_total"] > 4 * 64
+    assert samples[f"{PREFIX}_host_slots_used"] == 0

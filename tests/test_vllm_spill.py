@@ -11,9 +11,14 @@ from typing import Any
 import engines
 import pytest
 import tiny_models
+import torch
 from engines import Tokens
 from reference_loop import Rule, load_model
+from vllm import SamplingParams
 from vllm_spill_loop import complete_and_check
+
+from paged_kv.tiers.spill_memory import SpillSpace
+from paged_kv.vllm.spilled import Spilled
 
 pytestmark = pytest.mark.vllm
 
@@ -101,3 +106,72 @@ def test_preempted_requests_spill_anew(config, tiny, model):
         chunks, _ = complete_and_check(llm, model, prompts, rule, config, 120)
         assert_nothing_is_left(llm)
     assert [b for own in chunks for (_, end), (b, _) in pairwise(own) if b != end], "no preemption"
+
+
+def test_what_ends_leaves_nothing(tiny):
+    """Requests that are aborted, and that end while others run; the counters add up."""
+    with engines.engine(tiny, {**SNAPKV, "spill_budget": 200}, **SETTINGS) as llm:
+        for name, prompt in zip("abc", prompts_of(300, 310, 320), strict=True):
+            params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+            llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, params)
+        stores, during = {}, None
+        while llm.llm_engine.has_unfinished_requests():
+            llm.llm_engine.step()
+            stores |= {name.partition("-")[0]: own for name, own in spilled(llm)._stores.items()}
+            if "b" in stores and during is None:
+                during = engines.worker(llm).compactor.spill_stats()
+                llm.llm_engine.abort_request(["b"])
+        assert sorted(stores) == ["a", "b", "c"]
+        assert_nothing_is_left(llm)
+        assert not any(sum(one.num_bytes.values()) for own in stores.values() for one in own.values())
+        stats = engines.worker(llm).compactor.spill_stats()
+    heads = 2 * 6  # of all layers
+    assert (during.requests, during.entries, during.dropped) == (2, 2 * 192 * heads, 0)
+    assert during.host_bytes > during.entries * 2 * 32 * 4  # keys and values of 32 numbers
+    assert (stats.requests, stats.entries, stats.host_bytes) == (0, 0, 0)
+    # 359 and 379 tokens at the end, and b was aborted at 310.
+    assert stats.spilled == (256 + 192 + 256) * heads
+    assert stats.dropped == 2 * (256 - 200) * heads
+    assert stats.fetched > 0
+
+
+def test_stores_of_preempted_requests(tiny):
+    """They are dropped, unless somebody keeps the pages until the request resumes."""
+    spill = Spilled(SpillSpace(budget=10, host_budget=10))
+    stack = SimpleNamespace(
+        pages=SimpleNamespace(
+            num_layers=2,
+            num_heads=1,
+            keys=SimpleNamespace(size=16),
+            values=SimpleNamespace(size=16),
+        ),
+        dtype=torch.float32,
+    )
+    spill.of(["a", "b", "c"], stack)
+    (kept,) = spill.of(["a"], stack)
+
+    def update(finished=(), preempted=(), resumed=()):
+        cached = SimpleNamespace(resumed_req_ids=set(resumed))
+        spill.update(
+            SimpleNamespace(
+                finished_req_ids=set(finished),
+                preempted_req_ids=set(preempted),
+                scheduled_cached_reqs=cached,
+            )
+        )
+        return sorted(spill._stores)
+
+    spill.keep("a")
+    assert update(preempted="ab") == ["a", "c"]
+    assert update() == ["a", "c"]
+    assert update(resumed="a") == ["a", "c"]
+    assert spill.of(["a"], stack) == [kept]
+    assert update(preempted="a") == ["c"]  # kept once, not for ever
+    spill.of("a", stack)
+    spill.keep("a")
+    assert update(preempted="a", resumed="a") == ["a", "c"]
+    spill.keep("c")
+    assert update(preempted="c") == ["a", "c"]
+    spill.drop("c")  # its pages were lost on the way
+    assert update(resumed="c") == ["a"]
+    assert update(finished="a") == []

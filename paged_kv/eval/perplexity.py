@@ -32,8 +32,9 @@ from tqdm import tqdm
 
 from paged_kv import models, registry
 from paged_kv.bench.script import positive
-from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig, parse_budget, parse_json
+from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig, parse_json
 from paged_kv.core.page_formats import FORMATS, NATIVE
+from paged_kv.core.readers import parse_budget
 from paged_kv.eval.task import Case, Outcome, Task, check_case, read_tokens
 
 DEFAULTS = {"prompt": (1024, 512), "stream": (1, 4095)}  # protocol -> (prompt, score) tokens

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 
 from paged_kv.kernels import ops, reference
 from paged_kv.policies.base import Policy, Wrapper
@@ -18,6 +19,9 @@ Index = tuple[Tensor, Tensor, Tensor, Tensor]  # int64 (layer, event, KV head, s
 # Entries of a tier that are looked at exactly, for each that may be fetched: bounds of whole pages
 # rank them well, not perfectly.
 CANDIDATES = 4
+# Entries on each side that are worth what an entry is worth: who asks for a phrase finds its
+# beginning, and the next query, long before the next compaction, wants what follows.
+NEIGHBOURS = 8
 _PADDING = torch.iinfo(torch.int64).max
 
 
@@ -122,9 +126,11 @@ class Spill(Wrapper):
     """Lets another policy evict, and exchanges what it kept for what was dropped.
 
     At a compaction, entries on the tier are compared with the survivors by the attention that the
-    last queries give them, in one softmax over both. Pages of the tier are ranked by an upper bound
-    of their logits, from the least and the largest number in each channel (Tang et al., "Quest:
-    Query-Aware Sparsity for Efficient Long-Context LLM Inference", 2406.10774); the best are read.
+    last queries give them, in one softmax over both; an entry counts as much as the best of its
+    neighbours by position, so that phrases come back as a whole. Pages of the tier are ranked by an
+    upper bound of their logits, from the least and the largest number in each channel (Tang et al.,
+    "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference", 2406.10774); the best
+    are read.
     Per KV head the best candidate takes the place of the weakest survivor, the second best that of
     the second weakest, and so on, as long as it gets more than `threshold` times its attention; at
     most `fetch_limit`. What this very compaction drops takes part. Sinks and the recent window
@@ -165,12 +171,14 @@ class Spill(Wrapper):
         """
         assert region.spilled is not None, "the engine keeps no tiers"
         losers = self.inner.compact(_narrowed(region, self.inner.observation_window)).losers
-        free = ~losers & ~self.inner.protected(region)
+        spared = self.inner.protected(region)
+        free = ~losers & ~spared
         region = _narrowed(region, self.window)
         parts = []
         for event, tier in enumerate(region.spilled or ()):
             candidates = _candidates(region, event, tier, CANDIDATES * self.fetch_limit)
             mass = _mass(region, event, candidates)
+            mass = _pooled(mass, candidates.positions, spared[:, event])
             fetched = self._choose(mass, candidates, losers[:, event], free[:, event])
             below, part = _fetch(region, event, tier, candidates, fetched)
             parts.append(part)
@@ -292,6 +300,21 @@ def _mass(region: Region, event: int, candidates: _Candidates) -> Tensor:
         queries.softcap,
         None if queries.sinks is None else queries.sinks[:, 0],
     )
+
+
+def _pooled(mass: Tensor, positions: Tensor, spared: Tensor) -> Tensor:
+    """Each as much as the best within NEIGHBOURS in the order of positions.
+
+    Args:
+        mass: float32 [layers, kv_heads, m + n].
+        positions: int64, of the same shape.
+        spared: bool [layers, kv_heads, m], sinks and the recent window, which count nothing here.
+    """
+    size = spared.shape[-1]
+    mass = torch.cat([mass[..., :size].masked_fill(spared, 0.0), mass[..., size:]], -1)
+    order = positions.argsort(-1)
+    best = F.max_pool1d(mass.gather(-1, order), 2 * NEIGHBOURS + 1, 1, NEIGHBOURS)
+    return torch.empty_like(mass).scatter_(-1, order, best)
 
 
 def _fetch(

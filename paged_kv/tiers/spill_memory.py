@@ -107,8 +107,9 @@ class SpillMemory:
         """[..., size]: what lies in slots; row = layer * KV heads + head, of the slots' shape."""
         result: Tensor | None = None
         for part, start, inside in self._of(slot):
-            index = (row * part[name].shape[2] + slot - start)[inside]
-            found = part[name].flatten(0, 2).index_select(0, index.flatten())
+            held = part[name]  # once: another thread may put a larger one in its place
+            index = (row * held.shape[2] + slot - start)[inside]
+            found = held.flatten(0, 2).index_select(0, index.flatten())
             if inside is Ellipsis:
                 return found.view(*slot.shape, self.sizes[name])
             if result is None:

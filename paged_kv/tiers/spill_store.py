@@ -98,14 +98,22 @@ class SpillStore:
     def read(self, name: str, places: Places) -> Tensor:
         """Keys or values [..., size], positions or scores [...]; layers are those of the store."""
         self.wait()
+        return self.take(name, places)
+
+    def take(self, name: str, places: Places) -> Tensor:
+        """The same of layers that nobody writes to, see wait; others may get more room meanwhile."""
         layer, head, slot = torch.broadcast_tensors(*places)
         if name in _SMALL:
-            return self._side(name)[layer, head, slot]
+            # Not _side: that is for the thread that writes.
+            held = self._small.get(name, torch.empty(*self.shape, 0, dtype=_SMALL[name]))
+            return held[layer, head, slot]
         return self._memory.read(name, layer * self.shape[1] + head, slot)
 
     def bounds(self, layers: Tensor) -> tuple[Tensor, Tensor]:
-        """Least and largest number in each channel of the pages of layers that hold as much."""
-        self.wait()
+        """Least and largest number in each channel of the pages of layers that hold as much.
+
+        Nobody writes to these layers, see wait.
+        """
         num_pages = -(-self.counts[int(layers[0])] // PAGE_SIZE)
         least, largest = (bound[layers, :, :num_pages] for bound in self._bounds)
         return least, largest
@@ -113,18 +121,17 @@ class SpillStore:
     def count(self, layers: Tensor) -> int:
         """Entries of each of these layers, which hold equally many."""
         chosen = set(layers.tolist())
-        for others, work in self._work:
-            if chosen & others:
-                work.result()
+        self.wait(chosen)
         counts = {self.counts[layer] for layer in chosen}
         assert len(counts) == 1, "these layers do not hold equally many entries"
         return counts.pop()
 
-    def wait(self) -> None:
-        """Until all that was given has arrived; raises what went wrong on the way."""
-        every, self._work = self._work, []
-        for _, work in every:
-            work.result()
+    def wait(self, layers: set[int] | None = None) -> None:
+        """Until what was given to some layers, or to all, has arrived; raises what went wrong."""
+        work = [one for one in self._work if layers is None or one[0] & layers]
+        self._work = [one for one in self._work if one not in work]
+        for _, one in work:
+            one.result()
 
     def submit(self, layers: Tensor, taken: Places, given: Spilled) -> None:
         """exchange of a view, in the background."""
@@ -252,6 +259,7 @@ class SpillView:
 
     def __init__(self, store: SpillStore, layers: Tensor) -> None:
         self.store, self.layers = store, layers
+        self._own = set(layers.tolist())
 
     @property
     def num_entries(self) -> int:
@@ -260,11 +268,13 @@ class SpillView:
 
     def summaries(self) -> tuple[Tensor, Tensor]:
         """See Tier."""
+        self.store.wait(self._own)
         return self.store.bounds(self.layers)
 
     def read(self, name: str, places: Places) -> Tensor:
         """See Tier."""
-        return self.store.read(name, (self.layers[places[0]], *places[1:]))
+        self.store.wait(self._own)
+        return self.store.take(name, (self.layers[places[0]], *places[1:]))
 
     def exchange(self, taken: Places, given: Spilled) -> None:
         """See Tier."""

@@ -29,7 +29,7 @@ from paged_kv.vllm.layer_group import Stack, find_rotary, make_stacks, movers, r
 from paged_kv.vllm.observation import StepRows
 from paged_kv.vllm.requests import RequestRows
 from paged_kv.vllm.spec import PagedSpec
-from paged_kv.vllm.spilled import Spilled
+from paged_kv.vllm.spilled import Spilled, SpillStats
 
 
 @dataclass
@@ -108,6 +108,10 @@ class Compactor:
         stacks = [stack for names in sorted(self._stacks) for stack in self._stacks[names]]
         return [stack.ring[:, row] for stack in stacks if stack.ring is not None]
 
+    def spill_stats(self) -> SpillStats | None:
+        """What spilling came to; None: nothing is spilled."""
+        return None if self.spilled is None else self.spilled.stats()
+
     def reset_pages(self) -> None:
         """Forgets the caches: they have been allocated anew."""
         self._movers.clear()
@@ -153,7 +157,7 @@ class Compactor:
         after = metadata.seq_lens_cpu_upper_bound.numpy()[: metadata.num_reqs].astype(np.int64)
         starts = metadata.query_start_loc_cpu.numpy()[: metadata.num_reqs + 1].astype(np.int64)
         count = np.diff(starts)
-        prompt_lens = self._prompt_lens(metadata)
+        prompt_lens = self.requests.prompt_lens(metadata)
         evicted = spec.schedule.evicted(after - count, prompt_lens)
         evicted_after = spec.schedule.evicted(after, prompt_lens)
         names = tuple(layer_names)
@@ -182,9 +186,9 @@ class Compactor:
         stack, layer = observed.stacks[layer_name]
         query = query.view(len(query), -1, self.layers[layer_name].head_size)
         if observed.ring is not None:
-            token, row, column = observed.ring
-            assert stack.ring is not None
-            stack.ring[layer][row, column] = query[token]
+            token, place = observed.ring
+            new = query[: len(place)] if token is None else query.index_select(0, token)
+            stack.ring_rows[layer].index_copy_(0, place, new)
         for batch in observed.batches:
             observation.accumulate(self.policy, stack, layer, query, batch)
 
@@ -238,22 +242,18 @@ class Compactor:
         observed = _Observed(dict(zip(names, places, strict=True)), ring, batches)
         self._observed |= dict.fromkeys(names, observed)
 
-    def _prompt_lens(self, metadata: CommonAttentionMetadata) -> Int64s:
-        if metadata.req_idx is not None:  # V2 runner: rows are indices into its request table
-            lens = self.runner.req_states.prompt_len.np[metadata.req_idx]
-        else:
-            lens = self.runner.input_batch.num_prompt_tokens[: metadata.num_reqs]
-        return lens.astype(np.int64)
-
     def _compact(self, pending: _Pending) -> None:
         if not isinstance(self.policy, PositionalPolicy):
             assert pending.ring is not None
             first = self.requests.first_token[pending.ring]
             batch = regions.Batch(pending.rows, pending.ring, first, pending.events)
             for stack in self.stacks_of(pending.layer_names):
-                if self.spilled is not None:
-                    batch = batch._replace(spilled=self.spilled.of(pending.requests, stack))
-                regions.compact(self.policy, stack, pending.block_table, batch, self.rotary)
+                given = self.policy, stack, pending.block_table
+                if self.spilled is None:
+                    regions.compact(*given, batch, self.rotary)
+                else:
+                    own = batch._replace(spilled=self.spilled.of(pending.requests, stack))
+                    self.spilled.num_fetched += regions.compact(*given, own, self.rotary)
             return
         moves = self.policy.moves(pending.events)
         table = pending.block_table

@@ -42,6 +42,7 @@ class Stack:
         shape = (pages.num_layers, pages.num_pages, pages.num_heads, pages.page_size)
         self.side = SideData(policy, shape, device)
         self.ring = None  # [layers, rows, window, query heads, head_dim]: token t at t % window
+        self.ring_rows: list[torch.Tensor] = []  # the same memory: [rows * window, ...] by layer
         if policy.observation_window:
             size = (len(layers), 0, policy.observation_window, first.num_heads, first.head_size)
             self.ring = torch.zeros(size, dtype=first.dtype, device=device)
@@ -58,6 +59,7 @@ class Stack:
         if self.ring is not None and self.ring.shape[1] < num_rows:
             more = num_rows - self.ring.shape[1]
             self.ring = torch.nn.functional.pad(self.ring, (0, 0, 0, 0, 0, 0, 0, more))
+            self.ring_rows = list(self.ring.flatten(1, 2))
 
     def grouped(self, queries: torch.Tensor) -> torch.Tensor:
         """float32 [..., kv_heads, group, queries, head_dim] of [..., queries, heads, head_dim]."""

@@ -40,11 +40,15 @@ class StepRows(NamedTuple):
 
 
 class RingWrite(NamedTuple):
-    """Which tokens of the batch go where in the ring; int64 [tokens]."""
+    """Which tokens of the batch go where in the ring; int64 [tokens].
 
-    token: torch.Tensor
-    row: torch.Tensor
-    column: torch.Tensor
+    Args:
+        token: rising; None for all of them.
+        place: row * window + column.
+    """
+
+    token: torch.Tensor | None
+    place: torch.Tensor
 
 
 def last_queries(rows: StepRows, window: int, device: torch.device) -> RingWrite:
@@ -53,8 +57,9 @@ def last_queries(rows: StepRows, window: int, device: torch.device) -> RingWrite
     sequence, offset = ragged(kept)
     back = kept[sequence] - offset  # 1 for the newest token
     token = (rows.start + rows.num_new)[sequence] - back
-    column = (rows.after[sequence] - back) % window
-    return RingWrite(*(_to(array, device) for array in (token, rows.ring[sequence], column)))
+    place = rows.ring[sequence] * window + (rows.after[sequence] - back) % window
+    every = len(token) == rows.num_new.sum()
+    return RingWrite(None if every else _to(token, device), _to(place, device))
 
 
 def ragged(counts: Int64s) -> tuple[Int64s, Int64s]:

@@ -53,8 +53,8 @@ class Batch(NamedTuple):
 
 def compact(
     policy: Policy, stack: Stack, table: torch.Tensor, batch: Batch, rotary: Rotary | None
-) -> None:
-    """Compacts sequences in all layers of a stack.
+) -> int:
+    """Compacts sequences in all layers of a stack; how many entries were fetched back.
 
     Args:
         policy: decides.
@@ -63,6 +63,7 @@ def compact(
         batch: see Batch.
         rotary: the model's RoPE, if the policy reads it.
     """
+    num_fetched = 0
     for similar in _of_similar_size(batch, stack.pages.page_size):
         events = similar.events
         first, end = events.evicted_before, events.num_tokens
@@ -77,8 +78,10 @@ def compact(
                 exchanged = policy.exchange(region)
                 moved = _apply(stack, chosen, pages, region, Compaction(exchanged.losers))
                 _replace(stack, chosen, pages, exchanged, moved)
+                num_fetched += len(exchanged.places[0])
             else:
                 _apply(stack, chosen, pages, region, policy.compact(region))
+    return num_fetched
 
 
 def _of_similar_size(batch: Batch, page_size: int) -> Iterator[Batch]:

@@ -98,6 +98,15 @@ class RequestRows:
         batch = np.asarray(metadata.req_idx)
         return {request: int(np.flatnonzero(batch == index[request])[0]) for request in self._fresh}
 
+    def prompt_lens(self, metadata: CommonAttentionMetadata) -> Int64s:
+        """Tokens of each request's prompt, by batch index."""
+        if metadata.req_idx is not None:  # V2 runner: rows are indices into its request table
+            lens = self.runner.req_states.prompt_len.np[metadata.req_idx]
+        else:
+            lens = self.runner.input_batch.num_prompt_tokens[: metadata.num_reqs]
+        found: Int64s = lens.astype(np.int64)
+        return found
+
     def names(self, metadata: CommonAttentionMetadata, rows: Int64s) -> list[str]:
         """Requests in some rows of the batch."""
         if metadata.req_idx is None:

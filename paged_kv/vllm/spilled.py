@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -13,6 +13,29 @@ from paged_kv.tiers.spill_store import SpillSpace, SpillStore
 from paged_kv.vllm.layer_group import Stack
 
 logger = init_logger(f"vllm.{__name__}")
+
+
+class SpillStats(NamedTuple):
+    """What spilling came to on one worker; entries are those of one KV head of one layer.
+
+    Args:
+        requests: that have spilled something and are not done.
+        entries: on a lower tier now.
+        spilled: so far, net of those that came back.
+        fetched: that came back so far, or that a compaction spared for having more attention than a
+            survivor.
+        dropped: for which there was no room any more, so far.
+        host_bytes: memory that stores have taken.
+        mmap_bytes: the same, of files.
+    """
+
+    requests: int
+    entries: int
+    spilled: int
+    fetched: int
+    dropped: int
+    host_bytes: int
+    mmap_bytes: int
 
 
 class Spilled:
@@ -30,6 +53,8 @@ class Spilled:
         self.space = space
         self._stores: defaultdict[str, dict[int, SpillStore]] = defaultdict(dict)  # by id of Stack
         self._kept: set[str] = set()
+        self.num_fetched = 0  # see SpillStats
+        self._num_spilled = self._num_dropped = 0  # by requests that are gone
 
     def update(self, scheduler_output: Any) -> None:
         """Requests have come and gone in this step; before its compactions."""
@@ -47,12 +72,41 @@ class Spilled:
         """The request is gone, or its pages are."""
         self._kept.discard(request)
         for store in self._stores.pop(request, {}).values():
+            dropped = store.num_lost * store.shape[1]
+            self._num_dropped += dropped
+            self._num_spilled += store.num_entries * store.shape[1] + dropped
             store.close()
 
     def clear(self) -> None:
         """Drops everything."""
         for request in list(self._stores):
             self.drop(request)
+
+    def stats(self) -> SpillStats:
+        """See SpillStats; waits for what is on its way."""
+        stores = [store for own in self._stores.values() for store in own.values()]
+        entries = sum(store.num_entries * store.shape[1] for store in stores)
+        dropped = sum(store.num_lost * store.shape[1] for store in stores)
+        num_bytes = [store.num_bytes for store in stores]
+        return SpillStats(
+            requests=len(self._stores),
+            entries=entries,
+            spilled=self._num_spilled + entries + dropped,
+            fetched=self.num_fetched,
+            dropped=self._num_dropped + dropped,
+            host_bytes=sum(one["host"] for one in num_bytes),
+            mmap_bytes=sum(one["mmap"] for one in num_bytes),
+        )
+
+    def close(self) -> None:
+        """Drops everything; logs what it came to."""
+        self.clear()
+        found = self.stats()
+        logger.info(
+            "paged_kv spilled %d entries (per layer and KV head), fetched %d, dropped %d for lack "
+            "of room",
+            *(found.spilled, found.fetched, found.dropped),
+        )
 
     def of(self, requests: list[str], stack: Stack) -> list[SpillStore]:
         """Stores of some requests for the layers of a stack; new ones are empty."""

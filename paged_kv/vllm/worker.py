@@ -127,6 +127,12 @@ class PagedWorkerMixin:
                 stack.enter_context(self.compactor.step(scheduler_output))
             return super().execute_model(scheduler_output)  # type: ignore[misc]
 
+    def shutdown(self) -> None:
+        """Gives back what was spilled, and logs what that came to."""
+        if self.compactor is not None and self.compactor.spilled is not None:
+            self.compactor.spilled.close()
+        super().shutdown()  # type: ignore[misc]
+
     def _compactor(self, layers: dict[str, Any], layouts: dict[str, PageLayout]) -> Compactor:
         num_requests = self.vllm_config.scheduler_config.max_num_seqs
         spilled = make_spilled(self._config(), list(layers.values()), num_requests)

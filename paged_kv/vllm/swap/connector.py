@@ -171,8 +171,16 @@ class SwapConnector(KVConnectorBase_V1, SupportsHMA):
     # The worker's side.
 
     def bind_copier(self, copier: Copier) -> None:
-        """The worker has its caches."""
-        assert self.copier is None, "the caches were allocated twice"
+        """The worker has its caches.
+
+        Raises:
+            RuntimeError: an engine that lives in this process has a connector already.
+        """
+        if self.copier is not None:
+            raise RuntimeError(
+                "kv-swap-space: another engine of this process swaps, and vLLM has one KV "
+                "connector per process: shut that engine down first"
+            )
         self.copier = copier
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:

@@ -129,9 +129,12 @@ class Ledger:
         return True
 
     def promote(self, request_id: str) -> bool:
-        """A request shall come back from the file. False: there is no room; it is forgotten."""
+        """A request shall come back from the file. False: there is no room; it is forgotten.
+
+        One at a time: vLLM asks for all that wait, and they would drive each other out.
+        """
         one = self.swapped[request_id]
-        if one.is_promoted:
+        if any(other.is_promoted for other in self.swapped.values()):
             return True
         if not self._make_room(len(one.file), keep=request_id):
             self.drop(request_id, FULL)
