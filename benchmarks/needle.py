@@ -1,17 +1,16 @@
 """Is a fact found in a long prompt, with a budget that it does not fit in?
 
 A pass key stands at each of --depths (percent) of a prompt of --tokens tokens of filler; the prompt
-ends with the question. Each case is asked for --facts different keys. The prompt is compressed in
-chunks of 512 tokens (engine hf), which do not know the question yet, and what was dropped by then
-is lost, unless it was spilled. Engine vllm compresses at the prompt's end: the first token of the
-answer still sees everything.
+ends with the question. Each case is asked for --facts different keys, and has found one if all
+tokens of its answer are right. Engine hf compresses the prompt in chunks of 512 tokens: what was
+dropped before the question came is lost, unless it was spilled. Engine vllm compresses at the
+prompt's end: the first token of the answer still sees everything.
 """
 
 import argparse
 import os
 import random
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -20,12 +19,14 @@ from paged_kv.bench import script
 from paged_kv.bench.settings import kv_bytes_per_token
 from paged_kv.config import DEFAULT_PAGE_SIZE
 
+FILLER = (
+    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+)
 NEEDLE = " The pass key is {key}. Remember it. {key} is the pass key. "
 QUESTION = " What is the pass key? The pass key is"
 ANSWER = " {key}"
 SPILL = "+spill"
 CASES = ("full", "streaming", "streaming+spill", "snapkv", "snapkv+spill", "h2o", "h2o+spill")
-FILLER = ("architecture.md", "experiments.md", "vllm.md", "policies.md")  # of docs/
 
 Answer = Callable[[list[int], int], list[int]]  # (prompt, new tokens) -> the new tokens
 
@@ -54,17 +55,16 @@ def prompts(args: argparse.Namespace, tokenizer: Any) -> Iterator[tuple[int, lis
     def encode(text: str) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
-    docs = Path(__file__).parent.parent / "docs"
-    filler = encode("\n".join((docs / name).read_text(encoding="utf-8") for name in FILLER))
+    filler = encode(FILLER * (1 + args.tokens // len(encode(FILLER))))
     generator = random.Random(args.seed)
     for depth in args.depths:
         for _ in range(args.facts):
             key = generator.randrange(10000, 100000)
             needle, question = encode(NEEDLE.format(key=key)), encode(QUESTION)
             room = args.tokens - len(needle) - len(question)
-            if not 0 < room <= len(filler):
-                most = len(filler) + len(needle) + len(question)
-                raise ValueError(f"--tokens must be from 50 to {most}, not {args.tokens}")
+            if room < 1:
+                least = len(needle) + len(question) + 1
+                raise ValueError(f"--tokens must be at least {least}, not {args.tokens}")
             before = room * depth // 100
             prompt = filler[:before] + needle + filler[before:room] + question
             yield depth, prompt, encode(ANSWER.format(key=key))

@@ -29,7 +29,7 @@ from paged_kv.vllm.engine import engine_environment
 GIB = 1 << 30
 LONGEST_PROMPT, LONGEST_OUTPUT = 320, 160
 AT_ONCE = 4  # requests whose longest form fits into the pool
-NUM_REQUESTS = 12  # different ones
+NUM_REQUESTS = 8  # different ones
 NEAR_TIE = 1e-3  # of log-probabilities, in float32
 WARM_UP = 1 / 3  # of the time: allocators keep what they were given
 GROWTH_ALLOWED = 8.0  # MB after that, however long it takes

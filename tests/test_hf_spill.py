@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from spill_loop import SpillSequence
 
 from paged_kv.config import CompressionConfig
 from paged_kv.hf import PagedCache, generate_batch
+from paged_kv.hf.decoding import Decoder
+from paged_kv.hf.loading import encode
 from paged_kv.hf.reference import ReferenceEngine
 
 PROMPT, NEW, BUDGET = 150, 100, 80
@@ -210,3 +213,33 @@ def test_crop(model):
 def test_swapping_is_of_vllm(name, value, model):
     with pytest.raises(ValueError, match=f"{name} .* is an option of vLLM"):
         PagedCache(model.config, "streaming", 128, **{name: value})
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_a_needle_that_is_lost_without(smollm2_dir):
+    """A key at 10 % of 1,500 tokens; the chunks before the question have no use for it.
+
+    benchmarks/needle.py asks for more keys, in longer prompts, at other depths.
+    """
+    model = load_model(smollm2_dir)
+    found = {}
+    for key, spill in itertools.product(("48213",), (False, True)):
+        filler = encode(
+            smollm2_dir, "The grass is green. The sky is blue. The sun is yellow. " * 120
+        )
+        needle = encode(
+            smollm2_dir, f" The pass key is {key}. Remember it. {key} is the pass key. "
+        )
+        question = encode(smollm2_dir, " What is the pass key? The pass key is")
+        prompt = filler[:150] + needle + filler[150:1500] + question
+        with PagedCache(
+            model.config, "streaming", 256, compress_prefill=True, spill=spill
+        ) as cache:
+            decoder = Decoder(model, cache)
+            decoder.read([prompt])
+            answer = encode(smollm2_dir, f" {key}.")
+            for _ in answer:
+                decoder.step()
+        found[key, spill] = decoder.tokens[0, len(prompt) :].tolist() == answer
+    assert found == {(key, spill): spill for key, spill in found}

@@ -123,7 +123,8 @@ def test_what_ends_leaves_nothing(tiny):
                 llm.llm_engine.abort_request(["b"])
         assert sorted(stores) == ["a", "b", "c"]
         assert_nothing_is_left(llm)
-        assert not any(sum(one.num_bytes.values()) for own in stores.values() for one in own.values())
+        every = [store for own in stores.values() for store in own.values()]
+        assert not any(sum(store.num_bytes.values()) for store in every)
         stats = engines.worker(llm).compactor.spill_stats()
     heads = 2 * 6  # of all layers
     assert (during.requests, during.entries, during.dropped) == (2, 2 * 192 * heads, 0)

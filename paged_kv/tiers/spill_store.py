@@ -101,7 +101,7 @@ class SpillStore:
         return self.take(name, places)
 
     def take(self, name: str, places: Places) -> Tensor:
-        """The same of layers that nobody writes to, see wait; others may get more room meanwhile."""
+        """The same of layers that nobody writes to (see wait); others may grow meanwhile."""
         layer, head, slot = torch.broadcast_tensors(*places)
         if name in _SMALL:
             # Not _side: that is for the thread that writes.

@@ -20,10 +20,10 @@ from typing import Any
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, resolve_block_hashes
-from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.request import Request
 
 from paged_kv.core.schedule import Schedule, cdiv
+from paged_kv.vllm.restoring import RestoringManager
 from paged_kv.vllm.snapshots import Snapshots
 from paged_kv.vllm.spec import PagedSpec
 
@@ -38,7 +38,6 @@ class _Sequence:
         frozen: pages kept in the prefix cache once compactions began; None before.
         raw_pages: full pages at the first compaction, to be copied for the prefix cache.
         copies: prefix hits that must become private pages.
-        restored: tokens that a preempted request gets back from the swap's tiers.
     """
 
     prompt_len: int
@@ -46,10 +45,9 @@ class _Sequence:
     frozen: int | None = None
     raw_pages: int = 0
     copies: list[int] = field(default_factory=list)
-    restored: int = 0
 
 
-class PagedManager(SingleTypeKVCacheManager):
+class PagedManager(RestoringManager):
     """Allocates pages under a schedule. Told of every request by the scheduler (see begin)."""
 
     def __init__(self, kv_cache_spec: PagedSpec, *args: Any, **kwargs: Any) -> None:
@@ -77,12 +75,11 @@ class PagedManager(SingleTypeKVCacheManager):
     def end(self, request_id: str) -> None:
         """The request is over; its pages are free."""
         del self._sequences[request_id]
+        self.forget_restored(request_id)
 
-    def restore(self, request_id: str, num_tokens: int) -> int:
-        """A waiting request gets so many tokens back; returns how many of them are evicted."""
-        sequence = self._sequences[request_id]
-        sequence.restored = num_tokens
-        return self._restored_pages(sequence) * self.block_size
+    def prompt_len(self, request_id: str) -> int:
+        """See RestoringManager."""
+        return self._sequences[request_id].prompt_len
 
     def usable_hit(self, request_id: str, blocks: Sequence[KVCacheBlock], copy: bool) -> int:
         """Tokens of a prefix hit that this request may take.
@@ -135,9 +132,8 @@ class PagedManager(SingleTypeKVCacheManager):
         """Pages needed. With the cap, what the schedule lets the request hold, not its length."""
         sequence = self._sequences[request_id]
         is_new = request_id not in self.num_cached_block
-        if is_new and total_computed_tokens == sequence.restored and self._restored_pages(sequence):
-            assert not new_computed_blocks, "cached pages are raw, restored ones are not"
-            return self._pages_to_restore(sequence, num_tokens, apply_admission_cap)
+        if is_new and self.restored_pages(request_id, total_computed_tokens):
+            return self.pages_to_restore(request_id, num_tokens, apply_admission_cap)
         if apply_admission_cap:
             num_tokens = self.peak_pages(num_tokens, sequence.prompt_len) * self.block_size
         needed = super().get_num_blocks_to_allocate(
@@ -155,22 +151,6 @@ class PagedManager(SingleTypeKVCacheManager):
         sequence = self._sequences[request_id]
         sequence.copies = self._pages_to_copy(sequence, new_computed_blocks)
 
-    def allocate_external_computed_blocks(
-        self,
-        request_id: str,
-        num_local_computed_tokens: int,
-        num_external_computed_tokens: int,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        """Pages for what comes back from the tiers; nothing of a compressed request is hashed."""
-        sequence = self._sequences[request_id]
-        if evicted := self._restored_pages(sequence):
-            self.req_to_blocks[request_id].extend([self._null_block] * evicted)
-            sequence.frozen = 0
-        tokens = num_local_computed_tokens, num_external_computed_tokens
-        super().allocate_external_computed_blocks(request_id, *tokens, *args, **kwargs)
-
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
@@ -178,6 +158,8 @@ class PagedManager(SingleTypeKVCacheManager):
         sequence = self._sequences[request_id]
         copied = self._copy(request_id, sequence) if sequence.copies else []
         new = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+        if self.restored_pages(request_id):
+            sequence.frozen = 0  # compressed already; none of its pages is hashed
         if sequence.frozen is not None:
             return copied + new
         evicted = self.schedule.evicted(num_tokens, sequence.prompt_len)
@@ -218,11 +200,11 @@ class PagedManager(SingleTypeKVCacheManager):
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """The request ends or is preempted: nobody will rewrite its pages now."""
         self.snapshots.cancel(request_id)
+        self.forget_restored(request_id)
         blocks = super().pop_blocks_for_free(request_id)
         self._to_be_written.difference_update(block.block_id for block in blocks)
         if request_id in self._sequences:
             self._sequences[request_id].frozen = None
-            self._sequences[request_id].restored = 0
         return blocks
 
     def new_step_starts(self) -> None:
@@ -257,20 +239,6 @@ class PagedManager(SingleTypeKVCacheManager):
         for hit in hits:
             del hit[num_tokens // page_size :]
         return hits, num_tokens
-
-    def _restored_pages(self, sequence: _Sequence) -> int:
-        """Of a request that comes back from the tiers: leading pages that it no longer has."""
-        evicted: int = self.schedule.evicted(sequence.restored, sequence.prompt_len)
-        return evicted // self.block_size
-
-    def _pages_to_restore(self, sequence: _Sequence, num_tokens: int, peak: bool) -> int:
-        """Pages that a compressed request needs to be admitted; peak: on its way to num_tokens."""
-        now = cdiv(num_tokens, self.block_size) - self._restored_pages(sequence)
-        if not peak or sequence.restored < sequence.prompt_len:
-            return now if not peak else self.peak_pages(num_tokens, sequence.prompt_len)
-        # Its prompt is behind it: from here on it never holds more than a budget and a chunk.
-        most = self.schedule.max_retained(num_tokens, 0, self.max_chunk)
-        return min(now, cdiv(most, self.block_size))
 
     def _pages_to_copy(self, sequence: _Sequence, blocks: Sequence[KVCacheBlock]) -> list[int]:
         first = len(blocks) if sequence.first_write is None else sequence.first_write

@@ -198,9 +198,9 @@ def _replace(
     source, target = moved
     size = exchanged.losers.shape[-1]
     slots = torch.arange(size, device=pages.device).expand(*source.shape[:-1], size)
-    *place, slot = exchanged.places
+    layer, event, head, _ = exchanged.places
     slot = slots.scatter(-1, source, target)[exchanged.places]
-    index = entry_index(layers, pages, (*place, slot), stack.pages.page_size)
+    index = entry_index(layers, pages, (layer, event, head, slot), stack.pages.page_size)
     for name, rows in exchanged.content.items():
         if name in stack.side.tensors:
             stack.side.write(name, index, rows)

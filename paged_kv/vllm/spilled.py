@@ -143,8 +143,8 @@ def make_spilled(config: CompressionConfig, layers: list[Any], num_requests: int
         for number in (space.host_entries, space.budget - space.host_entries)
     )
     logger.info(
-        "paged_kv spills up to %d entries per sequence, layer and KV head: for %d sequences at most "
-        "%s of host memory%s",
+        "paged_kv spills up to %d entries per sequence, layer and KV head: for %d sequences at "
+        "most %s of host memory%s",
         space.budget,
         num_requests,
         in_host,

@@ -1,0 +1,87 @@
+"""Pages for requests that come back compressed, from the swap's tiers, instead of computed again.
+
+    logical pages   | freed | restored ............ | new |
+                    0       evicted(num_tokens)     num_tokens
+
+Such a request holds what it held when it was preempted: a budget, not its length. Nothing of it is
+in the prefix cache, and no prefix hit is any use to it: cached pages are raw.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+
+from paged_kv.core.schedule import Schedule, cdiv
+
+
+class RestoringManager(SingleTypeKVCacheManager):
+    """The part of PagedManager that knows of the swap.
+
+    Attributes:
+        schedule: of the layer group.
+        max_chunk: tokens past the prompt that can be in flight.
+    """
+
+    schedule: Schedule
+    max_chunk: int
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._restored: dict[str, int] = {}  # tokens that a request gets back, or got
+
+    @abstractmethod
+    def prompt_len(self, request_id: str) -> int:
+        """Tokens of a request's prompt."""
+
+    @abstractmethod
+    def peak_pages(self, num_tokens: int, prompt_len: int) -> int:
+        """Most pages a request holds on its way to num_tokens."""
+
+    def restore(self, request_id: str, num_tokens: int) -> int:
+        """A waiting request gets so many tokens back; returns how many of them are evicted."""
+        self._restored[request_id] = num_tokens
+        return self.restored_pages(request_id, num_tokens) * self.block_size
+
+    def forget_restored(self, request_id: str) -> None:
+        """The request has lost its pages, or ended."""
+        self._restored.pop(request_id, None)
+
+    def restored_pages(self, request_id: str, num_tokens: int | None = None) -> int:
+        """Leading pages that a request had lost when it came back; 0 if it came back raw, or not.
+
+        Args:
+            request_id: its name.
+            num_tokens: that are computed when it is admitted; if these are not what it gets back,
+                it does not come back.
+        """
+        restored = self._restored.get(request_id, 0)
+        if not restored or num_tokens not in (None, restored):
+            return 0
+        evicted: int = self.schedule.evicted(restored, self.prompt_len(request_id))
+        return evicted // self.block_size
+
+    def pages_to_restore(self, request_id: str, num_tokens: int, peak: bool) -> int:
+        """Pages that such a request needs to be admitted; peak: on its way to num_tokens."""
+        prompt_len = self.prompt_len(request_id)
+        now = cdiv(num_tokens, self.block_size) - self.restored_pages(request_id)
+        if not peak:
+            return now
+        if self._restored[request_id] < prompt_len:
+            return self.peak_pages(num_tokens, prompt_len)
+        # Its prompt is behind it: from here on it never holds more than a budget and a chunk.
+        most = self.schedule.max_retained(num_tokens, 0, self.max_chunk)
+        return min(now, cdiv(most, self.block_size))
+
+    def allocate_external_computed_blocks(
+        self, request_id: str, num_local_computed_tokens: int, *args: Any, **kwargs: Any
+    ) -> None:
+        """Pages for what comes back."""
+        freed = self.restored_pages(request_id)
+        assert not (freed and num_local_computed_tokens), "a prefix hit is raw"
+        self.req_to_blocks[request_id].extend([self._null_block] * freed)
+        super().allocate_external_computed_blocks(
+            request_id, num_local_computed_tokens, *args, **kwargs
+        )
