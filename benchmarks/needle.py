@@ -2,9 +2,9 @@
 
 A pass key stands at each of --depths (percent) of a prompt of --tokens tokens of filler; the prompt
 ends with the question. Each case is asked for --facts different keys, and has found one if all
-tokens of its answer are right. Engine hf compresses the prompt in chunks of 512 tokens: what was
-dropped before the question came is lost, unless it was spilled. Engine vllm compresses at the
-prompt's end: the first token of the answer still sees everything.
+tokens of its answer are right. streaming compresses at the prompt's end (in vLLM the first token of
+the answer still sees everything), snapkv and h2o after every chunk: at the end they would know the
+question. What was dropped before is lost, unless it was spilled.
 """
 
 import argparse
@@ -76,18 +76,19 @@ def options(args: argparse.Namespace, case: str) -> dict[str, Any]:
     if policy == "full":
         return {"policy": policy}
     own: dict[str, Any] = {"policy": policy, "budget": args.budget}
+    own["compress_prefill"] = policy != "streaming"
     if case.endswith(SPILL):
         own |= {"spill": True, "fetch_limit": args.fetch_limit, "spill_window": args.window}
     return own
 
 
 def in_transformers(args: argparse.Namespace, own: dict[str, Any]) -> tuple[Answer, Callable]:
-    """A PagedCache, which compresses every chunk."""
+    """A PagedCache, and chunks of 512 tokens."""
     from paged_kv.hf import PagedCache
     from paged_kv.hf.decoding import Decoder, load
 
     model = load(args.model, "float32")
-    cache = PagedCache(model.config, **own, compress_prefill=own["policy"] != "full")
+    cache = PagedCache(model.config, **own)
 
     def answer(prompt: list[int], count: int) -> list[int]:
         cache.reset()

@@ -23,6 +23,7 @@ from reference_loop import Chunk, Rule, check_output
 
 TIE = 1e-4  # relative, of attention summed over a window: logits are 3e-5 off
 PAGE = 32  # spilled entries that have one summary
+NEIGHBOURS = 8  # on each side
 CANDIDATES = 4  # entries looked at, for each that may be fetched
 
 
@@ -99,10 +100,14 @@ class RecordedSpill(PolicySequence):
         window = self._window(region)
         candidates = [p for page in self._best_pages(window, engine.pages, tier) for p in page]
         entries = {**own, **{position: tier[position] for position in candidates}}
-        mass = attention(window, entries)
+        slots = enumerate(region.positions)
+        free = [p for slot, p in slots if is_free(self.name, region, self.config, slot)]
+        mass = attention(window, entries) | dict.fromkeys(set(own) - set(free), 0.0)
+        mass = of_neighbours(mass)
         for position in own:
             own[position].importance = mass[position]
-        self._follow(engine, *self._choose(region, mass, losers, candidates), mass)
+        survivors = [position for position in free if position not in losers]
+        self._follow(engine, *self._choose(mass, survivors, [*losers, *candidates]), mass)
 
         for position in losers | engine.displaced:
             tier[position] = own[position]
@@ -139,13 +144,11 @@ class RecordedSpill(PolicySequence):
         return [pages[index] for index in order[:wanted]]
 
     def _choose(
-        self, region: Head, mass: dict[int, float], losers: set[int], candidates: list[int]
+        self, mass: dict[int, float], survivors: list[int], candidates: list[int]
     ) -> tuple[set[int], set[int]]:
         """Positions that are fetched, and that make way."""
-        slots = range(len(region.positions))
-        free = [region.positions[s] for s in slots if is_free(self.name, region, self.config, s)]
-        weakest = sorted((mass[p], p) for p in free if p not in losers)
-        best = sorted(((mass[p], p) for p in [*losers, *candidates]), reverse=True)
+        weakest = sorted((mass[p], p) for p in survivors)
+        best = sorted(((mass[p], p) for p in candidates), reverse=True)
         pairs = list(zip(best, weakest, strict=False))[: self.config.get("fetch_limit", 64)]
         threshold = self.config.get("spill_threshold", 1.0)
         won = [(new, old) for new, old in pairs if new[0] > threshold * old[0]]
@@ -181,6 +184,15 @@ def attention(window: Window, entries: dict[int, Entry]) -> dict[int, float]:
     logits = window.states @ keys.T
     logits[:, positions[None] > window.positions[:, None]] = -np.inf
     return dict(zip(positions.tolist(), softmax(logits).sum((0, 1)).tolist(), strict=True))
+
+
+def of_neighbours(mass: dict[int, float]) -> dict[int, float]:
+    """Each as much as the best of its neighbours, and itself."""
+    order = sorted(mass)
+    return {
+        position: max(mass[p] for p in order[max(0, rank - NEIGHBOURS) : rank + NEIGHBOURS + 1])
+        for rank, position in enumerate(order)
+    }
 
 
 @contextmanager

@@ -85,7 +85,8 @@ class Copier:
                 case Demote():
                     self.tiers.demote(*command, ready=self._saved)
                 case Promote():
-                    self._loaded()  # may still be reading these slots
+                    self._saved()  # a GPU's copies may still be writing these slots,
+                    self._loaded()  # or reading them
                     self.tiers.promote(*command)
                 case Forget():
                     self.tiers.forget(command.request_id)
