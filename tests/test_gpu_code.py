@@ -242,21 +242,27 @@ def test_asynchronous_scheduling_gets_the_asynchronous_scheduler():
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler
 
+    from paged_kv.config import CompressionConfig
     from paged_kv.vllm import options
     from paged_kv.vllm.scheduler import PagedAsyncScheduler, PagedScheduler
+    from paged_kv.vllm.swap.scheduler import SwapAsyncScheduler
 
-    def installed(asynchronous: bool) -> str:
+    def installed(asynchronous: bool, **settings: Any) -> str:
         config = SimpleNamespace(
             parallel_config=SimpleNamespace(worker_cls="vllm.v1.worker.gpu_worker.Worker"),
             scheduler_config=SimpleNamespace(async_scheduling=asynchronous, scheduler_cls=None),
         )
         options._install_worker(config)
-        options._install_scheduler(config)
+        options._install_scheduler(config, CompressionConfig.from_dict(settings))
         assert config.parallel_config.worker_cls == "paged_kv.vllm.worker.PagedGPUWorker"
         return config.scheduler_config.scheduler_cls
 
-    assert installed(True) == "paged_kv.vllm.scheduler.PagedAsyncScheduler"
-    assert installed(False) == "paged_kv.vllm.scheduler.PagedScheduler"
+    streaming = {"policy": "streaming"}
+    assert installed(True, **streaming) == "paged_kv.vllm.scheduler.PagedAsyncScheduler"
+    assert installed(False, **streaming) == "paged_kv.vllm.scheduler.PagedScheduler"
+    assert installed(True, swap_space=1) == "paged_kv.vllm.swap.scheduler.SwapAsyncScheduler"
+    assert installed(False, swap_space=1) == "paged_kv.vllm.swap.scheduler.SwapScheduler"
+    assert issubclass(SwapAsyncScheduler, AsyncScheduler)
     assert issubclass(PagedAsyncScheduler, AsyncScheduler)
     assert issubclass(PagedScheduler, Scheduler)
     assert not issubclass(PagedScheduler, AsyncScheduler)

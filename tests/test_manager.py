@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import engines  # noqa: F401, sets vLLM's environment before it is imported
 import pytest
-from worlds import Rules, World, next_token, random_world
+from random_worlds import random_world
+from world_rules import Rules
+from world_worker import next_token
+from worlds import World
 
 NUM_SEEDS = 60
 PROMPT = list(range(1, 31))  # 30 tokens, budget 8: evicted(30) = 20, so pages 0 to 4 stay raw

@@ -6,9 +6,11 @@ import random
 
 import engines  # noqa: F401, sets vLLM's environment before it is imported
 import pytest
+from random_worlds import random_rules
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
-from worlds import Rules, World, random_rules, start_up_pages
+from world_rules import Rules, start_up_pages
+from worlds import World
 
 from paged_kv.core.schedule import cdiv
 from paged_kv.vllm import limits

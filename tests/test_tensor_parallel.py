@@ -22,6 +22,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "h2o": {"policy": "h2o", "budget": 96},
     "value_merge": {"policy": "value_merge", "of": "knorm", "budget": 96},
     "int4 pages": {"page_format": "int4", "residual_pages": 1},
+    "swap": {"policy": "snapkv", "budget": 96, "observation_window": 8, "swap_space": 0.05},
 }
 SETTINGS: dict[str, Any] = {
     "skip_tokenizer_init": True,
@@ -30,6 +31,12 @@ SETTINGS: dict[str, Any] = {
     "kv_cache_memory_bytes": 64 << 20,
 }
 MAX_TOKENS = 100
+SMALL_POOL = {"num_gpu_blocks_override": 12}  # pages: not for both prompts and what follows
+
+
+def settings_of(policy: str) -> dict[str, Any]:
+    return SETTINGS | (SMALL_POOL if policy == "swap" else {})
+
 
 # Multi-process, one core for each rank.
 TWO_RANKS = """
@@ -58,7 +65,10 @@ def prompts() -> list[list[int]]:
 def of_two_ranks(tmp_path_factory, model, prompts) -> dict[str, Any]:
     """Tokens by policy."""
     path = tmp_path_factory.mktemp("two_ranks")
-    cases = [[model, paged_kv, SETTINGS, prompts, MAX_TOKENS] for paged_kv in POLICIES.values()]
+    cases = [
+        [model, paged_kv, settings_of(name), prompts, MAX_TOKENS]
+        for name, paged_kv in POLICIES.items()
+    ]
     (path / "cases.json").write_text(json.dumps(cases))
     (path / "two_ranks.py").write_text(TWO_RANKS)
     places = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
@@ -77,8 +87,11 @@ def of_two_ranks(tmp_path_factory, model, prompts) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 def test_two_ranks_give_the_tokens_of_one(model, prompts, of_two_ranks, policy):
-    with engines.engine(model, POLICIES[policy], **SETTINGS) as llm:
+    with engines.engine(model, POLICIES[policy], **settings_of(policy)) as llm:
         tokens = engines.generate(llm, prompts, MAX_TOKENS)
+        if policy == "swap":
+            counts = engines.scheduler(llm).connector.ledger.counts
+            assert counts["swapped_in_requests"] == counts["swapped_out_requests"] > 0
         compactor = engines.worker(llm).compactor
         assert compactor is None or compactor.num_events > 0
     assert len(set(tokens[0])) > 20, "the model repeats itself: a difference would not show"
