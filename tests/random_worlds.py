@@ -5,10 +5,8 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from world_rules import Budget, Rules, make_scheduler, start_up_pages
+from world_rules import Budget, Rules, make_scheduler, max_prompt_len, start_up_pages
 from worlds import World
-
-from paged_kv.vllm import limits
 
 
 def random_budget(rng: random.Random) -> Budget:
@@ -56,10 +54,9 @@ def random_world(seed: int, **fixed: Any) -> World:
         fixed: values of Rules that are not random.
     """
     rng = random.Random(seed)
-    world = World(random_rules(rng, **fixed))
+    world = World(random_rules(rng, **fixed), seed=seed)
     rules, scheduler = world.rules, world.scheduler
-    limit = limits.max_prompt_len(scheduler.vllm_config, rules.num_pages)
-    longest = min(rules.max_len - 1, limit or rules.max_len)
+    longest = max_prompt_len(rules, scheduler)
     for _ in range(rng.randint(3, 10)):
         prompt = random_prompt(rng, world, longest)
         world.add(prompt, rng.randint(1, rules.max_len - len(prompt) + 3))
@@ -68,8 +65,47 @@ def random_world(seed: int, **fixed: Any) -> World:
         if scheduler.requests and rng.random() < 0.1:
             world.abort(rng.choice(list(scheduler.requests)))
         if rng.random() < 0.08:
-            scheduler.reset_prefix_cache(reset_running_requests=True)
+            world.reset()
     # One after the other, a request takes at most max_len steps; preempted ones begin anew.
     world.run(3 * rules.max_len * len(world.requests))
+    world.check_empty()
+    return world
+
+
+def random_swaps(rng: random.Random, **fixed: Any) -> Rules:
+    """Rules with a swap, and with little room in all tiers."""
+    host = rng.choice([rng.randint(2, 20), rng.randint(10, 80)])
+    values: dict[str, Any] = {
+        "swap": (host, rng.choice([0, rng.randint(1, 60)])),
+        "state_slots": rng.choice([0, 0, 1, 2]),
+        "ranks": rng.choice([1, 1, 2]),
+        "priorities": rng.random() < 0.5,
+        "max_len": rng.choice([24, 32, 48, 64]),
+    }
+    return random_rules(rng, **{**values, **fixed})
+
+
+def random_swap_world(seed: int, **fixed: Any) -> World:
+    """The same with a swap: resets while requests come, and when no more do."""
+    rng = random.Random(seed)
+    world = World(random_swaps(rng, **fixed), seed=seed)
+    rules, scheduler = world.rules, world.scheduler
+    longest = max_prompt_len(rules, scheduler)
+    to_come = rng.randint(3, 8)
+    for _ in range(200 * to_come):
+        if to_come and rng.random() < 0.2:
+            to_come -= 1
+            prompt = random_prompt(rng, world, longest)
+            num_tokens = rng.randint(1, rules.max_len - len(prompt) + 3)
+            world.add(prompt, num_tokens, priority=rng.choice([0, 0, 1, 2]))
+        if scheduler.requests and rng.random() < 0.01:
+            world.abort(rng.choice(list(scheduler.requests)))
+        if rng.random() < 0.04:
+            world.reset(reset_connector=rng.random() < 0.1)
+        if not (to_come or scheduler.requests):
+            break
+        world.step()
+    world.run(6 * rules.max_len * len(world.requests))
+    world.run_out()
     world.check_empty()
     return world

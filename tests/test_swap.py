@@ -20,6 +20,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "pooling": {"policy": "pooling", "budget": 160},
     "h2o": {"policy": "h2o", "budget": 160},
     "chunks": {"policy": "snapkv", "budget": 160, "compress_prefill": True},
+    "spill": {"policy": "snapkv", "budget": 160, "spill": True, "fetch_limit": 8},
     "int8": {"policy": "streaming", "budget": 160, "page_format": "int8"},
     "int8 residual": {
         "policy": "streaming",
@@ -63,6 +64,9 @@ def check_empty(llm: Any) -> None:
     assert not ledger.swapped
     copier = swap(llm).copier
     assert not copier.states._first_tokens
+    if copier.spilled is not None:
+        llm.llm_engine.step()  # the worker is told who has ended
+        assert not copier.spilled.stats().requests
 
 
 def swap(llm: Any) -> Any:

@@ -22,7 +22,8 @@ POLICIES: dict[str, dict[str, Any]] = {
     "h2o": {"policy": "h2o", "budget": 96},
     "value_merge": {"policy": "value_merge", "of": "knorm", "budget": 96},
     "int4 pages": {"page_format": "int4", "residual_pages": 1},
-    "swap": {"policy": "snapkv", "budget": 96, "observation_window": 8, "swap_space": 0.05},
+    "spill": {"policy": "snapkv", "budget": 96, "observation_window": 8, "spill": True},
+    "swap": {"policy": "snapkv", "budget": "0.9", "observation_window": 8, "swap_space": 0.05},
 }
 SETTINGS: dict[str, Any] = {
     "skip_tokenizer_init": True,
@@ -31,7 +32,7 @@ SETTINGS: dict[str, Any] = {
     "kv_cache_memory_bytes": 64 << 20,
 }
 MAX_TOKENS = 100
-SMALL_POOL = {"num_gpu_blocks_override": 12}  # pages: not for both prompts and what follows
+SMALL_POOL = {"num_gpu_blocks_override": 16}  # pages: not for both prompts and what follows
 
 
 def settings_of(policy: str) -> dict[str, Any]:

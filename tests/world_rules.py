@@ -46,6 +46,10 @@ class Rules:
         batch: max_num_batched_tokens.
         seqs: max_num_seqs.
         asynchronous: a step is scheduled while the one before it is in flight.
+        priorities: requests have them; else the one that came last is preempted.
+        swap: host slots and file slots for preempted requests; None for no swap.
+        state_slots: that a swapped request takes beside its pages'.
+        ranks: workers that have tiers.
     """
 
     num_pages: int = 40
@@ -58,6 +62,10 @@ class Rules:
     batch: int = 16
     seqs: int = 6
     asynchronous: bool = False
+    priorities: bool = False
+    swap: tuple[int, int] | None = None
+    state_slots: int = 0
+    ranks: int = 1
 
     @property
     def schedules(self) -> list[Schedule | None]:
@@ -83,10 +91,44 @@ def _model_config() -> ModelConfig:
     return ModelConfig(model=str(directory), dtype="float32", skip_tokenizer_init=True)
 
 
-def make_scheduler(rules: Rules) -> PagedScheduler | PagedAsyncScheduler:
+def make_scheduler(rules: Rules) -> Any:
     """Our scheduler as an engine would make it, with one layer per group."""
     register()
     init_none_hash(sha256)
+    vllm_config = _vllm_config(rules)
+    full = FullAttentionSpec(
+        block_size=rules.page_size, num_kv_heads=1, head_size=8, dtype=torch.float32
+    )
+    groups = [
+        KVCacheGroupSpec([f"layer.{i}"], PagedSpec.from_full(full, s) if s else full)
+        for i, s in enumerate(rules.schedules)
+    ]
+    classes = (PagedScheduler, PagedAsyncScheduler)
+    if not rules.budgets:
+        classes = (SwapScheduler, SwapAsyncScheduler)
+    scheduler = classes[rules.asynchronous](
+        vllm_config=vllm_config,
+        kv_cache_config=KVCacheConfig(rules.num_pages, [], groups),
+        structured_output_manager=StructuredOutputManager(vllm_config),
+        block_size=rules.page_size,
+        hash_block_size=rules.page_size,
+        log_stats=True,
+    )
+    if rules.swap:
+        scheduler.connector.set_xfer_handshake_metadata(dict(enumerate(capacities(rules))))
+    return scheduler
+
+
+def capacities(rules: Rules) -> list[Capacity]:
+    """What the tiers of each rank hold: no two the same."""
+    host, file = rules.swap or (0, 0)
+    return [
+        Capacity(64, host + rank, file + rank * (file > 0), rules.state_slots)
+        for rank in range(rules.ranks)
+    ]
+
+
+def _vllm_config(rules: Rules) -> VllmConfig:
     model = copy.copy(_model_config())
     model.max_model_len = rules.max_len
     cache = CacheConfig(block_size=rules.page_size, enable_prefix_caching=rules.caching)
@@ -98,6 +140,9 @@ def make_scheduler(rules: Rules) -> PagedScheduler | PagedAsyncScheduler:
         num_other_groups=rules.full_groups,
         layers_per_page=1,
     )
+    args = SimpleNamespace(kv_transfer_config=None)
+    if rules.swap:
+        set_connector(args)
     vllm_config = VllmConfig(
         model_config=model,
         cache_config=cache,
@@ -108,35 +153,32 @@ def make_scheduler(rules: Rules) -> PagedScheduler | PagedAsyncScheduler:
             is_encoder_decoder=False,
             enable_chunked_prefill=True,
             watermark=0.0,
+            policy="priority" if rules.priorities else "fcfs",
         ),
+        kv_transfer_config=args.kv_transfer_config,
         additional_config={limits.PLAN_KEY: plan.to_json()},
     )
     # The CPU platform has turned it off; the scheduler itself needs no GPU.
     vllm_config.scheduler_config.async_scheduling = rules.asynchronous
     cache.block_size = rules.page_size
     cache.num_gpu_blocks = rules.num_pages
-    full = FullAttentionSpec(
-        block_size=rules.page_size, num_kv_heads=1, head_size=8, dtype=torch.float32
-    )
-    groups = [
-        KVCacheGroupSpec([f"layer.{i}"], PagedSpec.from_full(full, s) if s else full)
-        for i, s in enumerate(rules.schedules)
-    ]
-    scheduler_class = PagedAsyncScheduler if rules.asynchronous else PagedScheduler
-    return scheduler_class(
-        vllm_config=vllm_config,
-        kv_cache_config=KVCacheConfig(rules.num_pages, [], groups),
-        structured_output_manager=StructuredOutputManager(vllm_config),
-        block_size=rules.page_size,
-        hash_block_size=rules.page_size,
-        log_stats=True,
-    )
+    return vllm_config
+
+
+def max_prompt_len(rules: Rules, scheduler: Any) -> int:
+    """Longest prompt that the scheduler takes."""
+    limit = rules.max_len - 1
+    if rules.budgets:
+        limit = min(limits.max_prompt_len(scheduler.vllm_config, rules.num_pages) or limit, limit)
+    return limit
 
 
 def start_up_pages(scheduler: Any) -> int:
     """What vLLM's start-up check wants to see in the pool."""
     vllm_config, kv_cache_config = scheduler.vllm_config, scheduler.kv_cache_config
-    longest = limits.max_prompt_len(vllm_config, kv_cache_config.num_blocks)
+    longest = None
+    if limits.get_plan(vllm_config).budgets:
+        longest = limits.max_prompt_len(vllm_config, kv_cache_config.num_blocks)
     total = 0
     for group in kv_cache_config.kv_cache_groups:
         spec = group.kv_cache_spec
@@ -144,5 +186,3 @@ def start_up_pages(scheduler: Any) -> int:
             spec = dataclasses.replace(spec, max_prompt_len=longest)
         total += spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes
     return total
-
-

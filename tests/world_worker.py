@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+from world_swap import LabelCopier
 
 from paged_kv.core.schedule import Schedule
 from paged_kv.policies.base import Events, Moves, PositionalPolicy
@@ -62,12 +63,14 @@ class Worker:
         schedules: by group.
         pool: the scheduler's pool, to see what is shared when something is written.
         policy: picks the survivors.
+        copier: for the swap; None without.
     """
 
     schedules: list[Schedule | None]
     pool: Any
     page_size: int
     policy: PositionalPolicy
+    copier: LabelCopier | None = None
     pages: list[list[Label | None]] = field(init=False)
     rows: dict[str, _Row] = field(default_factory=dict)
     prompt_lens: dict[str, int] = field(default_factory=dict)  # as in V1's input batch
@@ -76,6 +79,7 @@ class Worker:
     num_copies: int = 0
     num_snapshots: int = 0
     num_runs: int = 0
+    num_resets: int = 0  # what is sampled then is not what it was
 
     def __post_init__(self) -> None:
         self.pages = [[None] * self.page_size for _ in self.pool.blocks]
@@ -83,23 +87,30 @@ class Worker:
     def execute(self, output: Any, hashed_before: set[int]) -> ModelRunnerOutput:
         """One step, in the order of the runner: copies, writes, reads, snapshots, compactions.
 
+        The swap saves before all that, and loads before the writes.
+
         Args:
             output: what the scheduler wants.
             hashed_before: pages in the prefix cache before that was scheduled: not to be written.
         """
+        if self.copier is not None:
+            commands = output.kv_connector_metadata.commands
+            self.copier.begin_step(commands, self.pages, self.rows)
         for request_id in output.finished_req_ids:
             self.rows.pop(request_id, None)
         for source, target in output.kv_cache_block_copies or ():
             self.pages[target] = list(self.pages[source])
             self.num_copies += 1
         starts = self._update_rows(output)
+        if self.copier is not None:
+            self.copier.load(self.pages)
         chunks = {r: (starts[r], starts[r] + n) for r, n in output.num_scheduled_tokens.items()}
         for group in range(len(self.schedules)):
             for request_id, (start, end) in chunks.items():
                 self._write(group, request_id, start, end, hashed_before)
             for request_id, (start, end) in chunks.items():
                 self._read(group, request_id, start, end)
-        for source, target in output.paged_kv_snapshots:
+        for source, target in getattr(output, "paged_kv_snapshots", ()):
             self.pages[target] = list(self.pages[source])
             self.num_snapshots += 1
         for group in range(len(self.schedules)):
@@ -128,14 +139,20 @@ class Worker:
         return starts
 
     def _begin(self, request_id: str, tokens: list[int], ids: Any, num_hits: int) -> None:
-        self.num_runs += 1
-        private = [
-            {slot: label_of(group, tokens[: slot + 1]) for slot in range(num_hits)}
-            for group in range(len(self.schedules))
-        ]
         tables = [list(table) for table in ids]
         num_old = num_hits // self.page_size
-        self.rows[request_id] = _Row(list(tokens), tables, num_old, self.num_runs, private)
+        kept = None if self.copier is None else self.copier.resume(request_id)
+        if kept is not None:
+            assert all(num_hits - 1 in entries for entries in kept.private)
+            row = _Row(list(tokens), tables, num_old, kept.run, kept.private)
+        else:
+            self.num_runs += 1
+            private = [
+                {slot: label_of(group, tokens[: slot + 1]) for slot in range(num_hits)}
+                for group in range(len(self.schedules))
+            ]
+            row = _Row(list(tokens), tables, num_old, self.num_runs, private)
+        self.rows[request_id] = row
 
     def _evicted(self, group: int, request_id: str, num_tokens: int) -> int:
         schedule = self.schedules[group]
@@ -150,9 +167,9 @@ class Worker:
             assert not block.is_null
             if slot // self.page_size < row.num_old:
                 assert page not in hashed, f"page {page} is hashed and written"
-            label: Label = (group, request_id, row.run, slot)  # depends on what was evicted
-            if raw:
-                label = label_of(group, row.tokens[: slot + 1])
+            label = label_of(group, row.tokens[: slot + 1])
+            if not raw:
+                label = (*label, request_id, row.run)  # depends on what was evicted
             self.pages[page][offset] = row.private[group][slot] = label
 
     def _read(self, group: int, request_id: str, start: int, end: int) -> None:
@@ -195,15 +212,17 @@ class Worker:
             tokens = self.rows[request_id].tokens
             new = []
             if end == len(tokens):
-                new = [next_token(tokens)]
+                new = [next_token(tokens, self.num_resets)]
                 tokens += new
             sampled.append(new)
         ids = list(chunks)
-        return ModelRunnerOutput(ids, {r: i for i, r in enumerate(ids)}, sampled)
+        output = ModelRunnerOutput(ids, {r: i for i, r in enumerate(ids)}, sampled)
+        if self.copier is not None:
+            finished = self.copier.finished(bool(chunks))
+            output.kv_connector_output = KVConnectorOutput(kv_connector_worker_meta=finished)
+        return output
 
 
-def next_token(tokens: Sequence[int]) -> int:
+def next_token(tokens: Sequence[int], salt: int = 0) -> int:
     """The model: two words."""
-    return 1 + hash(tuple(tokens)) % 2
-
-
+    return 1 + hash((salt, *tokens)) % 2

@@ -8,6 +8,7 @@ cache that a private run without prefix caching would have, and compares what a 
 
 from __future__ import annotations
 
+import random
 from collections import Counter, deque
 from typing import Any
 
@@ -16,25 +17,32 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, make_block_hash_with_group_id
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
-from world_rules import Rules, make_scheduler
+from world_rules import Rules, capacities, make_scheduler
+from world_swap import LabelCopier
 from world_worker import Label, Scattering, Worker, label_of
 
 from paged_kv.core.schedule import cdiv
 from paged_kv.policies.base import PositionalPolicy
+from paged_kv.vllm.swap.commands import Load
 
 
 class World:
     """A scheduler, a worker, and the requests that were sent to them."""
 
-    def __init__(self, rules: Rules, policy: PositionalPolicy | None = None) -> None:
+    def __init__(self, rules: Rules, policy: PositionalPolicy | None = None, seed: int = 0) -> None:
         self.rules = rules
         self.scheduler = make_scheduler(rules)
         self.manager = self.scheduler.kv_cache_manager
+        self.paged_managers = self.scheduler.paged_managers if rules.budgets else []
+        self.ledger = self.scheduler.connector.ledger if rules.swap else None
         self.pool = self.manager.block_pool
         policy = policy or Scattering(0, 0)
-        self.worker = Worker(rules.schedules, self.pool, rules.page_size, policy)
+        copier = LabelCopier(capacities(rules), random.Random(seed)) if rules.swap else None
+        self.worker = Worker(rules.schedules, self.pool, rules.page_size, policy, copier)
+        self.seen: Counter[str] = Counter()
         self.requests: dict[str, Request] = {}
         self.hits: dict[str, int] = {}
+        self.restored: dict[str, int] = {}  # tokens that the swap gave back; 0: began anew
         self.num_steps = 0
         self.chunks: dict[str, list[tuple[int, int]]] = {}
         self._hasher = get_request_block_hasher(rules.page_size, sha256)
@@ -42,18 +50,30 @@ class World:
         self._num_noted: dict[str, int] = {}
         self._in_flight: deque[tuple[Any, ModelRunnerOutput]] = deque()
 
-    def add(self, prompt: list[int], max_tokens: int, name: str | None = None) -> str:
+    def add(
+        self, prompt: list[int], max_tokens: int, name: str | None = None, priority: int = 0
+    ) -> str:
         """Sends a request."""
         name = name or f"r{len(self.requests)}"
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
         params.update_from_generation_config({}, None)
-        request = Request(name, list(prompt), params, None, block_hasher=self._hasher)
+        request = Request(
+            name, list(prompt), params, None, priority=priority, block_hasher=self._hasher
+        )
         self.scheduler.add_request(request)
         self.requests[name] = request
         return name
 
     def abort(self, name: str) -> None:
+        self.seen["swapped, then aborted"] += (
+            self.ledger is not None and name in self.ledger.swapped
+        )
         self.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
+
+    def reset(self, **kwargs: Any) -> None:
+        """Preempts all that run; the output of steps in flight is thrown away."""
+        self.worker.num_resets += 1
+        self.scheduler.reset_prefix_cache(reset_running_requests=True, **kwargs)
 
     def step(self) -> None:
         """Schedules a step; under async scheduling before the output of the last is processed."""
@@ -65,10 +85,12 @@ class World:
             for name, request in self.scheduler.requests.items()
         }
         output = self.scheduler.schedule()
-        if output.num_scheduled_tokens:
+        if output.num_scheduled_tokens or self.ledger is not None:
             self._check_held(output, waiting, processed)
             self._in_flight.append((output, self.worker.execute(output, hashed_before)))
         self._check_pool()
+        if self.ledger is not None:
+            self._check_ledger()
         depth = 2 if self.rules.asynchronous else 1
         if len(self._in_flight) >= depth or not output.num_scheduled_tokens:
             self.process()
@@ -94,6 +116,11 @@ class World:
         self.drain()
         assert not self.scheduler.requests, f"not done after {max_steps} steps"
 
+    def run_out(self) -> None:
+        """A step for what was left to be said when the last request had ended."""
+        self.step()
+        self.drain()
+
     @property
     def num_free(self) -> int:
         return self.pool.get_num_free_blocks()
@@ -109,8 +136,13 @@ class World:
         for manager in self._managers:
             assert not manager.req_to_blocks
             assert not manager.num_cached_block
-        for manager in self.scheduler.paged_managers:
+        if self.ledger is not None:
+            assert not self.ledger.swapped
+            assert self.ledger.used == (0, 0)
+            assert not self.worker.copier.kept
+        for manager in self.paged_managers:
             assert not manager._sequences
+            assert not manager._restored
             assert not manager._to_be_written
             assert not manager.snapshots._in_flight
 
@@ -120,19 +152,50 @@ class World:
 
     def _check_held(self, output: Any, waiting: set[str], processed: dict[str, int]) -> None:
         """Every scheduled request holds exactly the pages that the schedule says."""
+        loads = self._loads(output)
         for name, num_tokens in output.num_scheduled_tokens.items():
             request = self.requests[name]
             end = request.num_computed_tokens
             if name in waiting:
                 self.hits[name] = end - num_tokens
-                processed[name] = 0  # nothing of it is evicted by a hit
+                self.restored[name] = processed[name] = 0  # nothing of it is evicted by a hit
+                if name in loads:
+                    self.restored[name] = loads[name].num_tokens
+                    assert self.restored[name] == end - num_tokens
             self.chunks.setdefault(name, []).append((end - num_tokens, end))
             for schedule, pages in zip(self.rules.schedules, self.held(name), strict=True):
                 evicted = 0
                 if schedule is not None:
-                    evicted = schedule.evicted(processed[name], request.num_prompt_tokens)
+                    known = max(processed[name], self.restored[name])
+                    evicted = schedule.evicted(known, request.num_prompt_tokens)
                 expected = cdiv(end, self.rules.page_size) - evicted // self.rules.page_size
                 assert len(pages) == expected, f"{name} holds {pages}, not {expected} pages"
+
+    def _loads(self, output: Any) -> dict[str, Load]:
+        """By request; notes what is special about them."""
+        if self.ledger is None:
+            return {}
+        commands = output.kv_connector_metadata.commands
+        loads = {one.request_id: one for one in commands if isinstance(one, Load)}
+        for name, load in loads.items():
+            lost = [
+                s.evicted(load.num_tokens, self.requests[name].num_prompt_tokens) if s else 0
+                for s in self.rules.schedules
+            ]
+            num_pages = cdiv(load.num_tokens, self.rules.page_size)
+            self.seen["evicted"] += any(lost)
+            self.seen["hit"] += not any(lost) and len(load.copy.slots[0]) < num_pages
+        return loads
+
+    def _check_ledger(self) -> None:
+        """Every slot is free or somebody's."""
+        ledger = self.ledger
+        for tier, free, size in (
+            ("host", ledger._host, ledger.capacity.host_slots),
+            ("file", ledger._file, ledger.capacity.file_slots),
+        ):
+            taken = [slot for one in ledger.swapped.values() for slot in getattr(one, tier)]
+            assert sorted([*free, *taken]) == list(range(size))
 
     def _check_pool(self) -> None:
         """Free and held pages are all pages; reference counts are the numbers of holders."""
@@ -141,14 +204,14 @@ class World:
             for blocks in manager.req_to_blocks.values():
                 for block in blocks:
                     counts[block.block_id] += not block.is_null
-        for manager in self.scheduler.paged_managers:  # copies that are under way
+        for manager in self.paged_managers:  # copies that are under way
             for snapshot in manager.snapshots._in_flight:
                 counts[snapshot.copy.block_id] += 1
         found = [block.ref_cnt if not block.is_null else 0 for block in self.pool.blocks]
         assert found == counts
         num_held = sum(count > 0 for count in counts)
         assert self.num_free + num_held == self.rules.num_pages - 1
-        for manager in self.scheduler.paged_managers:
+        for manager in self.paged_managers:
             held = {b.block_id for blocks in manager.req_to_blocks.values() for b in blocks}
             assert manager._to_be_written <= held
 
@@ -171,5 +234,3 @@ class World:
                     ends = range(index * size + 1, index * size + size + 1)
                     self._hashed[key] = [label_of(group, request.all_token_ids[:e]) for e in ends]
         self._num_noted[request.request_id] = len(request.block_hashes)
-
-

@@ -55,7 +55,7 @@ class PagedManager(RestoringManager):
         self.schedule: Schedule = kv_cache_spec.schedule
         assert self.block_size == self.schedule.page_size
         self._to_compute = max(1, kv_cache_spec.observation_window)  # of a prompt, whatever is hit
-        self._private_hits = kv_cache_spec.private_hits
+        self.private_hits = kv_cache_spec.private_hits
         self.max_chunk = 1  # tokens past the prompt that can be in flight; set by the scheduler
         self.num_groups = 1  # of compressed layers; set by the scheduler
         self.snapshots = Snapshots(self.block_pool, self.kv_cache_group_id, self.block_size)
@@ -68,7 +68,7 @@ class PagedManager(RestoringManager):
         first_write = None
         if self.schedule.evicted(max_len, prompt_len) > 0:
             first_write = self.schedule.first_evicted(prompt_len) // self.block_size
-            if self._private_hits:
+            if self.private_hits:
                 first_write = 0
         self._sequences[request_id] = _Sequence(prompt_len, first_write)
 

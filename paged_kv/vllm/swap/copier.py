@@ -62,6 +62,7 @@ class Copier:
         self.config = CompressionConfig.from_dict(vllm_config.additional_config["paged_kv"])
         self.num_pages = kv_cache_config.num_blocks
         self.compactor, self.layouts = compactor, layouts
+        self.spilled = compactor.spilled if compactor is not None else None
         builders = [[tuple(one.layer_names) for one in group] for group in runner.attn_groups]
         self.contents = [
             Contents(self._parts(names), group.kv_cache_spec.block_size)
@@ -91,6 +92,8 @@ class Copier:
                 case Forget():
                     self.tiers.forget(command.request_id)
                     self.states.forget(command.request_id)
+                    if self.spilled is not None:
+                        self.spilled.drop(command.request_id)
                 case Load():
                     self.states.begin_load(command.request_id)
                     self._loads.append(command)
@@ -124,6 +127,8 @@ class Copier:
             contents.save(page_ids, slots, self.tiers.host)
         self.states.save(command.request_id, [self.tiers.host[slot] for slot in copy.state_slots])
         self._saved = self._event()
+        if self.spilled is not None:
+            self.spilled.keep(command.request_id)
 
     def _groups(self, copy: Copy) -> Iterator[tuple[Contents, Sequence[int], Sequence[int]]]:
         return zip(self.contents, copy.page_ids, copy.slots, strict=True)
