@@ -25,9 +25,11 @@ def random_rules(rng: random.Random, **fixed: Any) -> Rules:
             "full_groups": rng.choice([0, 0, 0, 1]),
             "max_len": rng.choice([24, 32, 48, 64, 96, 128]),
             "batch": batch,
-            "seqs": min(batch, rng.randint(2, 6)),
+            "seqs": rng.randint(2, 6),
         }
-        rules = Rules(**{**values, **fixed})
+        values.update(fixed)
+        values["seqs"] = min(values["seqs"], values["batch"])
+        rules = Rules(**values)
         # Less: vLLM counts its null page as if it were of use.
         if start_up_pages(make_scheduler(rules)) < rules.num_pages:
             return rules
@@ -74,12 +76,15 @@ def random_world(seed: int, **fixed: Any) -> World:
 
 def random_swaps(rng: random.Random, **fixed: Any) -> Rules:
     """Rules with a swap, and with little room in all tiers."""
-    host = rng.choice([rng.randint(2, 20), rng.randint(10, 80)])
+    host = rng.choice([rng.randint(2, 12), rng.randint(8, 30)])
     values: dict[str, Any] = {
-        "swap": (host, rng.choice([0, rng.randint(1, 60)])),
+        "swap": (host, rng.choice([0, rng.randint(1, 40), 200])),
         "state_slots": rng.choice([0, 0, 1, 2]),
         "ranks": rng.choice([1, 1, 2]),
+        "private_hits": rng.random() < 0.2,
         "priorities": rng.random() < 0.5,
+        "num_pages": rng.randint(6, 40),
+        "seqs": rng.randint(3, 8),
         "max_len": rng.choice([24, 32, 48, 64]),
     }
     return random_rules(rng, **{**values, **fixed})
@@ -91,17 +96,17 @@ def random_swap_world(seed: int, **fixed: Any) -> World:
     world = World(random_swaps(rng, **fixed), seed=seed)
     rules, scheduler = world.rules, world.scheduler
     longest = max_prompt_len(rules, scheduler)
-    to_come = rng.randint(3, 8)
+    to_come = rng.randint(4, 10)
     for _ in range(200 * to_come):
         if to_come and rng.random() < 0.2:
             to_come -= 1
-            prompt = random_prompt(rng, world, longest)
+            prompt = random_prompt(rng, world, rng.choice([longest, max(1, longest // 3)]))
             num_tokens = rng.randint(1, rules.max_len - len(prompt) + 3)
             world.add(prompt, num_tokens, priority=rng.choice([0, 0, 1, 2]))
-        if scheduler.requests and rng.random() < 0.01:
+        if scheduler.requests and rng.random() < 0.02:
             world.abort(rng.choice(list(scheduler.requests)))
         if rng.random() < 0.04:
-            world.reset(reset_connector=rng.random() < 0.1)
+            world.reset(reset_connector=rng.random() < 0.05)
         if not (to_come or scheduler.requests):
             break
         world.step()

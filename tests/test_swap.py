@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -165,3 +166,15 @@ def test_smaller_in_the_tiers_than_in_the_pool(
     # The first request is never the victim; the others' numbers are a little different afterwards.
     assert agreed[0] == 400
     assert min(agreed) > 50
+
+
+@pytest.mark.parametrize("name", ["full", "streaming"])
+def test_sliding_windows_beside_full_attention(tmp_path: pathlib.Path, name: str) -> None:
+    """Layers with a window hold other pages than the others."""
+    model = tiny_models.saved("gemma3", tmp_path, tokenizer=True)
+    with swapping(model, POLICIES[name]) as llm:
+        _, undisturbed = run(llm, PROMPTS, NUM_TOKENS)
+        assert scheduler(llm).reset_prefix_cache()
+        _, outputs = run(llm, PROMPTS, NUM_TOKENS, RESETS)
+        assert scheduler(llm).connector.ledger.counts["swapped_in_requests"] == 18
+    assert tokens(outputs) == tokens(undisturbed)

@@ -46,6 +46,7 @@ class Rules:
         batch: max_num_batched_tokens.
         seqs: max_num_seqs.
         asynchronous: a step is scheduled while the one before it is in flight.
+        private_hits: as in PagedSpec.
         priorities: requests have them; else the one that came last is preempted.
         swap: host slots and file slots for preempted requests; None for no swap.
         state_slots: that a swapped request takes beside its pages'.
@@ -62,6 +63,7 @@ class Rules:
     batch: int = 16
     seqs: int = 6
     asynchronous: bool = False
+    private_hits: bool = False
     priorities: bool = False
     swap: tuple[int, int] | None = None
     state_slots: int = 0
@@ -99,10 +101,11 @@ def make_scheduler(rules: Rules) -> Any:
     full = FullAttentionSpec(
         block_size=rules.page_size, num_kv_heads=1, head_size=8, dtype=torch.float32
     )
-    groups = [
-        KVCacheGroupSpec([f"layer.{i}"], PagedSpec.from_full(full, s) if s else full)
-        for i, s in enumerate(rules.schedules)
+    specs = [
+        PagedSpec.from_full(full, s, private_hits=rules.private_hits) if s else full
+        for s in rules.schedules
     ]
+    groups = [KVCacheGroupSpec([f"layer.{i}"], spec) for i, spec in enumerate(specs)]
     classes = (PagedScheduler, PagedAsyncScheduler)
     if not rules.budgets:
         classes = (SwapScheduler, SwapAsyncScheduler)

@@ -162,6 +162,9 @@ class World:
                 if name in loads:
                     self.restored[name] = loads[name].num_tokens
                     assert self.restored[name] == end - num_tokens
+                for manager in self.paged_managers:
+                    lost = manager.restored_pages(name)
+                    assert not lost or name in loads, f"{name} has not come back"
             self.chunks.setdefault(name, []).append((end - num_tokens, end))
             for schedule, pages in zip(self.rules.schedules, self.held(name), strict=True):
                 evicted = 0

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 
-from paged_kv.kernels import ops, reference
+from paged_kv.kernels import reference
+from paged_kv.policies import spill_ranking as ranking
 from paged_kv.policies.base import Policy, Wrapper
 from paged_kv.policies.region import Compaction, Queries, Region
 
@@ -16,30 +16,19 @@ Tensor = torch.Tensor
 Places = tuple[Tensor, Tensor, Tensor]  # int64 (layer, KV head, slot), of shapes that broadcast
 Index = tuple[Tensor, Tensor, Tensor, Tensor]  # int64 (layer, event, KV head, slot) of a region
 
-# Entries of a tier that are looked at exactly, for each that may be fetched: bounds of whole pages
-# rank them well, not perfectly.
-CANDIDATES = 4
-# Entries on each side that are worth what an entry is worth: who asks for a phrase finds its
-# beginning, and the next query, long before the next compaction, wants what follows.
-NEIGHBOURS = 8
-_PADDING = torch.iinfo(torch.int64).max
-
 
 @dataclass(frozen=True)
 class Spilled:
     """Entries that go down a tier.
 
     Args:
-        which: bool [layers, kv_heads, m], those entries of a region.
-        importance: float32 [layers, kv_heads, m]; when the tier is full, the least important go.
-        positions: int64 [layers, kv_heads, m].
-        content: by name (keys, values; scores, if the policy reads them), what the entries of
-            `which` hold, [n, head_dim] or [n], in the order of which.nonzero().
+        row: int64 [n], layer * kv_heads + head, ascending.
+        content: by name (keys, values, positions; scores, if the policy reads them), what they
+            hold, [n, head_dim] or [n]; and their importance, float32 [n]: when the tier is full,
+            the least important go, of equal ones the oldest.
     """
 
-    which: Tensor
-    importance: Tensor
-    positions: Tensor
+    row: Tensor
     content: dict[str, Tensor]
 
 
@@ -57,8 +46,8 @@ class Tier(Protocol):
     def num_entries(self) -> int:
         """Per layer and KV head."""
 
-    def summaries(self) -> tuple[Tensor, Tensor]:
-        """Least and largest number in each channel of a page's keys.
+    def summaries(self, layers: Tensor) -> tuple[Tensor, Tensor]:
+        """Least and largest number in each channel of a page's keys; of some layers.
 
         [layers, kv_heads, ceil(num_entries / page_size), head_dim] each.
         """
@@ -90,43 +79,29 @@ class Exchanged(NamedTuple):
     content: dict[str, Tensor]
 
 
-class _Candidates(NamedTuple):
-    """Entries of a tier that may be worth it; all but `slots` on the region's device.
-
-    Args:
-        slots: int64 [layers, kv_heads, n], in host memory.
-        exists: bool [layers, kv_heads, n]; the others are padding.
-        keys: float32 [layers, kv_heads, m + n, head_dim], behind those of the region.
-        positions: int64 [layers, kv_heads, m + n], the same; padding has the largest int64.
-    """
-
-    slots: Tensor
-    exists: Tensor
-    keys: Tensor
-    positions: Tensor
-
-
 class _Fetched(NamedTuple):
-    """Who comes back, and in whose place; int64 [n] each.
+    """Who comes back, and in whose place; [n] each.
 
     Args:
-        layer: of the region.
-        head: of the region.
-        place: of the survivor that makes way, in the region.
-        source: index among the entries of the region and, behind them, the candidates.
+        layer: int64, of the region.
+        head: int64, of the region.
+        place: int64, slot of the survivor that makes way, in the region.
+        below: bool, whether it comes from the tier; the others this compaction would have dropped.
+        slot: int64, where it lies, in the tier or in the region.
     """
 
     layer: Tensor
     head: Tensor
     place: Tensor
-    source: Tensor
+    below: Tensor
+    slot: Tensor
 
 
 class Spill(Wrapper):
     """Lets another policy evict, and exchanges what it kept for what was dropped.
 
-    At a compaction, entries on the tier are compared with the survivors by the attention that the
-    last queries give them, in one softmax over both; an entry counts as much as the best of its
+    At a compaction, entries on the tier are compared with the survivors, in some of the layers (see
+    ranking.asked), by the attention that the last queries give them, in one softmax over both; an entry counts as much as the best of its
     neighbours by position, so that phrases come back as a whole. Pages of the tier are ranked by an
     upper bound of their logits, from the least and the largest number in each channel (Tang et al.,
     "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference", 2406.10774); the best
@@ -135,6 +110,10 @@ class Spill(Wrapper):
     the second weakest, and so on, as long as it gets more than `threshold` times its attention; at
     most `fetch_limit`. What this very compaction drops takes part. Sinks and the recent window
     stay. Of equal entries the newer is the better one.
+
+    How important an entry is once it is down is its logit for the mean of the last queries when it
+    went: attention on a logarithmic scale, but for what all entries have in common. It takes
+    nothing but the entry's own key.
 
     Args:
         inner: says what goes; it merges nothing.
@@ -167,50 +146,62 @@ class Spill(Wrapper):
     def exchange(self, region: Region) -> Exchanged:
         """What compact does, in no more numbers than it takes.
 
-        Of the region's values only rows are read: values[layer, event, head, slot].
+        Of the region's keys and values only some are read, if the inner policy reads none:
+        values[:, event], values[layers, event] or values[layer, event, head, slot].
         """
         assert region.spilled is not None, "the engine keeps no tiers"
         losers = self.inner.compact(_narrowed(region, self.inner.observation_window)).losers
         spared = self.inner.protected(region)
-        free = ~losers & ~spared
         region = _narrowed(region, self.window)
+        asked = ranking.asked(region.layers, region.num_tokens, region.num_losers)
         parts = []
-        for event, tier in enumerate(region.spilled or ()):
-            candidates = _candidates(region, event, tier, CANDIDATES * self.fetch_limit)
-            mass = _mass(region, event, candidates)
-            mass = _pooled(mass, candidates.positions, spared[:, event])
-            fetched = self._choose(mass, candidates, losers[:, event], free[:, event])
-            below, part = _fetch(region, event, tier, candidates, fetched)
+        for event, tier in enumerate(region.spilled):
+            layers = asked[:, event].nonzero()[:, 0]
+            fetched = self._ask(region, event, layers, losers[:, event], spared[:, event])
+            below, part = _fetch(region, event, tier, fetched)
             parts.append(part)
-            tier.exchange(below, _given(region, event, losers[:, event], mass, fetched))
+            tier.exchange(below, _given(region, event, losers[:, event], fetched))
         places = [torch.cat(of) for of in zip(*(part[0] for part in parts), strict=True)]
         names = parts[0][1]
         content = {name: torch.cat([part[1][name] for part in parts]) for name in names}
         return Exchanged(losers, (places[0], places[1], places[2], places[3]), content)
 
-    def _choose(
-        self, mass: Tensor, candidates: _Candidates, losers: Tensor, free: Tensor
+    def _ask(
+        self, region: Region, event: int, layers: Tensor, losers: Tensor, spared: Tensor
     ) -> _Fetched:
-        """The best candidate against the weakest survivor, and so on.
+        """Looks at the tier in some layers: the best candidate against the weakest survivor...
 
         Args:
-            mass: float32 [layers, kv_heads, m + n].
-            candidates: n of the tier.
-            losers: bool [layers, kv_heads, m], candidates like those.
-            free: bool [layers, kv_heads, m], survivors that may have to make way.
+            region: of all layers.
+            event: the sequence.
+            layers: int64 [n], of the region.
+            losers: bool [layers, kv_heads, m], all that the inner policy drops.
+            spared: bool [layers, kv_heads, m].
         """
+        if not len(layers):
+            return _Fetched(layers, layers, layers, layers.bool(), layers)
+        assert region.spilled is not None
+        losers, spared = losers[layers], spared[layers]
+        number = ranking.CANDIDATES * self.fetch_limit
+        candidates = ranking.find(region, event, region.spilled[event], layers, number)
+        mass = ranking.mass(region, event, layers, candidates)
+        mass = ranking.pooled(mass, candidates.positions, spared)
         size = losers.shape[-1]
         limit = min(self.fetch_limit, size)
         order = reference.sort_keys(mass, candidates.positions)
-        offered = torch.cat([losers, candidates.exists], -1)
+        offered, free = torch.cat([losers, candidates.exists], -1), ~(losers | spared)
         bounds = torch.iinfo(torch.int64)
         best = order.masked_fill(~offered, bounds.min).topk(limit).indices
         weakest = order[..., :size].masked_fill(~free, bounds.max)
         weakest = weakest.topk(limit, largest=False).indices
         chosen = mass.gather(-1, best) > self.threshold * mass.gather(-1, weakest)
         chosen &= offered.gather(-1, best) & free.gather(-1, weakest)
-        layer, head, _ = chosen.nonzero(as_tuple=True)
-        return _Fetched(layer, head, weakest[chosen], best[chosen])
+        row, head, _ = chosen.nonzero(as_tuple=True)
+        source = best[chosen]
+        below = source >= size
+        slot = source.clone()
+        slot[below] = candidates.slots[row[below], head[below], source[below] - size]
+        return _Fetched(layers[row], head, weakest[chosen], below, slot)
 
 
 def _narrowed(region: Region, window: int) -> Region:
@@ -232,101 +223,13 @@ def _content(region: Region) -> dict[str, Any]:
     return {name: held for name in names if (held := getattr(region, name)) is not None}
 
 
-def _candidates(region: Region, event: int, tier: Tier, limit: int) -> _Candidates:
-    """The best pages of a sequence's tier, of at least `limit` entries if it has so many."""
-    keys, positions = region.keys[:, event], region.positions[:, event]
-    device, num_entries, page_size = keys.device, tier.num_entries, tier.page_size
-    lead = positions.shape[:2]
-    if not num_entries:
-        none = positions.new_zeros(*lead, 0)
-        return _Candidates(none.cpu(), none.bool(), keys, positions)
-    least, largest = (part.to(device).float() for part in tier.summaries())
-    wanted = min(-(-limit // page_size), least.shape[-2])
-    queries: Queries = region.queries
-    scores = _page_scores(queries, event, least, largest)
-    pages = scores.topk(wanted).indices.cpu()
-    slots = (pages[..., None] * page_size + torch.arange(page_size)).flatten(-2)
-    exists = slots < num_entries
-    slots = slots.masked_fill(~exists, 0)
-    places = torch.arange(lead[0])[:, None, None], torch.arange(lead[1])[:, None], slots
-    exists = exists.to(device)
-    found = tier.read("positions", places).to(device).long().masked_fill(~exists, _PADDING)
-    return _Candidates(
-        slots=slots,
-        exists=exists,
-        keys=torch.cat([keys, tier.read("keys", places).to(device, keys.dtype)], -2),
-        positions=torch.cat([positions, found], -1),
-    )
-
-
-def _page_scores(queries: Queries, event: int, least: Tensor, largest: Tensor) -> Tensor:
-    """float32 [layers, kv_heads, pages]: what pages could get at most, each query among them.
-
-    Args:
-        queries: see Queries.
-        event: whose.
-        least: float32 [layers, kv_heads, pages, head_dim]; see Tier.summaries.
-        largest: the same.
-    """
-    bounds = logit_bounds(queries.states[:, event].flatten(2, 3) * queries.scale, least, largest)
-    if queries.softcap:
-        bounds = torch.tanh(bounds / queries.softcap) * queries.softcap
-    group = queries.states.shape[3]
-    real = (queries.positions[event] >= 0).repeat(group)
-    return bounds.softmax(-1).mul_(real[:, None]).sum(-2)
-
-
-def logit_bounds(states: Tensor, least: Tensor, largest: Tensor) -> Tensor:
-    """The most that the product of a query and any key of a page can be: [..., queries, pages].
-
-    Args:
-        states: float32 [..., queries, head_dim].
-        least: float32 [..., pages, head_dim], the least number of each channel.
-        largest: the same, the largest.
-    """
-    positive, negative = states.clamp_min(0), states.clamp_max(0)
-    return positive @ largest.transpose(-1, -2) + negative @ least.transpose(-1, -2)
-
-
-def _mass(region: Region, event: int, candidates: _Candidates) -> Tensor:
-    """float32 [layers, kv_heads, m + n]: attention of the window to region and candidates."""
-    queries: Queries = region.queries
-    return ops.attention_mass(
-        queries.states[:, event],
-        candidates.keys,
-        queries.positions[event],
-        candidates.positions,
-        queries.scale,
-        queries.softcap,
-        None if queries.sinks is None else queries.sinks[:, 0],
-    )
-
-
-def _pooled(mass: Tensor, positions: Tensor, spared: Tensor) -> Tensor:
-    """Each as much as the best within NEIGHBOURS in the order of positions.
-
-    Args:
-        mass: float32 [layers, kv_heads, m + n].
-        positions: int64, of the same shape.
-        spared: bool [layers, kv_heads, m], sinks and the recent window, which count nothing here.
-    """
-    size = spared.shape[-1]
-    mass = torch.cat([mass[..., :size].masked_fill(spared, 0.0), mass[..., size:]], -1)
-    order = positions.argsort(-1)
-    best = F.max_pool1d(mass.gather(-1, order), 2 * NEIGHBOURS + 1, 1, NEIGHBOURS)
-    return torch.empty_like(mass).scatter_(-1, order, best)
-
-
 def _fetch(
-    region: Region, event: int, tier: Tier, candidates: _Candidates, fetched: _Fetched
+    region: Region, event: int, tier: Tier, fetched: _Fetched
 ) -> tuple[Places, tuple[Index, dict[str, Tensor]]]:
     """Places in the tier that are read, and what lies where from now on; see Exchanged."""
-    layer, head, place, source = fetched
-    size = region.positions.shape[-1]
-    below = source >= size
-    own = _at(event, layer[~below], head[~below], source[~below])
-    index = layer[below].cpu(), head[below].cpu(), (source[below] - size).cpu()
-    other = *index[:2], candidates.slots[index]
+    layer, head, place, below, slot = fetched
+    own = _at(event, layer[~below], head[~below], slot[~below])
+    other = layer[below].cpu(), head[below].cpu(), slot[below].cpu()
     content = {}
     for name, held in _content(region).items():
         of_own = held[own]
@@ -339,16 +242,18 @@ def _at(event: int, layer: Tensor, head: Tensor, slot: Tensor) -> Index:
     return layer, torch.full_like(layer, event), head, slot
 
 
-def _given(region: Region, event: int, losers: Tensor, mass: Tensor, fetched: _Fetched) -> Spilled:
+def _given(region: Region, event: int, losers: Tensor, fetched: _Fetched) -> Spilled:
     """What goes down: losers that were not fetched, and survivors that had to make way."""
-    layer, head, place, source = fetched
-    size = losers.shape[-1]
+    layer, head, place, below, slot = fetched
     which = losers.clone()
     which[layer, head, place] = True
-    own = source < size
-    which[layer[own], head[own], source[own]] = False
-    index = _at(event, *which.nonzero(as_tuple=True))
-    held = _content(region)
-    del held["positions"]
-    content = {name: numbers[index] for name, numbers in held.items()}
-    return Spilled(which, mass[..., :size], region.positions[:, event], content)
+    which[layer[~below], head[~below], slot[~below]] = False
+    places = which.nonzero(as_tuple=True)
+    layer, head, _ = places
+    if len(layer) * 4 > which.numel():  # most: then whole pages are read faster than rows
+        content = {name: held[:, event][places] for name, held in _content(region).items()}
+    else:
+        content = {name: held[_at(event, *places)] for name, held in _content(region).items()}
+    wanted = ranking.mean_query(region.queries, event)[layer, head]
+    content["importance"] = torch.linalg.vecdot(content["keys"], wanted)
+    return Spilled(layer * which.shape[1] + head, content)

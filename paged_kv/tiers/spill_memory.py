@@ -21,7 +21,7 @@ import torch
 
 Tensor = torch.Tensor
 logger = logging.getLogger(__name__)
-FIRST_ENTRIES = 256  # of host memory; it doubles when that is not enough
+FIRST_ENTRIES = 256  # of host memory; it grows by half and more when that is not enough
 FILE_ENTRIES = 512  # of one file
 
 
@@ -85,7 +85,7 @@ class SpillMemory:
         wanted = min(wanted, self.space.budget)
         held = next(iter(self._parts[0].values())).shape[2]
         if held < wanted and held < self.space.host_entries:
-            size = min(self.space.host_entries, max(wanted, 2 * held, FIRST_ENTRIES))
+            size = min(self.space.host_entries, max(wanted * 3 // 2, FIRST_ENTRIES))
             for name, old in self._parts[0].items():
                 new = self._host(self.sizes[name], size)
                 new[:, :, :held] = old

@@ -83,16 +83,13 @@ class SpillStore:
         other = SpillStore(self.shape, self.sizes, self.dtype, self.space)
         for count in set(self.counts) - {0}:
             layers = torch.tensor([at for at, held in enumerate(self.counts) if held == count])
-            which = torch.ones(len(layers), self.shape[1], count, dtype=torch.bool)
-            layer, head, slot = which.nonzero(as_tuple=True)
-            places = layers[layer], head, slot
-            content = {name: self.read(name, places) for name in ("keys", "values")}
-            small = {name: part[layers, :, :count] for name, part in self._small.items()}
-            if "scores" in small:
-                content["scores"] = small["scores"].flatten()
+            row = torch.arange(len(layers) * self.shape[1]).repeat_interleave(count)
+            slot = torch.arange(count).repeat(len(layers) * self.shape[1])
+            places = layers[row // self.shape[1]], row % self.shape[1], slot
+            names = ["keys", "values", *self._small]
+            content = {name: self.take(name, places) for name in names}
             nothing = torch.zeros(0, dtype=torch.int64)
-            taken = nothing, nothing, nothing
-            other.arrive(layers, taken, which, small["importance"], small["positions"], content)
+            other.arrive(layers, (nothing, nothing, nothing), row, content)
         return other
 
     def read(self, name: str, places: Places) -> Tensor:
@@ -136,7 +133,7 @@ class SpillStore:
     def submit(self, layers: Tensor, taken: Places, given: Spilled) -> None:
         """exchange of a view, in the background."""
         ready = None
-        if given.which.is_cuda:  # what is given may still be in the making
+        if given.row.is_cuda:  # what is given may still be in the making
             ready = torch.cuda.Event()
             ready.record()
         work = _executor().submit(self._receive, layers, taken, given, ready)
@@ -148,81 +145,86 @@ class SpillStore:
     ) -> None:
         if ready is not None:
             ready.synchronize()
-        which, importance, positions = (
-            tensor.cpu() for tensor in (given.which, given.importance, given.positions)
-        )
         content = {name: tensor.cpu() for name, tensor in given.content.items()}
         layer, head, slot = (index.cpu() for index in taken)
-        self.arrive(layers, (layer, head, slot), which, importance, positions, content)
+        self.arrive(layers, (layer, head, slot), given.row.cpu(), content)
 
     def arrive(
-        self,
-        layers: Tensor,
-        taken: Places,
-        which: Tensor,
-        importance: Tensor,
-        positions: Tensor,
-        content: dict[str, Tensor],
+        self, layers: Tensor, taken: Places, row: Tensor, content: dict[str, Tensor]
     ) -> None:
         """Entries leave and others come; see Tier.exchange and Spilled.
 
         Args:
             layers: int64 [layers], of the store: those of all that follows.
             taken: see Tier.exchange.
-            which: see Spilled.
-            importance: see Spilled.
-            positions: see Spilled.
+            row: see Spilled.
             content: see Spilled.
         """
-        more, rest = divmod(int(which.sum()) - len(taken[0]), len(layers) * self.shape[1])
+        num_rows = len(layers) * self.shape[1]
+        more, rest = divmod(len(row) - len(taken[0]), num_rows)
         assert rest == 0, "KV heads would hold different numbers of entries"
         count = self.counts[int(layers[0])]
         end = min(count + more, self._memory.grow(count + more))
-        free = torch.zeros(*which.shape[:2], end, dtype=torch.bool)
-        free[..., count:] = True
-        free[taken] = True
-        stays = which
+        left = taken[0] * self.shape[1] + taken[1], taken[2]
         if count + more > end:
             lost = count + more - end
-            gone = self._weakest(layers, free, which, importance, positions, lost)
-            free |= gone[..., :end]
-            stays = which & ~gone[..., end:]
             self._num_lost += lost * len(layers)
+            target, slot, stays = self._make_room(layers, left, row, content, end, lost)
+            content = {name: numbers[stays] for name, numbers in content.items()}
+        else:
+            target, slot = _free_places(left, num_rows, count, end)
         # In each row there are as many free slots as entries to come; both are in order of rows.
-        layer, head, slot = free.nonzero(as_tuple=True)
-        row = layers[layer] * self.shape[1] + head
-        chosen = slice(None) if stays is which else stays[which]  # a mask would copy all
-        small = {"positions": positions[stays], "importance": importance[stays]}
+        target = layers[target // self.shape[1]] * self.shape[1] + target % self.shape[1]
         for name, numbers in content.items():
             if name in _SMALL:
-                small[name] = numbers[chosen]
+                side = self._side(name)
+                index = target * side.shape[2] + slot
+                side.view(-1).index_copy_(0, index, numbers.to(_SMALL[name]))
             else:
-                self._memory.write(name, row, slot, numbers[chosen])
-        for name, numbers in small.items():
-            self._side(name)[layers[layer], head, slot] = numbers.to(_SMALL[name])
+                self._memory.write(name, target, slot, numbers)
         for index in layers.tolist():
             self.counts[index] = end
-        self._summarize(row, slot, end)
+        self._summarize(target, slot, end)
 
-    def _weakest(
+    def _make_room(
         self,
         layers: Tensor,
-        free: Tensor,
-        which: Tensor,
-        importance: Tensor,
-        positions: Tensor,
+        left: tuple[Tensor, Tensor],
+        row: Tensor,
+        content: dict[str, Tensor],
+        end: int,
         count: int,
-    ) -> Tensor:
-        """bool [layers, kv_heads, end + m]: `count` of those that are held or come."""
-        end = free.shape[-1]
-        held = self._side("importance")[layers, :, :end], self._side("positions")[layers, :, :end]
-        return reference.lowest(
-            torch.cat([held[0], importance], -1),
-            torch.cat([held[1].long(), positions], -1),
-            torch.cat([free, ~which], -1),
-            torch.tensor([[count]]),
-            count,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Where what comes goes, (row, slot) [n] each, and what of it: bool, in its order.
+
+        Args:
+            layers: see arrive.
+            left: (row, slot), free places below the end.
+            row: see Spilled.
+            content: see Spilled.
+            end: entries that there is room for.
+            count: of those that are held or come, per row: the least important go.
+        """
+        num_rows = len(layers) * self.shape[1]
+        free = torch.zeros(num_rows, end, dtype=torch.bool)
+        free[:, self.counts[int(layers[0])] :] = True
+        free[left] = True
+        column = torch.arange(len(row)) - torch.searchsorted(row, row)
+        names = ("importance", "positions")
+        coming = [content[name].new_zeros(num_rows, int(column.max()) + 1) for name in names]
+        absent = torch.ones_like(coming[0], dtype=torch.bool).index_put_(
+            (row, column), torch.tensor(False)
         )
+        for name, part in zip(names, coming, strict=True):
+            part[row, column] = content[name]
+        held = [self._side(name)[layers, :, :end].flatten(0, 1) for name in names]
+        importance, positions = (
+            torch.cat([old.to(new.dtype), new], -1) for old, new in zip(held, coming, strict=True)
+        )
+        keep = torch.cat([free, absent], -1)
+        gone = reference.lowest(importance, positions, keep, torch.tensor([count]), count)
+        target, slot = (free | gone[:, :end]).nonzero(as_tuple=True)
+        return target, slot, ~gone[row, end + column]
 
     def _side(self, name: str) -> Tensor:
         """[layers, kv_heads, capacity], with room for all that keys and values have."""
@@ -266,10 +268,10 @@ class SpillView:
         """See Tier."""
         return self.store.count(self.layers)
 
-    def summaries(self) -> tuple[Tensor, Tensor]:
+    def summaries(self, layers: Tensor) -> tuple[Tensor, Tensor]:
         """See Tier."""
         self.store.wait(self._own)
-        return self.store.bounds(self.layers)
+        return self.store.bounds(self.layers[layers])
 
     def read(self, name: str, places: Places) -> Tensor:
         """See Tier."""
@@ -295,3 +297,14 @@ def _grown(tensor: Tensor, size: int) -> Tensor:
     new = tensor.new_zeros(*tensor.shape[:2], size, *tensor.shape[3:])
     new[:, :, : tensor.shape[2]] = tensor
     return new
+
+
+def _free_places(
+    left: tuple[Tensor, Tensor], num_rows: int, count: int, end: int
+) -> tuple[Tensor, Tensor]:
+    """(row, slot), in order: places that are left below `count`, and all from there to `end`."""
+    new = torch.arange(count, end)
+    row = torch.cat([left[0], torch.arange(num_rows).repeat_interleave(len(new))])
+    slot = torch.cat([left[1], new.repeat(num_rows)])
+    order = (row * end + slot).argsort()
+    return row[order], slot[order]

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 
 from paged_kv.kernels.packed_pages import PackedPart
-from paged_kv.kernels.pages import Index, Part, entry_index, region_index, slot_index
+from paged_kv.kernels.pages import Part, entry_index, region_index, slot_index
 from paged_kv.kernels.rotary import Rotary
 from paged_kv.policies.base import Events, Int64s, Policy
 from paged_kv.policies.region import Compaction, Queries, Region, moves
 from paged_kv.policies.spill import Exchanged, Spill
+from paged_kv.policies.spill_ranking import asked
 from paged_kv.vllm.layer_group import Stack
 from paged_kv.vllm.observation import page_ids
 
@@ -70,9 +71,11 @@ def compact(
         pages = page_ids(table, similar.rows, first, end, stack.pages.page_size)
         # A layer's keys, values and copies of them can be large: a few layers at a time.
         numbers = pages.numel() * stack.pages.page_size * stack.pages.num_heads
-        at_once = max(1, MAX_NUMBERS // (numbers * stack.pages.keys.size))
+        at_once = (
+            MAX_NUMBERS / (numbers * stack.pages.keys.size) / _share_gathered(policy, stack, events)
+        )
         layers = torch.arange(stack.pages.num_layers, device=pages.device)
-        for chosen in layers.split(at_once):
+        for chosen in layers.split(min(len(layers), max(1, int(at_once)))):
             region = _gather(policy, stack, chosen, pages, similar, rotary)
             if isinstance(policy, Spill):
                 exchanged = policy.exchange(region)
@@ -113,11 +116,11 @@ def _gather(
     )
 
     def part(name: str) -> Any:
-        if name not in policy.reads and not (name == "keys" and policy.observation_window):
+        if not _reads(policy, name):
             return None
         whole = getattr(stack.pages, name)
-        if name == "values" and _reads_rows(policy):
-            return _Rows(whole, layers, pages, stack.pages.page_size)
+        if isinstance(policy, Spill) and not _reads(policy.inner, name):
+            return _Lazy(whole, layers, pages, stack.pages.page_size)
         return whole.gather(layers, pages)
 
     def side(name: str, padding: float) -> torch.Tensor | None:
@@ -147,9 +150,21 @@ def _gather(
     )
 
 
-def _reads_rows(policy: Policy) -> bool:
-    """Whether few values are read, and not all."""
-    return isinstance(policy, Spill) and "values" not in policy.inner.reads
+def _reads(policy: Policy, name: str) -> bool:
+    """Whether a policy's regions must have something; an observation window is for keys."""
+    return name in policy.reads or (name == "keys" and policy.observation_window > 0)
+
+
+def _share_gathered(policy: Policy, stack: Stack, events: Events) -> float:
+    """Of the layers: those whose keys are gathered in a whole."""
+    if not isinstance(policy, Spill) or _reads(policy.inner, "keys"):
+        return 1.0
+    num_tokens, first, end = (
+        torch.from_numpy(array)
+        for array in (events.num_tokens, events.evicted_before, events.evicted_after)
+    )
+    found = asked(stack.layer_ids.cpu(), num_tokens, end - first)
+    return max(float(found.any(-1).float().mean()), 1 / len(found))
 
 
 def _queries(stack: Stack, layers: torch.Tensor, batch: Batch) -> Queries | None:
@@ -167,8 +182,8 @@ def _queries(stack: Stack, layers: torch.Tensor, batch: Batch) -> Queries | None
     return Queries(states, places, stack.scale, stack.softcap, sinks)
 
 
-class _Rows:
-    """Keys or values of a region, of which few are read.
+class _Lazy:
+    """Keys or values of a region, of which not all are read; float32 like a tensor of them.
 
     Args:
         part: of the pages.
@@ -182,9 +197,16 @@ class _Rows:
     ) -> None:
         self.part, self.layers, self.pages, self.page_size = part, layers, pages, page_size
 
-    def __getitem__(self, index: Index) -> torch.Tensor:
-        """float32 [n, size] of what lies in (layer, event, KV head, slot), int64 [n] each."""
-        return self.part.take(entry_index(self.layers, self.pages, index, self.page_size))
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """What lies in (layer, event, KV head, slot), or in (layers, event).
+
+        Args:
+            index: int64 [n] each: [n, size]; or (int64 [n] or all, int): [n, kv_heads, m, size].
+        """
+        if len(index) == 4:
+            return self.part.take(entry_index(self.layers, self.pages, index, self.page_size))
+        layers, event = index
+        return self.part.gather(self.layers[layers], self.pages[event : event + 1])[:, 0]
 
 
 def _replace(

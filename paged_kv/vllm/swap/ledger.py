@@ -191,10 +191,11 @@ class Ledger:
         """What the workers have to do in the step that has been scheduled."""
         self._host += self._loaded
         self._loaded = []
-        # Room for a preemption as large as any so far, made in the background.
+        # Room for a preemption as large as any so far, made in the background; nobody pays for it.
         in_host = [name for name, one in self.swapped.items() if one.is_loadable]
-        if self.capacity.file_slots and len(self._host) < self._largest and len(in_host) > 1:
-            self._demote(in_host[0])
+        if len(self._host) < self._largest and len(in_host) > 1:
+            if len(self.swapped[in_host[0]].host) <= len(self._file):
+                self._demote(in_host[0])
         commands, self._commands = self._commands, []
         return commands
 
