@@ -193,9 +193,9 @@ class Ledger:
         self._loaded = []
         # Room for a preemption as large as any so far, made in the background; nobody pays for it.
         in_host = [name for name, one in self.swapped.items() if one.is_loadable]
-        if len(self._host) < self._largest and len(in_host) > 1:
-            if len(self.swapped[in_host[0]].host) <= len(self._file):
-                self._demote(in_host[0])
+        is_short = len(self._host) < self._largest and len(in_host) > 1
+        if is_short and len(self.swapped[in_host[0]].host) <= len(self._file):
+            self._demote(in_host[0])
         commands, self._commands = self._commands, []
         return commands
 
