@@ -15,12 +15,12 @@ def random_budget(rng: random.Random) -> Budget:
     return rng.choice([(minimum, 0, 1), (minimum, 0, 1), (minimum, 1, 4), (minimum, 1, 2)])
 
 
-def random_rules(rng: random.Random, **fixed: Any) -> Rules:
+def random_rules(rng: random.Random, most_pages: int = 90, **fixed: Any) -> Rules:
     """Rules under which vLLM would start; some pools are as small as it allows."""
     while True:
         batch = rng.choice([4, 7, 8, 16, 32])
         values: dict[str, Any] = {
-            "num_pages": rng.choice([rng.randint(6, 60), rng.randint(20, 90)]),
+            "num_pages": rng.choice([rng.randint(6, 60), rng.randint(20, most_pages)]),
             "budgets": tuple(random_budget(rng) for _ in range(rng.choice([1, 1, 2, 3]))),
             "full_groups": rng.choice([0, 0, 0, 1]),
             "max_len": rng.choice([24, 32, 48, 64, 96, 128]),
@@ -82,12 +82,12 @@ def random_swaps(rng: random.Random, **fixed: Any) -> Rules:
         "state_slots": rng.choice([0, 0, 1, 2]),
         "ranks": rng.choice([1, 1, 2]),
         "private_hits": rng.random() < 0.2,
-        "priorities": rng.random() < 0.5,
-        "num_pages": rng.randint(6, 40),
-        "seqs": rng.randint(3, 8),
+        # vLLM leaves pages in the prefix cache of a victim that was to be computed in this step.
+        "priorities": not fixed.get("caching", True) and rng.random() < 0.5,
         "max_len": rng.choice([24, 32, 48, 64]),
+        "seqs": rng.randint(3, 8),
     }
-    return random_rules(rng, **{**values, **fixed})
+    return random_rules(rng, 30, **{**values, **fixed})
 
 
 def random_swap_world(seed: int, **fixed: Any) -> World:

@@ -49,6 +49,8 @@ def exchange(
         spilling: see Spilling.
     """
     held = entries_of(head)
+    for slot, importance in enumerate(importance_of(head, spilling.spill_window)):
+        held[slot].importance = importance
     every = held + tier
     together = replace(
         head,
@@ -73,12 +75,18 @@ def exchange(
         if mass[pair[0]] > spilling.spill_threshold * mass[pair[1]]:
             swaps.append(pair)
     fetched, gone = {pair[0] for pair in swaps}, {pair[1] for pair in swaps}
-    for slot in (losers - fetched) | gone:
-        held[slot].importance = mass[slot]
     kept = [every[place] for place in [*survivors, *fetched] if place not in gone]
     below = [every[place] for place in [*candidates, *gone] if place not in fetched]
     below.sort(key=lambda one: (one.importance, one.position), reverse=True)
     return kept, below[: spilling.spill_budget], len(swaps)
+
+
+def importance_of(head: Head, window: int) -> list[float]:
+    """Logits of the keys for the mean of the last queries."""
+    newest = sorted(range(len(head.query_positions)), key=lambda at: head.query_positions[at])
+    real = [at for at in newest[-window:] if head.query_positions[at] >= 0]
+    mean = head.queries[:, real].reshape(-1, head.queries.shape[-1]).mean(0)
+    return [float(key @ mean * head.scale) for key in head.keys]
 
 
 def entries_of(head: Head) -> list[Entry]:

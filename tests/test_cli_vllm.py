@@ -149,11 +149,23 @@ MISTAKES: dict[str, tuple[str, tuple[str, ...], str]] = {
     ),
     "model": ("mistral-sliding", STREAMING, "kv-policy does not support a model without full-"),
     "pooling model": ("bert", STREAMING, "kv-policy does not support a pooling model"),
+    "swap directory": (
+        "llama",
+        ("--kv-swap-space", "1", "--kv-swap-dir", "/nowhere", "--kv-swap-dir-space", "1"),
+        "kv-swap-dir /nowhere: cannot write there (No such file or directory)",
+    ),
     "no weights": ("without-weights", STREAMING, "holds no weights (*.safetensors, "),
     "nothing": ("nothing", STREAMING, "holds no weights (*.safetensors, "),
 }
 # One of each kind also where the commands differ: flags, vLLM's fields, its config, the tokenizer.
-EVERYWHERE = ("unknown policy", "budget too small", "in additional-config", "feature", "nothing")
+EVERYWHERE = (
+    "swap directory",
+    "unknown policy",
+    "budget too small",
+    "in additional-config",
+    "feature",
+    "nothing",
+)
 CASES = [
     (mistake, command)
     for mistake in MISTAKES

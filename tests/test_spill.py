@@ -16,7 +16,8 @@ from spill_definition import Entry, Spilling, exchange
 
 from paged_kv.config import CompressionConfig
 from paged_kv.policies.region import Queries, Region
-from paged_kv.policies.spill import Spilled, logit_bounds
+from paged_kv.policies.spill import Spilled
+from paged_kv.policies.spill_ranking import logit_bounds
 from paged_kv.tiers.spill_memory import SpillSpace
 from paged_kv.tiers.spill_store import PAGE_SIZE, SpillStore
 
@@ -203,8 +204,10 @@ def filled(space: SpillSpace, count: int, rounds: int = 1) -> tuple[SpillStore, 
             }
         )
         content = {name: given[-1][name].flatten(0, 2) for name in ("keys", "values")}
-        which = torch.ones(shape, dtype=torch.bool)
-        spilled = Spilled(which, given[-1]["importance"], given[-1]["positions"], content)
+        row = torch.arange(LAYERS * HEADS).repeat_interleave(count)
+        spilled = Spilled(
+            row, content | {name: given[-1][name].flatten() for name in ("importance", "positions")}
+        )
         store.select(range(LAYERS)).exchange(NOTHING, spilled)
     names = ("keys", "values", "importance", "positions")
     return store, {name: torch.cat([one[name] for one in given], 2) for name in names}
@@ -287,10 +290,13 @@ def test_summaries_are_the_bounds_of_pages():
     view = store.select([1])
     heads = torch.arange(HEADS).repeat_interleave(40)
     slots = torch.cat([torch.randperm(333)[:40] for _ in range(HEADS)])
-    which = torch.ones(1, HEADS, 50, dtype=torch.bool)
-    content = {"keys": torch.randn(100, SIZE) * 3, "values": torch.randn(100, VALUE_SIZE)}
-    positions = torch.arange(1000, 1050).expand(1, HEADS, 50)
-    given = Spilled(which, torch.rand(1, HEADS, 50), positions, content)
+    content = {
+        "keys": torch.randn(100, SIZE) * 3,
+        "values": torch.randn(100, VALUE_SIZE),
+        "importance": torch.rand(100),
+        "positions": torch.arange(1000, 1050).repeat(HEADS),
+    }
+    given = Spilled(torch.arange(HEADS).repeat_interleave(50), content)
     view.exchange((torch.zeros_like(heads), heads, slots), given)
     assert view.num_entries == 343
     keys = view.read("keys", (torch.tensor(0), torch.arange(HEADS)[:, None], torch.arange(343)))
@@ -312,10 +318,14 @@ def test_the_best_pages_of_a_large_tier():
     direction = torch.nn.functional.normalize(torch.randn(SIZE), dim=0)
     keys[:, :, wanted] += 9 * direction
     positions = torch.arange(3000).expand(LAYERS, HEADS, 3000)
-    content = {"keys": keys.flatten(0, 2), "values": torch.randn(keys[..., 0].numel(), VALUE_SIZE)}
-    everyone = torch.ones_like(positions, dtype=torch.bool)
+    content = {
+        "keys": keys.flatten(0, 2),
+        "values": torch.randn(keys[..., 0].numel(), VALUE_SIZE),
+        "importance": torch.rand(positions.numel()),
+        "positions": positions.flatten(),
+    }
     view = store.select(range(LAYERS))
-    view.exchange(NOTHING, Spilled(everyone, torch.rand(positions.shape), positions, content))
+    view.exchange(NOTHING, Spilled(torch.arange(LAYERS * HEADS).repeat_interleave(3000), content))
     decided = compact_random(
         view, keys=torch.randn(LAYERS, 1, HEADS, 132, SIZE) / 4, asks=direction, spill_threshold=20
     )
@@ -344,17 +354,17 @@ def compact_random(tier: Any, keys: torch.Tensor, asks: torch.Tensor, **more: An
     policy = CompressionConfig.from_dict(config | {"spill": True} | more).create_policy()
     shape = keys.shape[:-1]
     region = Region(
-        num_tokens=torch.tensor([3132]),
+        num_tokens=torch.tensor([3200]),
         num_entries=torch.tensor([132]),
         num_losers=torch.tensor([32]),
         max_losers=32,
         layers=torch.arange(LAYERS),
         heads=torch.arange(HEADS),
-        positions=torch.arange(3000, 3132).expand(shape),
+        positions=torch.arange(3068, 3200).expand(shape),
         keys=keys,
         values=torch.randn(*shape, VALUE_SIZE),
         queries=Queries(
-            asks.expand(LAYERS, 1, HEADS, GROUP, 32, SIZE), torch.full((1, 32), 3132), 1.0
+            asks.expand(LAYERS, 1, HEADS, GROUP, 32, SIZE), torch.full((1, 32), 3200), 1.0
         ),
         spilled=[tier],
     )

@@ -104,8 +104,9 @@ class RecordedSpill(PolicySequence):
         free = [p for slot, p in slots if is_free(self.name, region, self.config, slot)]
         mass = attention(window, entries) | dict.fromkeys(set(own) - set(free), 0.0)
         mass = of_neighbours(mass)
+        mean = window.states[:, window.positions >= 0].mean((0, 1))
         for position in own:
-            own[position].importance = mass[position]
+            own[position].importance = float(own[position].key.double().numpy() @ mean)
         survivors = [position for position in free if position not in losers]
         self._follow(engine, *self._choose(mass, survivors, [*losers, *candidates]), mass)
 

@@ -148,7 +148,8 @@ class LabelCopier:
         return kept
 
     def load(self, pages: list[list[Any]]) -> None:
-        """Before the forward pass."""
+        """Before the forward pass; the background is at work meanwhile."""
+        self._work()
         for load in self.loads.values():
             for page_ids, slots in zip(load.copy.page_ids, load.copy.slots, strict=True):
                 for page, slot in zip(page_ids, slots, strict=True):
@@ -159,10 +160,9 @@ class LabelCopier:
 
     def finished(self, is_busy: bool) -> Finished | None:
         """Some jobs are done after the step; is_busy: there was a forward pass."""
+        self._work()
         reports = []
         for tiers in self.tiers:
-            for _ in range(self._rng.choice([0, 0, 1, 3])):
-                tiers.do_a_job()
             promoted, failed = tiers.take_finished()
             if promoted or failed:
                 reports.append(Finished(dict.fromkeys(promoted, 1), failed))
@@ -186,6 +186,12 @@ class LabelCopier:
                     tiers.host[slot] = list(pages[page])
             for index, slot in enumerate(save.copy.state_slots):
                 tiers.host[slot] = (save.request_id, index, row.run, num_tokens)
+
+    def _work(self) -> None:
+        """Some jobs are done."""
+        for tiers in self.tiers:
+            for _ in range(self._rng.choice([0, 0, 1, 3])):
+                tiers.do_a_job()
 
     def _loaded(self, slot: int) -> Any:
         first, *others = (tiers.host[slot] for tiers in self.tiers)

@@ -46,8 +46,8 @@ class Tier(Protocol):
     def num_entries(self) -> int:
         """Per layer and KV head."""
 
-    def summaries(self, layers: Tensor) -> tuple[Tensor, Tensor]:
-        """Least and largest number in each channel of a page's keys; of some layers.
+    def summaries(self) -> tuple[Tensor, Tensor]:
+        """Least and largest number in each channel of a page's keys.
 
         [layers, kv_heads, ceil(num_entries / page_size), head_dim] each.
         """
@@ -100,12 +100,12 @@ class _Fetched(NamedTuple):
 class Spill(Wrapper):
     """Lets another policy evict, and exchanges what it kept for what was dropped.
 
-    At a compaction, entries on the tier are compared with the survivors, in some of the layers (see
-    ranking.asked), by the attention that the last queries give them, in one softmax over both; an entry counts as much as the best of its
-    neighbours by position, so that phrases come back as a whole. Pages of the tier are ranked by an
-    upper bound of their logits, from the least and the largest number in each channel (Tang et al.,
-    "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference", 2406.10774); the best
-    are read.
+    At a compaction, entries on the tier are compared
+    with the survivors by the attention that the last queries give them, in one softmax over both;
+    an entry counts as much as the best of its neighbours by position, so that phrases come back as
+    a whole. Pages of the tier are ranked by an upper bound of their logits, from the least and the
+    largest number in each channel (Tang et al., "Quest: Query-Aware Sparsity for Efficient
+    Long-Context LLM Inference", 2406.10774); the best are read.
     Per KV head the best candidate takes the place of the weakest survivor, the second best that of
     the second weakest, and so on, as long as it gets more than `threshold` times its attention; at
     most `fetch_limit`. What this very compaction drops takes part. Sinks and the recent window
@@ -147,17 +147,15 @@ class Spill(Wrapper):
         """What compact does, in no more numbers than it takes.
 
         Of the region's keys and values only some are read, if the inner policy reads none:
-        values[:, event], values[layers, event] or values[layer, event, head, slot].
+        values[:, event] or values[layer, event, head, slot].
         """
         assert region.spilled is not None, "the engine keeps no tiers"
         losers = self.inner.compact(_narrowed(region, self.inner.observation_window)).losers
         spared = self.inner.protected(region)
         region = _narrowed(region, self.window)
-        asked = ranking.asked(region.layers, region.num_tokens, region.num_losers)
         parts = []
-        for event, tier in enumerate(region.spilled):
-            layers = asked[:, event].nonzero()[:, 0]
-            fetched = self._ask(region, event, layers, losers[:, event], spared[:, event])
+        for event, tier in enumerate(region.spilled or ()):
+            fetched = self._ask(region, event, losers[:, event], spared[:, event])
             below, part = _fetch(region, event, tier, fetched)
             parts.append(part)
             tier.exchange(below, _given(region, event, losers[:, event], fetched))
@@ -166,25 +164,19 @@ class Spill(Wrapper):
         content = {name: torch.cat([part[1][name] for part in parts]) for name in names}
         return Exchanged(losers, (places[0], places[1], places[2], places[3]), content)
 
-    def _ask(
-        self, region: Region, event: int, layers: Tensor, losers: Tensor, spared: Tensor
-    ) -> _Fetched:
-        """Looks at the tier in some layers: the best candidate against the weakest survivor...
+    def _ask(self, region: Region, event: int, losers: Tensor, spared: Tensor) -> _Fetched:
+        """The best candidate against the weakest survivor...
 
         Args:
-            region: of all layers.
+            region: see Region.
             event: the sequence.
-            layers: int64 [n], of the region.
             losers: bool [layers, kv_heads, m], all that the inner policy drops.
             spared: bool [layers, kv_heads, m].
         """
-        if not len(layers):
-            return _Fetched(layers, layers, layers, layers.bool(), layers)
         assert region.spilled is not None
-        losers, spared = losers[layers], spared[layers]
         number = ranking.CANDIDATES * self.fetch_limit
-        candidates = ranking.find(region, event, region.spilled[event], layers, number)
-        mass = ranking.mass(region, event, layers, candidates)
+        candidates = ranking.find(region, event, region.spilled[event], number)
+        mass = ranking.mass(region, event, candidates)
         mass = ranking.pooled(mass, candidates.positions, spared)
         size = losers.shape[-1]
         limit = min(self.fetch_limit, size)
@@ -196,12 +188,12 @@ class Spill(Wrapper):
         weakest = weakest.topk(limit, largest=False).indices
         chosen = mass.gather(-1, best) > self.threshold * mass.gather(-1, weakest)
         chosen &= offered.gather(-1, best) & free.gather(-1, weakest)
-        row, head, _ = chosen.nonzero(as_tuple=True)
+        layer, head, _ = chosen.nonzero(as_tuple=True)
         source = best[chosen]
         below = source >= size
         slot = source.clone()
-        slot[below] = candidates.slots[row[below], head[below], source[below] - size]
-        return _Fetched(layers[row], head, weakest[chosen], below, slot)
+        slot[below] = candidates.slots[layer[below], head[below], source[below] - size]
+        return _Fetched(layer, head, weakest[chosen], below, slot)
 
 
 def _narrowed(region: Region, window: int) -> Region:
@@ -250,10 +242,11 @@ def _given(region: Region, event: int, losers: Tensor, fetched: _Fetched) -> Spi
     which[layer[~below], head[~below], slot[~below]] = False
     places = which.nonzero(as_tuple=True)
     layer, head, _ = places
-    if len(layer) * 4 > which.numel():  # most: then whole pages are read faster than rows
-        content = {name: held[:, event][places] for name, held in _content(region).items()}
+    held = _content(region)
+    if len(layer) * 4 > which.numel():  # of so many, whole pages are read faster than rows
+        content = {name: part[:, event][places] for name, part in held.items()}
     else:
-        content = {name: held[_at(event, *places)] for name, held in _content(region).items()}
+        content = {name: part[_at(event, *places)] for name, part in held.items()}
     wanted = ranking.mean_query(region.queries, event)[layer, head]
     content["importance"] = torch.linalg.vecdot(content["keys"], wanted)
     return Spilled(layer * which.shape[1] + head, content)

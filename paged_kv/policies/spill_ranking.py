@@ -21,31 +21,11 @@ CANDIDATES = 4
 # Entries on each side that are worth what an entry is worth: who asks for a phrase finds its
 # beginning, and the next query, long before the next compaction, wants what follows.
 NEIGHBOURS = 8
-# Tokens after which a layer looks at its tier again. To look takes as long as some steps of
-# decoding, and what the text is about does not change so quickly.
-ASK_EVERY = 128
-# So many tokens later than the layer before: at each compaction a few layers look at their tiers,
-# and no compaction takes much longer than the others.
-ASK_SHIFT = 16
 _PADDING = torch.iinfo(torch.int64).max
 
 
-def asked(layers: Tensor, num_tokens: Tensor, num_losers: Tensor) -> Tensor:
-    """Which layers look at their tiers: bool [layers, events].
-
-    Always after ASK_EVERY new tokens or more, the first compaction of a long prompt included.
-
-    Args:
-        layers: int64 [layers], of the model.
-        num_tokens: int64 [events], at this compaction.
-        num_losers: int64 [events]: as many tokens are new since the last one.
-    """
-    now = num_tokens + ASK_SHIFT * layers[:, None]
-    return now // ASK_EVERY > (now - num_losers) // ASK_EVERY
-
-
 class Candidates(NamedTuple):
-    """What some layers hold in one event, and behind it entries of the tier that may be worth it.
+    """What one event holds, and behind it entries of the tier that may be worth it.
 
     Args:
         slots: int64 [layers, kv_heads, n], of the candidates in the tier.
@@ -60,29 +40,28 @@ class Candidates(NamedTuple):
     positions: Tensor
 
 
-def find(region: Region, event: int, tier: Tier, layers: Tensor, limit: int) -> Candidates:
+def find(region: Region, event: int, tier: Tier, limit: int) -> Candidates:
     """The best pages of a sequence's tier, of at least `limit` entries if it has so many.
 
     Args:
-        region: of all layers.
+        region: see Region.
         event: the sequence.
         tier: its.
-        layers: int64 [layers], of the region: those to look at.
         limit: CANDIDATES for each entry that may be fetched.
     """
-    keys, positions = region.keys[layers, event], region.positions[layers, event]
+    keys, positions = region.keys[:, event], region.positions[:, event]
     device, num_entries, page_size = keys.device, tier.num_entries, tier.page_size
-    heads = positions.shape[1]
+    num_layers, heads = positions.shape[:2]
     if not num_entries:
-        none = positions.new_zeros(len(layers), heads, 0)
+        none = positions.new_zeros(num_layers, heads, 0)
         return Candidates(none, none.bool(), keys, positions)
-    least, largest = (part.to(device).float() for part in tier.summaries(layers.cpu()))
+    least, largest = (part.to(device).float() for part in tier.summaries())
     wanted = min(-(-limit // page_size), least.shape[-2])
-    pages = _page_scores(region.queries, event, layers, least, largest).topk(wanted).indices
+    pages = _page_scores(region.queries, event, least, largest).topk(wanted).indices
     slots = (pages[..., None] * page_size + torch.arange(page_size, device=device)).flatten(-2)
     exists = slots < num_entries
     slots = slots.masked_fill(~exists, 0)
-    places = layers.cpu()[:, None, None], torch.arange(heads)[:, None], slots.cpu()
+    places = torch.arange(num_layers)[:, None, None], torch.arange(heads)[:, None], slots.cpu()
     found = tier.read("positions", places).to(device).long().masked_fill(~exists, _PADDING)
     return Candidates(
         slots=slots,
@@ -92,19 +71,16 @@ def find(region: Region, event: int, tier: Tier, layers: Tensor, limit: int) -> 
     )
 
 
-def _page_scores(
-    queries: Queries, event: int, layers: Tensor, least: Tensor, largest: Tensor
-) -> Tensor:
+def _page_scores(queries: Queries, event: int, least: Tensor, largest: Tensor) -> Tensor:
     """float32 [layers, kv_heads, pages]: what pages could get at most, each query among them.
 
     Args:
         queries: see Queries.
         event: whose.
-        layers: see find.
         least: float32 [layers, kv_heads, pages, head_dim]; see Tier.summaries.
         largest: the same.
     """
-    states = queries.states[layers, event]
+    states = queries.states[:, event]
     bounds = logit_bounds(states.flatten(2, 3) * queries.scale, least, largest)
     if queries.softcap:
         bounds = torch.tanh(bounds / queries.softcap) * queries.softcap
@@ -124,17 +100,17 @@ def logit_bounds(states: Tensor, least: Tensor, largest: Tensor) -> Tensor:
     return signs @ torch.cat([largest, least], -1).transpose(-1, -2)
 
 
-def mass(region: Region, event: int, layers: Tensor, candidates: Candidates) -> Tensor:
+def mass(region: Region, event: int, candidates: Candidates) -> Tensor:
     """float32 [layers, kv_heads, m + n]: attention of the window to region and candidates."""
     queries: Queries = region.queries
     return ops.attention_mass(
-        queries.states[layers, event],
+        queries.states[:, event],
         candidates.keys,
         queries.positions[event],
         candidates.positions,
         queries.scale,
         queries.softcap,
-        None if queries.sinks is None else queries.sinks[layers, 0],
+        None if queries.sinks is None else queries.sinks[:, 0],
     )
 
 
@@ -156,4 +132,4 @@ def mean_query(queries: Queries, event: int) -> Tensor:
     """float32 [layers, kv_heads, head_dim]: of the window and the query heads, scaled."""
     real = (queries.positions[event] >= 0).float()
     share = real * (queries.scale / queries.states.shape[3] / real.sum().clamp_min(1))
-    return (queries.states[:, event] * share[:, None]).sum((2, 3))
+    return (share @ queries.states[:, event]).sum(2)

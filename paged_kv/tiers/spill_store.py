@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from paged_kv.kernels import reference
+from paged_kv.tiers import spill_places
 from paged_kv.tiers.spill_memory import SpillMemory, SpillSpace
 
 if TYPE_CHECKING:
@@ -169,10 +169,11 @@ class SpillStore:
         if count + more > end:
             lost = count + more - end
             self._num_lost += lost * len(layers)
-            target, slot, stays = self._make_room(layers, left, row, content, end, lost)
+            held = [self._side(name)[layers, :, :end] for name in ("importance", "positions")]
+            target, slot, stays = spill_places.make_room(left, count, held, row, content, lost)
             content = {name: numbers[stays] for name, numbers in content.items()}
         else:
-            target, slot = _free_places(left, num_rows, count, end)
+            target, slot = spill_places.free_places(left, num_rows, count, end)
         # In each row there are as many free slots as entries to come; both are in order of rows.
         target = layers[target // self.shape[1]] * self.shape[1] + target % self.shape[1]
         for name, numbers in content.items():
@@ -185,46 +186,6 @@ class SpillStore:
         for index in layers.tolist():
             self.counts[index] = end
         self._summarize(target, slot, end)
-
-    def _make_room(
-        self,
-        layers: Tensor,
-        left: tuple[Tensor, Tensor],
-        row: Tensor,
-        content: dict[str, Tensor],
-        end: int,
-        count: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Where what comes goes, (row, slot) [n] each, and what of it: bool, in its order.
-
-        Args:
-            layers: see arrive.
-            left: (row, slot), free places below the end.
-            row: see Spilled.
-            content: see Spilled.
-            end: entries that there is room for.
-            count: of those that are held or come, per row: the least important go.
-        """
-        num_rows = len(layers) * self.shape[1]
-        free = torch.zeros(num_rows, end, dtype=torch.bool)
-        free[:, self.counts[int(layers[0])] :] = True
-        free[left] = True
-        column = torch.arange(len(row)) - torch.searchsorted(row, row)
-        names = ("importance", "positions")
-        coming = [content[name].new_zeros(num_rows, int(column.max()) + 1) for name in names]
-        absent = torch.ones_like(coming[0], dtype=torch.bool).index_put_(
-            (row, column), torch.tensor(False)
-        )
-        for name, part in zip(names, coming, strict=True):
-            part[row, column] = content[name]
-        held = [self._side(name)[layers, :, :end].flatten(0, 1) for name in names]
-        importance, positions = (
-            torch.cat([old.to(new.dtype), new], -1) for old, new in zip(held, coming, strict=True)
-        )
-        keep = torch.cat([free, absent], -1)
-        gone = reference.lowest(importance, positions, keep, torch.tensor([count]), count)
-        target, slot = (free | gone[:, :end]).nonzero(as_tuple=True)
-        return target, slot, ~gone[row, end + column]
 
     def _side(self, name: str) -> Tensor:
         """[layers, kv_heads, capacity], with room for all that keys and values have."""
@@ -268,10 +229,10 @@ class SpillView:
         """See Tier."""
         return self.store.count(self.layers)
 
-    def summaries(self, layers: Tensor) -> tuple[Tensor, Tensor]:
+    def summaries(self) -> tuple[Tensor, Tensor]:
         """See Tier."""
         self.store.wait(self._own)
-        return self.store.bounds(self.layers[layers])
+        return self.store.bounds(self.layers)
 
     def read(self, name: str, places: Places) -> Tensor:
         """See Tier."""
@@ -297,14 +258,3 @@ def _grown(tensor: Tensor, size: int) -> Tensor:
     new = tensor.new_zeros(*tensor.shape[:2], size, *tensor.shape[3:])
     new[:, :, : tensor.shape[2]] = tensor
     return new
-
-
-def _free_places(
-    left: tuple[Tensor, Tensor], num_rows: int, count: int, end: int
-) -> tuple[Tensor, Tensor]:
-    """(row, slot), in order: places that are left below `count`, and all from there to `end`."""
-    new = torch.arange(count, end)
-    row = torch.cat([left[0], torch.arange(num_rows).repeat_interleave(len(new))])
-    slot = torch.cat([left[1], new.repeat(num_rows)])
-    order = (row * end + slot).argsort()
-    return row[order], slot[order]

@@ -132,9 +132,8 @@ def _read_flags(args: argparse.Namespace, additional: dict[str, Any]) -> None:
     if policy is None and not given:
         return
     if CONFIG_KEY in additional:
-        raise ValueError(
-            "give either kv-policy and kv-swap-space or additional-config's paged_kv, not both"
-        )
+        flag = "kv-policy" if policy is not None else "kv-swap-space"
+        raise ValueError(f"give either {flag} or additional-config's paged_kv, not both")
     settings = parse_json(more) if more else {}
     settings |= {"policy": policy} if policy is not None else {}
     settings |= {"budget": budget} if budget is not None else {}

@@ -14,7 +14,6 @@ from paged_kv.kernels.rotary import Rotary
 from paged_kv.policies.base import Events, Int64s, Policy
 from paged_kv.policies.region import Compaction, Queries, Region, moves
 from paged_kv.policies.spill import Exchanged, Spill
-from paged_kv.policies.spill_ranking import asked
 from paged_kv.vllm.layer_group import Stack
 from paged_kv.vllm.observation import page_ids
 
@@ -71,11 +70,9 @@ def compact(
         pages = page_ids(table, similar.rows, first, end, stack.pages.page_size)
         # A layer's keys, values and copies of them can be large: a few layers at a time.
         numbers = pages.numel() * stack.pages.page_size * stack.pages.num_heads
-        at_once = (
-            MAX_NUMBERS / (numbers * stack.pages.keys.size) / _share_gathered(policy, stack, events)
-        )
+        at_once = max(1, MAX_NUMBERS // (numbers * stack.pages.keys.size))
         layers = torch.arange(stack.pages.num_layers, device=pages.device)
-        for chosen in layers.split(min(len(layers), max(1, int(at_once)))):
+        for chosen in layers.split(at_once):
             region = _gather(policy, stack, chosen, pages, similar, rotary)
             if isinstance(policy, Spill):
                 exchanged = policy.exchange(region)
@@ -155,18 +152,6 @@ def _reads(policy: Policy, name: str) -> bool:
     return name in policy.reads or (name == "keys" and policy.observation_window > 0)
 
 
-def _share_gathered(policy: Policy, stack: Stack, events: Events) -> float:
-    """Of the layers: those whose keys are gathered in a whole."""
-    if not isinstance(policy, Spill) or _reads(policy.inner, "keys"):
-        return 1.0
-    num_tokens, first, end = (
-        torch.from_numpy(array)
-        for array in (events.num_tokens, events.evicted_before, events.evicted_after)
-    )
-    found = asked(stack.layer_ids.cpu(), num_tokens, end - first)
-    return max(float(found.any(-1).float().mean()), 1 / len(found))
-
-
 def _queries(stack: Stack, layers: torch.Tensor, batch: Batch) -> Queries | None:
     """The observation windows. Column c of the ring holds the newest token t with t % w = c."""
     if stack.ring is None:
@@ -198,10 +183,10 @@ class _Lazy:
         self.part, self.layers, self.pages, self.page_size = part, layers, pages, page_size
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        """What lies in (layer, event, KV head, slot), or in (layers, event).
+        """What lies in (layer, event, KV head, slot), or in (:, event).
 
         Args:
-            index: int64 [n] each: [n, size]; or (int64 [n] or all, int): [n, kv_heads, m, size].
+            index: int64 [n] each: [n, size]; or (all layers, int): [layers, kv_heads, m, size].
         """
         if len(index) == 4:
             return self.part.take(entry_index(self.layers, self.pages, index, self.page_size))

@@ -98,9 +98,14 @@ class SwapConnector(KVConnectorBase_V1, SupportsHMA):
         if num_tokens <= num_computed_tokens:
             return 0, False
         assert self.ledger is not None
-        if not self.ledger.swapped[request.request_id].is_loadable:
-            return (None if self.ledger.promote(request.request_id) else 0), False
-        return num_tokens - num_computed_tokens, False
+        if self.ledger.swapped[request.request_id].is_loadable:
+            return num_tokens - num_computed_tokens, False
+        if self.ledger.promote(request.request_id):
+            return None, False
+        for manager in self._managers:  # they were told that it comes back: it begins anew
+            if isinstance(manager, PagedManager):
+                manager.forget_restored(request.request_id)
+        return 0, False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """A request is admitted: its new pages are loaded, or its swapped ones not needed."""
