@@ -82,8 +82,8 @@ def random_swaps(rng: random.Random, **fixed: Any) -> Rules:
         "state_slots": rng.choice([0, 0, 1, 2]),
         "ranks": rng.choice([1, 1, 2]),
         "private_hits": rng.random() < 0.2,
-        # vLLM leaves pages in the prefix cache of a victim that was to be computed in this step.
-        "priorities": not fixed.get("caching", True) and rng.random() < 0.5,
+        # Of a victim that the step had scheduled, vLLM's own managers keep the pages hashed.
+        "priorities": False,
         "max_len": rng.choice([24, 32, 48, 64]),
         "seqs": rng.randint(3, 8),
     }

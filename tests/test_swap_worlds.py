@@ -14,7 +14,7 @@ from worlds import World
 NUM_SEEDS = 150
 KINDS: dict[str, dict[str, Any]] = {
     "cached": {},
-    "priorities": {"caching": False},
+    "priorities": {"priorities": True, "full_groups": 0},
     "compress-prefill": {"compress_prefill": True},
     "full": {"budgets": (), "full_groups": 1},
     "two full groups": {"budgets": (), "full_groups": 2},

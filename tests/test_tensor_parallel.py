@@ -32,7 +32,8 @@ SETTINGS: dict[str, Any] = {
     "kv_cache_memory_bytes": 64 << 20,
 }
 MAX_TOKENS = 100
-SMALL_POOL = {"num_gpu_blocks_override": 16, "max_model_len": 448}  # pages: not for both prompts and what follows
+# Pages: not for both prompts and what follows them.
+SMALL_POOL = {"num_gpu_blocks_override": 16, "max_model_len": 448}
 
 
 def settings_of(policy: str) -> dict[str, Any]:

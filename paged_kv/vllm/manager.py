@@ -202,13 +202,16 @@ class PagedManager(RestoringManager):
         self.snapshots.cancel(request_id)
         self.forget_restored(request_id)
         blocks = super().pop_blocks_for_free(request_id)
-        self._to_be_written.difference_update(block.block_id for block in blocks)
+        ids = {block.block_id for block in blocks}
+        self._to_be_written -= ids
+        # A victim that this step had already scheduled: these are not going to be computed.
+        self.block_pool.evict_blocks(ids & self._hashed_in_step)
         if request_id in self._sequences:
             self._sequences[request_id].frozen = None
         return blocks
 
     def new_step_starts(self) -> None:
-        """What was hashed in the last step is computed before this one."""
+        """A step is scheduled: what it hashed is computed before the next one."""
         self._hashed_in_step.clear()
 
     @classmethod

@@ -60,6 +60,8 @@ class _PagedMixin(SwapMixin):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """One step; tells the worker which raw pages to copy before it compacts."""
         output = super().schedule(*args, **kwargs)
+        for manager in self.paged_managers:
+            manager.new_step_starts()
         copies = [copy for manager in self.paged_managers for copy in manager.snapshots.drain()]
         output.paged_kv_snapshots = copies  # an attribute more: travels with the pickled output
         return output
