@@ -51,6 +51,8 @@ class CompressionConfig:
         spill_window: last queries that say what is worth fetching.
         spill_threshold: how many times the attention of the weakest survivor a spilled entry must
             get to take its place.
+        spill_interval: tokens after which a sequence that decodes looks at its tier again; 0: at
+            every compaction.
         spill_dir: directory for spilled entries beyond spill_host_budget; empty for none.
         spill_host_budget: of the spilled entries, those in host memory, if there is a spill_dir.
         options: what the policy itself declares.
@@ -77,6 +79,7 @@ class CompressionConfig:
     fetch_limit: int = 64
     spill_window: int = 32
     spill_threshold: float = 1.0
+    spill_interval: int = 128
     spill_dir: str = ""
     spill_host_budget: int = 4096
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -191,7 +194,9 @@ class CompressionConfig:
             )
         from paged_kv.policies.spill import Spill
 
-        return Spill(policy, self.fetch_limit, self.spill_window, self.spill_threshold)
+        return Spill(
+            policy, self.fetch_limit, self.spill_window, self.spill_threshold, self.spill_interval
+        )
 
     def min_entries(self, page_size: int) -> int:
         """The least budget that leaves a page to evict."""

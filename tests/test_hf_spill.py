@@ -18,7 +18,13 @@ from paged_kv.hf.loading import encode
 from paged_kv.hf.reference import ReferenceEngine
 
 PROMPT, NEW, BUDGET = 150, 100, 80
-SPILL: dict[str, Any] = {"spill": True, "fetch_limit": 40, "spill_window": 12, "recent_window": 16}
+SPILL: dict[str, Any] = {
+    "spill": True,
+    "spill_interval": 0,
+    "fetch_limit": 40,
+    "spill_window": 12,
+    "recent_window": 16,
+}
 CASES = {
     "streaming": {},
     "snapkv": {"observation_window": 8},

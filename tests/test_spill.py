@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from policy_definitions import DEFINITIONS, Head
-from spill_definition import Entry, Spilling, exchange
+from policy_heads import is_free
+from spill_definition import Entry, Spilling, exchange, importance_of
 
 from paged_kv.config import CompressionConfig
 from paged_kv.policies.region import Queries, Region
@@ -37,6 +38,8 @@ class World:
         self.held: dict[tuple[int, int], list[Entry]] = {at: [] for at in self.heads}
         self.tier: dict[tuple[int, int], list[Entry]] = {at: [] for at in self.heads}
         self.num_tokens = self.num_fetched = 0
+        self.interval = self.num_rests = self.last = self.looked = 0
+        self.fetched: dict[tuple[int, int], set[int]] = {}  # by the last look
 
     def add(self, count: int) -> None:
         """New tokens, with random entries."""
@@ -69,6 +72,13 @@ class World:
 
     def expect(self, queries: torch.Tensor, query_positions: list[int]) -> None:
         """The lists after the next compaction."""
+        size = len(self.held[0, 0])
+        lately = bool(self.fetched) and self.num_tokens - self.looked < self.interval
+        rests = lately and self.num_tokens - self.last == size - BUDGET
+        self.num_rests += bool(rests)
+        self.last = self.num_tokens
+        if not rests:
+            self.looked = self.num_tokens
         for layer, head in self.heads:
             held = self.held[layer, head]
             one = Head(
@@ -86,11 +96,31 @@ class World:
                 query_positions=query_positions,
                 scale=0.5,
             )
+            if rests:
+                self.rest(layer, head, one)
+                continue
             losers = DEFINITIONS[self.name](one, self.options)[0]
             own = self.tier[layer, head]
+            stayed = {entry.position for slot, entry in enumerate(held) if slot not in losers}
             result = exchange(self.name, self.options, one, losers, own, self.spilling)
             self.held[layer, head], self.tier[layer, head], count = result
             self.num_fetched += count
+            now = {entry.position for entry in self.held[layer, head]}
+            self.fetched[layer, head] = now - stayed
+
+    def rest(self, layer: int, head: int, one: Head) -> None:
+        """streaming drops the oldest, but for what was fetched; nothing comes back."""
+        held = self.held[layer, head]
+        importance = importance_of(one, self.spilling.spill_window)
+        free = [slot for slot in range(len(held)) if is_free(self.name, one, self.options, slot)]
+        free = [slot for slot in free if held[slot].position not in self.fetched[layer, head]]
+        losers = sorted(free, key=lambda slot: held[slot].position)[: one.num_losers]
+        for slot in losers:
+            held[slot].importance = importance[slot]
+            self.tier[layer, head].append(held[slot])
+        self.tier[layer, head].sort(key=lambda e: (e.importance, e.position), reverse=True)
+        del self.tier[layer, head][self.spilling.spill_budget :]
+        self.held[layer, head] = [e for slot, e in enumerate(held) if slot not in losers]
 
     def check(self) -> None:
         """Engine and lists hold the same, on both tiers."""
@@ -167,7 +197,13 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 def test_exchange_is_the_definition(name, options, threshold, tmp_path):
     """Two sequences, one of them longer, in one region; tiers that fill up, partly in files."""
     given = {"fetch_limit": 16, "spill_window": 9, "spill_threshold": threshold}
-    config = {"num_sink_tokens": 2, "recent_window": 8, "budget": 100, "spill": True}
+    config = {
+        "num_sink_tokens": 2,
+        "recent_window": 8,
+        "budget": 100,
+        "spill": True,
+        "spill_interval": 0,
+    }
     policy = CompressionConfig.from_dict(
         {"policy": name} | options | config | given
     ).create_policy()
@@ -186,6 +222,27 @@ def test_exchange_is_the_definition(name, options, threshold, tmp_path):
     assert min(world.store.num_lost for world in worlds) > 0
     assert all(world.store.num_bytes["mmap"] for world in worlds)
     assert not list(tmp_path.iterdir()), "a file still has a name"
+
+
+def test_who_decodes_looks_now_and_then():
+    """What was fetched stays until the next look."""
+    given = {"fetch_limit": 16, "spill_window": 9, "spill_threshold": 1.0}
+    config = {"num_sink_tokens": 2, "recent_window": 8, "budget": 100, "spill": True}
+    policy = CompressionConfig.from_dict(
+        {"policy": "streaming", "spill_interval": 3 * STEP} | config | given
+    ).create_policy()
+    world = World("streaming", {}, Spilling(**given, spill_budget=60), SpillSpace(60, 60))
+    world.interval = 3 * STEP
+    generator = torch.Generator().manual_seed(1)
+    torch.manual_seed(2)
+    rests = []
+    for more in (BUDGET + STEP, *[STEP] * 7):
+        world.add(more)
+        before = world.num_rests
+        compact([world], policy, generator)
+        rests.append(world.num_rests > before)
+    assert rests == [False, True, True, False, True, True, False, True]
+    assert world.num_fetched > 20
 
 
 def filled(space: SpillSpace, count: int, rounds: int = 1) -> tuple[SpillStore, dict[str, Any]]:

@@ -28,7 +28,7 @@ SETTINGS = {
     "max_num_batched_tokens": 100,
     "kv_cache_memory_bytes": 64 << 20,
 }
-SPILL = {"budget": BUDGET, "spill": True}
+SPILL = {"budget": BUDGET, "spill": True, "spill_interval": 0}
 SNAPKV = {**SPILL, "policy": "snapkv", "observation_window": 8}
 
 
@@ -176,3 +176,29 @@ def test_stores_of_preempted_requests(tiny):
     spill.drop("c")  # its pages were lost on the way
     assert update(resumed="c") == ["a"]
     assert update(finished="a") == []
+
+
+def test_both_engines_look_and_rest_alike(tiny):
+    """By default a sequence that decodes looks at its tier now and then: here, three do not."""
+    from transformers import AutoModelForCausalLM
+
+    from paged_kv.hf import PagedCache
+
+    config = {"policy": "streaming", "budget": BUDGET, "spill": True, "fetch_limit": 16}
+    [prompt] = prompts_of(300)
+    with engines.engine(tiny, config, **SETTINGS) as llm:
+        [found] = engines.generate(llm, [prompt], 110)
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    cache = PagedCache(model.config, **config)
+    tokens = torch.tensor([prompt])
+    output = model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        past_key_values=cache,
+        max_new_tokens=110,
+        min_new_tokens=110,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    assert output[0, 300:].tolist() == found
+    assert cache.stats().fetched > 0

@@ -73,6 +73,7 @@ READERS: dict[str, Any] = {
     "fetch_limit": opt.integer(64, least=1).read,
     "spill_window": opt.integer(32, least=1).read,
     "spill_threshold": opt.number(1.0, 0.0, 1e6).read,
+    "spill_interval": opt.integer(128).read,
     "spill_dir": opt.text("").read,
     "spill_host_budget": opt.integer(4096, least=1).read,
 }

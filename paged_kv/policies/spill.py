@@ -9,7 +9,7 @@ import torch
 
 from paged_kv.kernels import reference
 from paged_kv.policies import spill_ranking as ranking
-from paged_kv.policies.base import Policy, Wrapper
+from paged_kv.policies.base import Policy, ScoringPolicy, Wrapper
 from paged_kv.policies.region import Compaction, Queries, Region
 
 Tensor = torch.Tensor
@@ -30,6 +30,20 @@ class Spilled:
 
     row: Tensor
     content: dict[str, Tensor]
+
+
+class Memo(NamedTuple):
+    """What a sequence's compactions leave for the next one.
+
+    Args:
+        num_tokens: at the last compaction.
+        looked: at the last one that looked at the tier.
+        fetched: int64 [layers, kv_heads, n], positions that it fetched; -1 for none.
+    """
+
+    num_tokens: int
+    looked: int
+    fetched: Tensor
 
 
 class Tier(Protocol):
@@ -54,6 +68,12 @@ class Tier(Protocol):
 
     def read(self, name: str, places: Places) -> Tensor:
         """Keys or values [..., head_dim], positions or scores [...], of the places' shape."""
+
+    def recall(self) -> Memo | None:
+        """What was remembered of these layers last; None: nothing yet."""
+
+    def remember(self, memo: Memo) -> None:
+        """Keeps this for the next compaction of the sequence, whatever layers that asks for."""
 
     def exchange(self, taken: Places, given: Spilled) -> None:
         """Entries leave and others come; may go on after it has returned.
@@ -88,6 +108,7 @@ class _Fetched(NamedTuple):
         place: int64, slot of the survivor that makes way, in the region.
         below: bool, whether it comes from the tier; the others this compaction would have dropped.
         slot: int64, where it lies, in the tier or in the region.
+        positions: see Memo.fetched.
     """
 
     layer: Tensor
@@ -95,6 +116,7 @@ class _Fetched(NamedTuple):
     place: Tensor
     below: Tensor
     slot: Tensor
+    positions: Tensor
 
 
 class Spill(Wrapper):
@@ -115,18 +137,26 @@ class Spill(Wrapper):
     went: attention on a logarithmic scale, but for what all entries have in common. It takes
     nothing but the entry's own key.
 
+    To look at the tier takes as long as some steps of decoding, and what a text is about does not
+    change so quickly. So a sequence that decodes looks once in `interval` tokens; what was fetched
+    stays until it looks again.
+
     Args:
         inner: says what goes; it merges nothing.
         fetch_limit: most entries that a compaction fetches, per layer and KV head.
         window: last queries that say what is worth fetching.
         threshold: see above.
+        interval: see above; 0: every compaction looks.
     """
 
     reads = frozenset({"keys", "values"})
 
-    def __init__(self, inner: Policy, fetch_limit: int, window: int, threshold: float) -> None:
+    def __init__(
+        self, inner: Policy, fetch_limit: int, window: int, threshold: float, interval: int = 0
+    ) -> None:
         super().__init__(inner)
         self.fetch_limit, self.window, self.threshold = fetch_limit, window, threshold
+        self.interval = interval
 
     @property
     def observation_window(self) -> int:
@@ -150,12 +180,20 @@ class Spill(Wrapper):
         values[:, event] or values[layer, event, head, slot].
         """
         assert region.spilled is not None, "the engine keeps no tiers"
-        losers = self.inner.compact(_narrowed(region, self.inner.observation_window)).losers
+        memos = [tier.recall() for tier in region.spilled]
         spared = self.inner.protected(region)
+        looking, losers = self._losers(region, memos, spared)
         region = _narrowed(region, self.window)
         parts = []
-        for event, tier in enumerate(region.spilled or ()):
-            fetched = self._ask(region, event, losers[:, event], spared[:, event])
+        for event, (tier, memo) in enumerate(zip(region.spilled or (), memos, strict=True)):
+            looked = num_tokens = int(region.num_tokens[event])
+            if memo is None or event in looking:
+                fetched = self._ask(region, event, losers[:, event], spared[:, event])
+            else:
+                none = torch.zeros(0, dtype=torch.int64, device=losers.device)
+                fetched = _Fetched(none, none, none, none.bool(), none, memo.fetched)
+                looked = memo.looked
+            tier.remember(Memo(num_tokens, looked, fetched.positions))
             below, part = _fetch(region, event, tier, fetched)
             parts.append(part)
             tier.exchange(below, _given(region, event, losers[:, event], fetched))
@@ -163,6 +201,34 @@ class Spill(Wrapper):
         names = parts[0][1]
         content = {name: torch.cat([part[1][name] for part in parts]) for name in names}
         return Exchanged(losers, (places[0], places[1], places[2], places[3]), content)
+
+    def _losers(
+        self, region: Region, memos: list[Memo | None], protected: Tensor
+    ) -> tuple[set[int], Tensor]:
+        """Events that look at their tiers, and what the inner policy drops.
+
+        One does not if it decodes and has looked lately; what it fetched then is spared. A step of
+        a prompt is told from decoding by its length, which is not that of what it drops.
+        """
+        inner, narrowed = self.inner, _narrowed(region, self.inner.observation_window)
+        resting = {}
+        evicts = isinstance(inner, ScoringPolicy) and type(inner).compact is ScoringPolicy.compact
+        for event, memo in enumerate(memos if evicts else ()):
+            now, num_losers = int(region.num_tokens[event]), int(region.num_losers[event])
+            if memo is None or now - memo.looked >= self.interval:
+                continue
+            kept = _among(region.positions[:, event], memo.fetched)
+            room = (~(protected[:, event] | kept)).sum(-1).amin()
+            if now - memo.num_tokens == num_losers and room >= num_losers:
+                resting[event] = kept
+        looking = set(range(len(memos))) - set(resting)
+        if not resting:
+            return looking, inner.compact(narrowed).losers
+        spared = torch.zeros_like(protected.expand(region.positions.shape))
+        for event, kept in resting.items():
+            spared[:, event] = kept
+        assert isinstance(inner, ScoringPolicy)
+        return looking, inner.losers(narrowed, region.num_losers[:, None], spared)
 
     def _ask(self, region: Region, event: int, losers: Tensor, spared: Tensor) -> _Fetched:
         """The best candidate against the weakest survivor...
@@ -193,7 +259,8 @@ class Spill(Wrapper):
         below = source >= size
         slot = source.clone()
         slot[below] = candidates.slots[layer[below], head[below], source[below] - size]
-        return _Fetched(layer, head, weakest[chosen], below, slot)
+        positions = candidates.positions.gather(-1, best).masked_fill(~chosen, -1)
+        return _Fetched(layer, head, weakest[chosen], below, slot, positions)
 
 
 def _narrowed(region: Region, window: int) -> Region:
@@ -209,6 +276,15 @@ def _narrowed(region: Region, window: int) -> Region:
     return replace(region, queries=replace(queries, states=states, positions=positions))
 
 
+def _among(positions: Tensor, some: Tensor) -> Tensor:
+    """bool [layers, kv_heads, m]: which of these are among some [layers, kv_heads, n]."""
+    ordered = some.to(positions.device).sort(-1).values.contiguous()
+    if not ordered.shape[-1]:
+        return torch.zeros_like(positions, dtype=torch.bool)
+    place = torch.searchsorted(ordered, positions.contiguous())
+    return ordered.gather(-1, place.clamp_max(ordered.shape[-1] - 1)) == positions
+
+
 def _content(region: Region) -> dict[str, Any]:
     """What entries hold, by name."""
     names = ("keys", "values", "positions", "scores")
@@ -219,7 +295,7 @@ def _fetch(
     region: Region, event: int, tier: Tier, fetched: _Fetched
 ) -> tuple[Places, tuple[Index, dict[str, Tensor]]]:
     """Places in the tier that are read, and what lies where from now on; see Exchanged."""
-    layer, head, place, below, slot = fetched
+    layer, head, place, below, slot, _ = fetched
     own = _at(event, layer[~below], head[~below], slot[~below])
     other = layer[below].cpu(), head[below].cpu(), slot[below].cpu()
     content = {}
@@ -236,7 +312,7 @@ def _at(event: int, layer: Tensor, head: Tensor, slot: Tensor) -> Index:
 
 def _given(region: Region, event: int, losers: Tensor, fetched: _Fetched) -> Spilled:
     """What goes down: losers that were not fetched, and survivors that had to make way."""
-    layer, head, place, below, slot = fetched
+    layer, head, place, below, slot, _ = fetched
     which = losers.clone()
     which[layer, head, place] = True
     which[layer[~below], head[~below], slot[~below]] = False

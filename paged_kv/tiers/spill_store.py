@@ -18,7 +18,7 @@ from paged_kv.tiers import spill_places
 from paged_kv.tiers.spill_memory import SpillMemory, SpillSpace
 
 if TYPE_CHECKING:
-    from paged_kv.policies.spill import Places, Spilled
+    from paged_kv.policies.spill import Memo, Places, Spilled
 
 Tensor = torch.Tensor
 PAGE_SIZE = 32  # entries that have one summary
@@ -52,6 +52,7 @@ class SpillStore:
         # Least and largest number in each channel of a page: [layers, kv_heads, pages, key_size].
         self._bounds = [torch.empty(*self.shape, 0, self.sizes[0], dtype=self.dtype)] * 2
         self._num_lost = 0
+        self.memos: dict[int, Memo] = {}  # by layer; of that layer alone
 
     def select(self, layers: Sequence[int]) -> SpillView:
         """Some layers, of equally many entries, as a policy sees them."""
@@ -90,6 +91,7 @@ class SpillStore:
             content = {name: self.take(name, places) for name in names}
             nothing = torch.zeros(0, dtype=torch.int64)
             other.arrive(layers, (nothing, nothing, nothing), row, content)
+        other.memos = dict(self.memos)
         return other
 
     def read(self, name: str, places: Places) -> Tensor:
@@ -238,6 +240,19 @@ class SpillView:
         """See Tier."""
         self.store.wait(self._own)
         return self.store.take(name, (self.layers[places[0]], *places[1:]))
+
+    def recall(self) -> Memo | None:
+        """See Tier."""
+        found = [self.store.memos.get(layer) for layer in self.layers.tolist()]
+        known = [memo for memo in found if memo is not None]
+        if len(known) < len(found):
+            return None
+        return known[0]._replace(fetched=torch.stack([memo.fetched for memo in known]))
+
+    def remember(self, memo: Memo) -> None:
+        """See Tier."""
+        for layer, fetched in zip(self.layers.tolist(), memo.fetched.unbind(0), strict=True):
+            self.store.memos[layer] = memo._replace(fetched=fetched)
 
     def exchange(self, taken: Places, given: Spilled) -> None:
         """See Tier."""
