@@ -292,13 +292,15 @@ def test_forgotten_jobs_are_not_done(tiers):
     assert (tiers.host[4:6] == 7).all()
 
 
-MEMORY = """
-import os, sys
-from paged_kv.tiers.swap_tiers import SwapTiers
-
-def resident_bytes():
+def resident_bytes() -> int:
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+MEMORY = """
+import sys
+from test_tiers import resident_bytes
+from paged_kv.tiers.swap_tiers import SwapTiers
 
 before = resident_bytes()
 tiers = SwapTiers(1 << 20, host_slots=64, file_slots=64, directory=sys.argv[1])
@@ -317,7 +319,7 @@ tiers.close()
 def test_memory_is_what_was_asked_for(tmp_path):
     """In a process of its own: what others gave back would be taken again."""
     line = [sys.executable, "-c", MEMORY, str(tmp_path)]
-    done = subprocess.run(line, capture_output=True, text=True)
+    done = subprocess.run(line, capture_output=True, text=True, cwd=Path(__file__).parent)
     assert done.returncode == 0, done.stderr
 
 
