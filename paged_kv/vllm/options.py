@@ -62,8 +62,9 @@ def add_cli_args(parser: Any) -> Any:
         "--kv-policy-config",
         metavar="JSON",
         help="More options: num_sink_tokens, recent_window, pyramid_beta, min_budget, "
-        "compress_prefill, skip_layers, tiers, max_groups, page_format, residual_pages, and what "
-        "the policy declares.",
+        "compress_prefill, skip_layers, tiers, max_groups, page_format, residual_pages, spill, "
+        "spill_budget, fetch_limit, spill_window, spill_threshold, spill_interval, spill_dir, "
+        "spill_host_budget, and what the policy declares.",
     )
     _add_swap_args(group)
     _check_when_parsed(parser)

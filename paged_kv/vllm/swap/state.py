@@ -77,8 +77,7 @@ class States:
             row = one.requests.row_of(request_id)
             if row is not None and first is not None:
                 parts = one.of_row(row)
-                fresh = [torch.empty_like(part, memory_format=torch.contiguous_format)
-                         for part in parts]  # fmt: skip
+                fresh = [part.new_empty(part.shape) for part in parts]
                 for piece, bytes_ in _pieces(fresh, slots, place):
                     bytes_.copy_(piece, non_blocking=True)
                 for part, new in zip(parts, fresh, strict=True):
