@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -11,7 +10,9 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from paged_kv import registry
+from paged_kv.core.options import read_json, shown
 from paged_kv.core.readers import READERS, parse_budget
+from paged_kv.core.schedule import cdiv
 
 if TYPE_CHECKING:
     from paged_kv.policies.base import Policy
@@ -108,7 +109,7 @@ class CompressionConfig:
                 what is allowed.
         """
         if not isinstance(values, Mapping):
-            raise ValueError(f"paged_kv must be a dict of options, not {values!r}")
+            raise ValueError(f"paged_kv must be a dict of options, not {shown(values)}")
         policy = values.get("policy", "full")
         registry.check(policy)
         declared = registry.declared(registry.split(policy)[1], values) if policy != "full" else {}
@@ -220,6 +221,15 @@ class CompressionConfig:
                 f"({self.describe_minimum(page_size)})"
             )
 
+    def check_residual(self, page_size: int, max_tokens: int) -> None:
+        """Refuses more native pages than a sequence of max_tokens has. Raises ValueError."""
+        most = cdiv(max_tokens, page_size)
+        if self.residual_pages > most:
+            raise ValueError(
+                f"residual_pages must be at most {most}, the pages of {page_size} that a sequence "
+                f"of {max_tokens} tokens has, not {self.residual_pages}"
+            )
+
     def describe_minimum(self, page_size: int) -> str:
         """Where min_entries comes from."""
         recent = self.min_entries(page_size) - page_size - self.num_sink_tokens
@@ -232,11 +242,11 @@ class CompressionConfig:
 def parse_json(text: str, name: str = "kv-policy-config") -> dict[str, Any]:
     """The object in the option of that name. Raises ValueError."""
     try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name} is not JSON: {error} in {text!r}") from None
+        values = read_json(text)
+    except ValueError as error:
+        raise ValueError(f"{name} is not JSON: {error} in {shown(text)}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{name} must be a JSON object, not {text!r}")
+        raise ValueError(f"{name} must be a JSON object, not {shown(text)}")
     return values
 
 

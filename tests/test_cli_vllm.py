@@ -107,7 +107,8 @@ MISTAKES: dict[str, tuple[str, tuple[str, ...], str]] = {
     "fraction above 1": (
         "llama",
         (*STREAMING, "--kv-budget", "1.5"),
-        "budget must be an integer >= 1 or a number with a point between 0 and 1, not '1.5'",
+        "budget must be an integer >= 1 (at most 2147483647) or a number with a point between 0 "
+        "and 1 (at least 1e-06), not '1.5'",
     ),
     "fraction 0": ("llama", (*STREAMING, "--kv-budget", "0.0"), "not '0.0'"),
     "budget no number": ("llama", (*STREAMING, "--kv-budget", "lots"), "not 'lots'"),

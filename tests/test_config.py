@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from paged_kv.config import DEFAULT_BUDGET, CompressionConfig, parse_json
 from paged_kv.core.budgets import num_groups, tier_sizes
-from paged_kv.core.options import text
+from paged_kv.core.options import MOST, text
 from paged_kv.core.readers import parse_budget
 from paged_kv.policies.streaming import Streaming
 from paged_kv.registry import DEFAULT_SELECTOR
@@ -54,10 +54,12 @@ AT_LEAST = "must be an integer >= "
 BAD_VALUES = [
     (
         "budget",
-        "must be an integer >= 1 or a number with a point between 0 and 1",
+        "must be an integer >= 1 (at most 2147483647) or a number with a point between 0 and 1 "
+        "(at least 1e-06)",
         [
             *(0, -1, 0.0, 1.0, 1.5, -0.5, 128.0, NAN, INF, True, None, [128]),
             *("", "many", "1/2", "50%", "²", "1e400", "1.0", "0"),
+            *(2**31, 2**63, 10**23, "1" + "0" * 23, 1e-300, "1e-300", "1e-999999999", 0.9999999),
         ],
     ),
     ("num_sink_tokens", AT_LEAST + "0", [-1, 4.0, "4", None, True]),
@@ -81,6 +83,42 @@ def test_a_bad_value_names_the_option_and_what_is_allowed(name, allowed, value):
         config(**{name: value})
 
 
+COUNTS = [name for name, allowed, _ in BAD_VALUES[1:] if allowed.startswith(AT_LEAST)]
+COUNTS += ["residual_pages", "spill_budget", "fetch_limit", "spill_interval", "spill_host_budget"]
+
+
+@pytest.mark.parametrize("value", [2**31, 2**63, 10**23])
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_count_fits_into_31_bits(name, value):
+    with pytest.raises(ValueError, match=rf"^{name} .* and <= 2147483647, not {value}$"):
+        config(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("policy", "name"),
+    [
+        *((name, "observation_window") for name in ("attention", "snapkv", "cluster", "hybrid")),
+        *((name, "observation_window") for name in ("expected_attention", "past_future")),
+        ("streaming", "spill_window"),
+    ],
+)
+def test_a_window_of_queries_that_would_fill_the_memory(policy, name):
+    with pytest.raises(ValueError, match=rf"^{name} must be .* <= 65536, not 65537$"):
+        CompressionConfig.from_dict({"policy": policy, name: 65537})
+
+
+LARGE = [10**5000, "1" * 5000, json.loads("[" * 900 + "]" * 900)]
+
+
+@pytest.mark.parametrize("name", ["budget", "recent_window", "skip_layers", "pyramid_beta"])
+@pytest.mark.parametrize("value", LARGE, ids=["number", "text", "lists"])
+def test_a_value_that_is_too_large_to_be_shown(name, value):
+    with pytest.raises(ValueError, match=rf"^{name} must be ") as error:
+        config(**{name: value})
+    assert len(str(error.value)) < 400
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("value", [[-1], ["1"], [1.0], [True], [[1]], [None]])
 def test_a_bad_layer_is_named(value):
     expected = f"^{re.escape(f'skip_layers must be an integer >= 0, not {value[0]!r}')}$"
@@ -99,6 +137,18 @@ def test_what_is_not_json(text):
     with pytest.raises(ValueError, match="kv-policy-config is not JSON: ") as error:
         parse_json(text)
     assert repr(text) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+DEEP = ["[" * 100_000, '{"tiers":' * 100_000, f'{{"tiers": {"1" * 5000}}}']
+
+
+@pytest.mark.parametrize("text", DEEP, ids=["lists", "objects", "number"])
+def test_json_that_cannot_be_read(text):
+    """Nested 100,000 deep, or a number of 5,000 digits: one line."""
+    with pytest.raises(ValueError, match=r"^kv-policy-config is not JSON: ") as error:
+        parse_json(text)
+    assert len(str(error.value)) < 300
     assert "\n" not in str(error.value)
 
 
@@ -151,6 +201,13 @@ def test_defaults_keep_everything():
         (".5", Fraction(1, 2)),
         (Fraction(1, 4), Fraction(1, 4)),
         (1e-05, Fraction(1, 100_000)),
+        (1 - 0.7, Fraction(3, 10)),
+        (0.1 + 0.2, Fraction(3, 10)),
+        (1 / 3, Fraction(1, 3)),
+        ("0.3333333333333333", Fraction(1, 3)),
+        (Fraction(1 - 0.7), Fraction(3, 10)),
+        (1 / 6, Fraction(1, 6)),
+        (0.123457, Fraction(123457, 1_000_000)),
     ],
 )
 def test_budget_is_read_exactly(value, expected):
@@ -192,15 +249,15 @@ def test_options_of_the_policy_have_defaults(monkeypatch):
         {},
         optional={
             "policy": st.sampled_from(["full", "streaming", "pyramidal", "pyramidal+streaming"]),
-            "budget": st.integers(1) | st.floats(1e-9, 1, exclude_max=True),
-            "num_sink_tokens": st.integers(0),
-            "recent_window": st.integers(0),
+            "budget": st.integers(1, MOST) | st.floats(1e-6, 1 - 1e-6),
+            "num_sink_tokens": st.integers(0, MOST),
+            "recent_window": st.integers(0, MOST),
             "pyramid_beta": st.floats(1, 1e6, exclude_max=True),
-            "min_budget": st.integers(1),
+            "min_budget": st.integers(1, MOST),
             "compress_prefill": st.booleans(),
             "skip_layers": st.lists(st.integers(0, 99)),
-            "tiers": st.integers(1),
-            "max_groups": st.integers(1),
+            "tiers": st.integers(1, MOST),
+            "max_groups": st.integers(1, MOST),
         },
     )
 )
@@ -209,7 +266,7 @@ def test_round_trip_through_json(values):
     carried = json.loads(json.dumps(read.to_dict()))
     assert CompressionConfig.from_dict(carried) == read
     budget = values.pop("budget", DEFAULT_BUDGET)
-    assert type(budget)(read.budget) == budget  # a float comes back as a fraction
+    assert abs(read.budget - budget) <= 1e-6 * isinstance(budget, float)  # it becomes a fraction
     assert read.skip_layers == tuple(sorted(set(values.pop("skip_layers", []))))
     assert {name: getattr(read, name) for name in values} == values
 

@@ -8,10 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paged_kv.core.schedule import Schedule, cdiv
+from paged_kv.core.readers import parse_budget
+from paged_kv.core.schedule import MAX_DENOMINATOR, MAX_TOKENS, Schedule, cdiv
 
 PAGE_SIZES = st.sampled_from([1, 2, 16, 32, 48, 128])
 LENGTHS = st.integers(0, 5000)
+LONG = st.integers(0, MAX_TOKENS) | LENGTHS
+FRACTIONS = st.floats(1e-6, 1 - 1e-6) | st.builds(Fraction, st.floats(1e-6, 1 - 1e-6))
 
 
 @st.composite
@@ -30,6 +33,58 @@ def definition(schedule: Schedule, num_tokens: int, prompt_len: int) -> int:
     if num_tokens < prompt_len and not schedule.compress_prefill:
         return 0
     return max(0, (num_tokens - budget) // schedule.page_size * schedule.page_size)
+
+
+@st.composite
+def schedules_of_users(draw) -> Schedule:
+    """Whatever budget is accepted, up to the largest numbers."""
+    budget = parse_budget("budget", draw(st.integers(1, 2**31 - 1) | FRACTIONS))
+    minimum, numerator, denominator = budget, 0, 1
+    if isinstance(budget, Fraction):
+        minimum, (numerator, denominator) = draw(LONG), budget.as_integer_ratio()
+    return Schedule(draw(PAGE_SIZES), minimum, numerator, denominator, draw(st.booleans()))
+
+
+@given(schedules_of_users(), st.lists(st.tuples(LONG, LONG), min_size=1, max_size=9))
+def test_no_budget_and_no_length_leaves_int64(schedule, pairs):
+    num_tokens, prompt_lens = np.array(pairs, dtype=np.int64).T
+    evicted = schedule.evicted(num_tokens, prompt_lens)
+    assert evicted.tolist() == [definition(schedule, *pair) for pair in pairs]
+    assert evicted.tolist() == [schedule.evicted(*pair) for pair in pairs]
+    assert np.broadcast_to(schedule.budget(num_tokens), num_tokens.shape).tolist() == [
+        schedule.budget(n) for n, _ in pairs
+    ]
+    later = schedule.evicted(np.minimum(num_tokens + 1, MAX_TOKENS), prompt_lens)
+    assert (evicted <= later).all()
+
+
+@pytest.mark.parametrize("budget", [1 - 0.7, 0.1 + 0.2, 1 / 3, 1 / 6, 1 - 1e-6])
+def test_fractions_that_floats_come_near(budget):
+    """As the fraction that was meant, at all lengths; 0.3 once kept 151 of 1,400 entries."""
+    fraction = parse_budget("budget", budget)
+    schedule = Schedule(32, 1, *fraction.as_integer_ratio())
+    lengths = np.unique(np.geomspace(1, MAX_TOKENS, 3000).astype(np.int64))
+    expected = [ceil(fraction * int(n)) for n in lengths]
+    assert schedule.budget(lengths).tolist() == [max(1, n) for n in expected]
+    assert abs(expected[-1] - budget * MAX_TOKENS) <= 1
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        *((0, 1), (2**31 + 1, 1), (32, -1), (32, 2**31 + 1)),
+        *((32, 1, 2, 1), (32, 1, -1, 2), (32, 1, 1, MAX_DENOMINATOR + 1), (32, 1, 1, 0)),
+    ],
+)
+def test_numbers_that_could_overflow_are_no_schedule(numbers):
+    with pytest.raises(AssertionError):
+        Schedule(*numbers)
+
+
+def test_narrow_arrays_are_noticed():
+    schedule = Schedule(32, 1, 333_333, MAX_DENOMINATOR)
+    with pytest.raises(AssertionError, match="narrower"):
+        schedule.evicted(np.array([10_000], dtype=np.int32), 0)
 
 
 @given(schedules(), LENGTHS, LENGTHS)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 
-from paged_kv.core.schedule import cdiv
+from paged_kv.core.schedule import MAX_DENOMINATOR, cdiv
 
 
 def tier_sizes(num_layers: int, num_tiers: int) -> list[int]:
@@ -58,7 +58,10 @@ def tier_pages(
 def tier_fractions(
     weights: Sequence[Fraction], sizes: Sequence[int], fraction: Fraction
 ) -> list[Fraction]:
-    """Fraction kept per tier. None keeps more than everything; the others share the rest."""
+    """Fraction kept per tier, with a denominator up to MAX_DENOMINATOR, never 0.
+
+    None keeps more than everything; the others share the rest.
+    """
     result = [Fraction(0)] * len(weights)
     open_tiers = list(range(len(weights)))
     total = fraction * sum(sizes)
@@ -71,7 +74,8 @@ def tier_fractions(
             break
         open_tiers = [tier for tier in open_tiers if tier not in full]
         total -= sum(sizes[tier] for tier in full)
-    return result
+    least = Fraction(1, MAX_DENOMINATOR)
+    return [max(least, kept.limit_denominator(MAX_DENOMINATOR)) for kept in result]
 
 
 def group_size(bucket_sizes: Sequence[int]) -> int:

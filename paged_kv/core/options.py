@@ -2,8 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+from paged_kv.core.schedule import MAX_TOKENS
+
+MOST = MAX_TOKENS - 1  # of an option that is a number of anything: what int32 holds, too
+MOST_OBSERVED = 1 << 16  # queries that are kept for each sequence and layer
+_SHOWN = 100  # characters of a wrong value
+
+
+def shown(value: Any) -> str:
+    """A wrong value as an error message has it: its repr, or the beginning of that."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an int of 5,000 digits; lists 100,000 deep
+        return f"this {type(value).__name__}, which is too large to be shown"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text):,} characters)"
+
+
+def read_json(text: str) -> Any:
+    """What a JSON text says. Raises ValueError: it is none, or nested too deeply to be read."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 class Option(NamedTuple):
@@ -18,13 +42,15 @@ class Option(NamedTuple):
     read: Callable[[str, Any], Any]
 
 
-def integer(default: int, least: int = 0) -> Option:
-    """An integer >= least."""
+def integer(default: int, least: int = 0, most: float = MOST) -> Option:
+    """An integer in [least, most]."""
 
     def read(name: str, value: Any) -> int:
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} must be an integer >= {least}, not {value!r}")
-        return value
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        if not is_integer or not least <= value <= most:
+            up_to = f" and <= {most}" if is_integer and value > most else ""
+            raise ValueError(f"{name} must be an integer >= {least}{up_to}, not {shown(value)}")
+        return int(value)
 
     return Option(default, read)
 
@@ -35,7 +61,7 @@ def number(default: float, least: float, most: float) -> Option:
     def read(name: str, value: Any) -> float:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not is_number or not least <= value <= most:
-            raise ValueError(f"{name} must be a number from {least} to {most}, not {value!r}")
+            raise ValueError(f"{name} must be a number from {least} to {most}, not {shown(value)}")
         return float(value)
 
     return Option(default, read)
@@ -46,7 +72,7 @@ def boolean(default: bool) -> Option:
 
     def read(name: str, value: Any) -> bool:
         if not isinstance(value, bool):
-            raise ValueError(f"{name} must be true or false, not {value!r}")
+            raise ValueError(f"{name} must be true or false, not {shown(value)}")
         return value
 
     return Option(default, read)
@@ -57,7 +83,7 @@ def choice(*names: str) -> Option:
 
     def read(name: str, value: Any) -> str:
         if value not in names:
-            raise ValueError(f"{name} must be one of {', '.join(names)}, not {value!r}")
+            raise ValueError(f"{name} must be one of {', '.join(names)}, not {shown(value)}")
         return str(value)
 
     return Option(names[0], read)
@@ -68,7 +94,7 @@ def text(default: str) -> Option:
 
     def read(name: str, value: Any) -> str:
         if not isinstance(value, str):
-            raise ValueError(f"{name} must be a string, not {value!r}")
+            raise ValueError(f"{name} must be a string, not {shown(value)}")
         return value
 
     return Option(default, read)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from paged_kv.core.options import read_json
 
 NATIVE = "native"
 FORMATS = (NATIVE, "int8", "int4", "fp8")
@@ -37,7 +38,7 @@ def read_calibration(path: str) -> dict[str, Any]:
         ValueError: the file cannot be read, or is something else.
     """
     try:
-        found = json.loads(Path(path).read_text())
+        found = read_json(Path(path).read_text())
     except OSError as error:
         reason = error.strerror or str(error)
         raise ValueError(f"page_format {path}: the file cannot be read: {reason}") from None

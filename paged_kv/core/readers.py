@@ -7,35 +7,50 @@ from typing import Any
 
 from paged_kv.core import options as opt
 from paged_kv.core.page_formats import FORMATS
+from paged_kv.core.schedule import MAX_DENOMINATOR
 
 MAX_GIB = 1 << 20
 
 
 def parse_budget(name: str, value: Any) -> int | Fraction:
-    """An int >= 1, or a number with a point in (0, 1) as an exact fraction. Raises ValueError."""
-    allowed = f"{name} must be an integer >= 1 or a number with a point between 0 and 1"
+    """An int >= 1, or a number with a point in (0, 1) as the fraction that it means.
+
+    That is the nearest with a denominator up to MAX_DENOMINATOR, however the number comes: 1 - 0.7
+    is 3/10, and 0.3333333333333333 a third. Times MAX_TOKENS tokens it fits into int64.
+
+    Raises:
+        ValueError: anything else.
+    """
+    try:
+        number = _number(value)
+    except (ValueError, OverflowError, RecursionError):  # none, infinite, nested lists
+        number = 0
+    if 1 <= number <= opt.MOST if isinstance(number, int) else 0 < number < 1:
+        return number
+    raise ValueError(
+        f"{name} must be an integer >= 1 (at most {opt.MOST}) or a number with a point between 0 "
+        f"and 1 (at least {1 / MAX_DENOMINATOR:g}), not {opt.shown(value)}"
+    )
+
+
+def _number(value: Any) -> int | Fraction:
     if isinstance(value, Fraction):
         value = float(value)
     text = str(value).strip()
-    try:
-        budget: int | Fraction = int(text) if text.lstrip("+-").isdigit() else Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f"{allowed}, not {value!r}") from None
-    in_range = budget >= 1 if isinstance(budget, int) else 0 < budget < 1
-    if not in_range or isinstance(value, bool) or "/" in text:
-        raise ValueError(f"{allowed}, not {value!r}")
-    return budget
+    if text.lstrip("+-").isdigit():
+        return int(text)
+    return Fraction(float(text)).limit_denominator(MAX_DENOMINATOR)
 
 
 def _beta(name: str, value: Any) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 1 <= value < 1e6:
-        raise ValueError(f"{name} must be a number >= 1, not {value!r}")
+        raise ValueError(f"{name} must be a number >= 1, not {opt.shown(value)}")
     return float(value)
 
 
 def _layers(name: str, value: Any) -> tuple[int, ...]:
     if not isinstance(value, (list, tuple)):
-        raise ValueError(f"{name} must be a list of layer indices, not {value!r}")
+        raise ValueError(f"{name} must be a list of layer indices, not {opt.shown(value)}")
     return tuple(sorted({opt.integer(0).read(name, index) for index in value}))
 
 
@@ -46,7 +61,7 @@ def _policy(name: str, value: Any) -> str:
 def _page_format(name: str, value: Any) -> str:
     if value not in FORMATS and not (isinstance(value, str) and value.endswith(".json")):
         raise ValueError(
-            f"{name} must be one of {', '.join(FORMATS)} or a .json file, not {value!r}"
+            f"{name} must be one of {', '.join(FORMATS)} or a .json file, not {opt.shown(value)}"
         )
     return str(value)
 
@@ -71,7 +86,7 @@ READERS: dict[str, Any] = {
     "spill": opt.boolean(False).read,
     "spill_budget": opt.integer(8192, least=1).read,
     "fetch_limit": opt.integer(64, least=1).read,
-    "spill_window": opt.integer(32, least=1).read,
+    "spill_window": opt.integer(32, 1, opt.MOST_OBSERVED).read,
     "spill_threshold": opt.number(1.0, 0.0, 1e6).read,
     "spill_interval": opt.integer(128).read,
     "spill_dir": opt.text("").read,

@@ -16,6 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+MAX_TOKENS = 1 << 31  # of a sequence
+MAX_DENOMINATOR = 10**6  # of the fraction of its tokens that is kept
+
 
 def _larger(a: Any, b: Any) -> Any:
     """max(a, b) for ints and, elementwise, for integer arrays."""
@@ -38,7 +41,7 @@ class Schedule:
         page_size: entries per page; whole pages are evicted.
         minimum: entries that are always kept.
         numerator: with denominator, the fraction of the processed tokens that is kept.
-        denominator: see numerator.
+        denominator: see numerator; at most MAX_DENOMINATOR.
         compress_prefill: evict between the chunks of a prompt too, not only from its end on.
     """
 
@@ -48,8 +51,16 @@ class Schedule:
     denominator: int = 1
     compress_prefill: bool = False
 
+    def __post_init__(self) -> None:
+        """No product here leaves int64: numpy would wrap without a word."""
+        assert 1 <= self.page_size <= MAX_TOKENS
+        assert 0 <= self.minimum <= MAX_TOKENS
+        assert 0 <= self.numerator <= self.denominator <= MAX_DENOMINATOR
+        assert MAX_TOKENS * MAX_DENOMINATOR < 1 << 63
+
     def budget(self, num_tokens: Any) -> Any:
-        """Entries to keep after num_tokens tokens."""
+        """Entries to keep after num_tokens tokens, at most MAX_TOKENS; arrays are of int64."""
+        assert getattr(num_tokens, "dtype", "int64") == "int64", "narrower integers could overflow"
         return _larger(self.minimum, -(-self.numerator * num_tokens // self.denominator))
 
     def evicted(self, num_tokens: Any, prompt_len: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig
+from paged_kv.core.options import MOST_OBSERVED
 from paged_kv.core.page_formats import NATIVE, layer_formats
 from paged_kv.hf.pool import PagePool
 from paged_kv.quant import make_layout
@@ -58,6 +59,8 @@ def check_page_format(
                 "are in the model's dtype"
             )
         return
+    longest = getattr(decoder, "max_position_embeddings", None) or MOST_OBSERVED
+    compression.check_residual(page_size, longest)
     if attention != "sdpa":
         raise ValueError(
             f"attention {attention!r} reads pages of page_format native only, not "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from paged_kv.core.options import integer
+from paged_kv.core.options import MOST_OBSERVED, integer
 from paged_kv.policies.base import ScoringPolicy
 from paged_kv.policies.region import Region
 
@@ -17,7 +17,7 @@ class Attention(ScoringPolicy):
     counts how often it is above average.
     """
 
-    options = {"observation_window": integer(150, 1)}
+    options = {"observation_window": integer(150, 1, MOST_OBSERVED)}
     reads = frozenset({"keys"})
 
     @property

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from paged_kv.core.options import choice, integer
+from paged_kv.core.options import MOST_OBSERVED, choice, integer
 from paged_kv.kernels import reference
 from paged_kv.policies.base import Policy
 from paged_kv.policies.entries import put, ranks, take
@@ -33,7 +33,7 @@ class Cluster(Policy):
         "mode": choice("evict", "centroid"),
         "num_clusters": integer(16, 1),
         "iterations": integer(5, 1),
-        "observation_window": integer(32, 1),
+        "observation_window": integer(32, 1, MOST_OBSERVED),
     }
 
     def __init__(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from paged_kv.core.options import integer, number
+from paged_kv.core.options import MOST_OBSERVED, integer, number
 from paged_kv.kernels.reference import expected_probabilities
 from paged_kv.kernels.rotary import compose
 from paged_kv.policies.base import ScoringPolicy
@@ -23,7 +23,7 @@ class ExpectedAttention(ScoringPolicy):
     options = {
         "n_future": integer(512, 1),
         "epsilon": number(0.0, 0, 1),
-        "observation_window": integer(128, 2),
+        "observation_window": integer(128, 2, MOST_OBSERVED),
     }
     reads = frozenset({"keys", "values", "rotary"})
 

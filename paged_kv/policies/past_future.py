@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from paged_kv.core.options import integer
+from paged_kv.core.options import MOST_OBSERVED, integer
 from paged_kv.policies.expected_attention import ExpectedAttention
 from paged_kv.policies.region import Region
 
@@ -17,7 +17,7 @@ class PastFuture(ExpectedAttention):
     of the value. Each is made to sum to 1 over the entries that may go.
     """
 
-    options = {**ExpectedAttention.options, "observation_window": integer(64, 2)}
+    options = {**ExpectedAttention.options, "observation_window": integer(64, 2, MOST_OBSERVED)}
 
     def score(self, region: Region) -> torch.Tensor:
         """Share of the attention that was seen + share of what is expected."""

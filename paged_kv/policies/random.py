@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import torch
 
 from paged_kv.core.options import integer
@@ -18,7 +20,7 @@ class Random(ScoringPolicy):
     only, so that neither the batch nor the rank that holds a head changes it.
     """
 
-    options = {"seed": integer(0)}
+    options = {"seed": integer(0, most=inf)}
 
     def score(self, region: Region) -> torch.Tensor:
         """24 bits of the hash: float32 holds them exactly."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from paged_kv.core.options import integer
+from paged_kv.core.options import MOST_OBSERVED, integer
 from paged_kv.policies.base import ScoringPolicy
 from paged_kv.policies.region import Region
 
@@ -20,7 +20,7 @@ class SnapKV(ScoringPolicy):
     observation window is kept too. Neighbours are the entries next to each other by position.
     """
 
-    options = {"observation_window": integer(32, 1), "kernel_size": integer(5, 1)}
+    options = {"observation_window": integer(32, 1, MOST_OBSERVED), "kernel_size": integer(5, 1)}
     reads = frozenset({"keys"})
 
     def __init__(

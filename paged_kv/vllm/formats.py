@@ -122,6 +122,8 @@ def _check(
         )
     for name in set(formats):
         _make_layout(vllm_config, name)
+    page_size = vllm_config.cache_config.block_size
+    config.check_residual(page_size, vllm_config.model_config.max_model_len)
 
 
 def _make_layout(vllm_config: Any, name: str) -> None:
