@@ -126,6 +126,21 @@ def test_tight_and_full(model, seen):
     assert seen["preempted"]
 
 
+@pytest.mark.parametrize("policy", ["full", "streaming", "snapkv"])
+@pytest.mark.parametrize("page_format", ["int4", "int8"])
+def test_a_residual_shows_each_token_what_it_saw_before(model, policy, page_format, seen):
+    """In whatever steps it is computed again: a step ends with its page."""
+    options = {} if policy == "full" else options_of(policy)
+    options |= PAGE | {"page_format": page_format, "residual_pages": 1}
+    expected = generate_batch(model, PROMPTS, **options, **GREEDY, **QUIET)
+    assert not seen["preempted"]
+    assert generate_batch(model, PROMPTS, **options, **TIGHT, **GREEDY, **QUIET) == expected
+    assert seen["preempted"]
+    assert [generate_batch(model, [one], **options, **GREEDY, **QUIET) for one in PROMPTS] == [
+        [one] for one in expected
+    ]
+
+
 @pytest.mark.parametrize("policy", ["streaming", "snapkv", "h2o"])
 def test_compress_prefill_takes_prompts_through_a_small_pool(model, policy, seen):
     options = {**options_of(policy), "compress_prefill": True}

@@ -103,7 +103,8 @@ def _cache(
     """
     parts = batch_layers.make_parts(model, compression, pool)
     schedules = [one for part in parts for one in batch_layers.schedules(part)]
-    ledger = Ledger(schedules, pool.page_size, pool.num_pages, limits["max_batch_tokens"])
+    chunk, has_residual = limits["max_batch_tokens"], compression.residual_pages > 0
+    ledger = Ledger(schedules, pool.page_size, pool.num_pages, chunk, has_residual)
     prompt_lens = {request.request_id: len(request.initial_tokens) for request in requests}
     lengths = []
     for index, request in enumerate(requests):

@@ -25,6 +25,8 @@ class Ledger:
         page_size: entries per page.
         num_pages: most pages that may be held at once; None: any number.
         chunk: most tokens of a prompt that are computed at once.
+        has_residual: whether a step ends where a page does. All queries of a step read the same
+            native pages, so a longer step would see fewer of them than decoding did.
     """
 
     def __init__(
@@ -33,8 +35,9 @@ class Ledger:
         page_size: int,
         num_pages: int | None,
         chunk: int,
+        has_residual: bool = False,
     ) -> None:
-        self._layers = Counter(schedules)
+        self._layers, self._has_residual = Counter(schedules), has_residual
         self._page_size, self._chunk = page_size, chunk
         self.num_pages = num_pages
         self.taken: dict[str, int] = {}
@@ -72,19 +75,22 @@ class Ledger:
         return total
 
     def longest_step(self, num_tokens: int, prompt_len: int) -> int:
-        """Most tokens that may follow at once without skipping an eviction of a shorter step.
+        """Most tokens that may follow at once and see what they would see one by one.
 
         What is computed again must see what it saw: a step ends where the prompt does, and from
         there on where something is dropped.
         """
+        most = self._chunk
+        if self._has_residual:
+            most = min(most, self._page_size - num_tokens % self._page_size)
         if num_tokens < prompt_len:
-            return prompt_len - num_tokens
+            return min(most, prompt_len - num_tokens)
         found = [
             _first_eviction(schedule, num_tokens, prompt_len, self._chunk)
             for schedule in self._layers
             if schedule is not None
         ]
-        return min([*found, self._chunk])
+        return min([*found, most])
 
     def take(self, request: str, num_pages: int) -> bool:
         """Whether there is room for a request to have so many pages; then it has them."""
