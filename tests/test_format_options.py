@@ -124,6 +124,11 @@ SPECULATIVE = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_ma
         ({"residual_pages": 1}, {}, "residual_pages 1 needs a page_format other than native"),
         (STREAMING | {"residual_pages": 1}, {}, "residual_pages 1 needs a page_format"),
         (
+            {"page_format": "int4", "residual_pages": 10**6},
+            {"max_model_len": 512, "block_size": 32},
+            "residual_pages must be at most 16, the pages of 32 that a sequence of 512 tokens has",
+        ),
+        (
             STREAMING | {"residual_pages": 2, "page_format": "int8"},
             {},
             "residual_pages 2 of 32 needs a recent_window of at least 64, not 32",

@@ -433,6 +433,11 @@ def test_training_is_refused():
         ("llama", {"page_format": "int8", "residual_pages": -1}, "residual_pages must be an int"),
         (
             "llama",
+            {"page_format": "int4", "residual_pages": 10**6},
+            "residual_pages must be at most 32, the pages of 32 that a sequence of 1024 tokens has",
+        ),
+        (
+            "llama",
             {"page_format": "int8", "residual_pages": 3, "page_size": 16, **SNAPKV},
             "residual_pages 3 of 16 needs a recent_window of at least 48, not 32",
         ),
