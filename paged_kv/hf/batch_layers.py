@@ -16,10 +16,12 @@ from paged_kv.config import CompressionConfig
 from paged_kv.core.schedule import Schedule
 from paged_kv.hf import seams
 from paged_kv.hf.arguments import check_page_format
+from paged_kv.hf.modes import keeps
 from paged_kv.hf.pool import PagePool
 from paged_kv.hf.sequences import Sequences
 
 
+@keeps
 def make_parts(model: Any, compression: CompressionConfig, pool: PagePool) -> list[Sequences]:
     """Sequences that together hold all layers of a model, without a row yet.
 

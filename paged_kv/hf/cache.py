@@ -19,6 +19,7 @@ from paged_kv.hf.arena import Geometry
 from paged_kv.hf.arguments import check_page_format, read_options, read_pool
 from paged_kv.hf.attention_function import Handle
 from paged_kv.hf.masks import MaskSpec, counts_of
+from paged_kv.hf.modes import keeps
 from paged_kv.hf.paged_attention import Terms
 from paged_kv.hf.paged_layer import PagedLayer
 from paged_kv.hf.pool import PagePool
@@ -184,6 +185,7 @@ class PagedCache(Cache):
             self._is_broken = any(self.is_linear[: self._paged[0]])  # their states have moved on
             raise
 
+    @keeps
     def _start(self, rows: int, owner: Any, rotary: Callable[[], Rotary]) -> None:
         """A batch begins. Raises ValueError: the policy needs RoPE, and the model has none."""
         policy = self.sequences.policy

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from paged_kv.hf.arena import NativeArena, entries_of
+from paged_kv.hf.modes import keeps
 from paged_kv.hf.paged_attention import Terms, fused, masked, mix, probabilities
 from paged_kv.hf.providers import Held
 
@@ -60,11 +61,12 @@ class LayerStep:
                 outputs.append(query.new_empty(len(query), 0, value.shape[-1]))
         return outputs
 
+    @keeps
     def _observe(self, row: int, query: Tensor) -> None:
         ring = self.sequences.ring
         if ring.window:
             num_tokens = self.sequences.num_tokens[row : row + len(query)]
-            ring.write(self.index, row, num_tokens, query.detach())
+            ring.write(self.index, row, num_tokens, query)
 
     def _attend(self, row: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         num_rows, num_queries = len(query), query.shape[2]
@@ -173,7 +175,7 @@ class LayerStep:
                     self._accumulate(row, chances, tokens + np.arange(chances.shape[3]))
         return torch.cat(outputs, 2).to(query.dtype)
 
-    @torch.no_grad()
+    @keeps
     def _accumulate(self, row: int, chances: Tensor, tokens: np.ndarray) -> None:
         """Adds probabilities [rows, kv_heads, group, queries, m] of queries of these tokens."""
         assert self.policy is not None
@@ -181,7 +183,7 @@ class LayerStep:
         stored = self.arena.side["scores"]
         scores = self._read(stored, row, num_rows, size)
         positions = torch.from_numpy(tokens).to(scores.device)
-        new = self.policy.accumulate(scores, chances.detach(), positions)
+        new = self.policy.accumulate(scores, chances, positions)
         page_size = self.arena.page_size
         slot = np.arange(size)
         ids = self.sequences.tables.ids[self.index, row : row + num_rows]

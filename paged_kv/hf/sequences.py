@@ -25,6 +25,7 @@ from paged_kv.hf.allocator import Int64s
 from paged_kv.hf.arena import Geometry, PackedArena
 from paged_kv.hf.groups import layer_groups
 from paged_kv.hf.layer_step import LayerStep
+from paged_kv.hf.modes import keeps
 from paged_kv.hf.observed import QueryRing
 from paged_kv.hf.packed_step import PackedStep
 from paged_kv.hf.paged_attention import Terms
@@ -112,6 +113,7 @@ class Sequences:
         """Whether each step's attention is added up."""
         return self.policy is not None and "scores" in self.policy.reads
 
+    @keeps
     def add_rows(self, num_rows: int, prompt_lens: Sequence[int] | None = None) -> None:
         """Empty rows at the end.
 
@@ -128,6 +130,7 @@ class Sequences:
         for rows in (self.tables, self.ring, self.residual, self.spilled):
             rows.add_rows(num_rows)
 
+    @keeps
     def select_rows(self, indices: Sequence[int]) -> None:
         """Row i is what row indices[i] was: reorders, repeats and drops rows."""
         assert self.step is None, "a step has not ended"
@@ -145,6 +148,7 @@ class Sequences:
         if self.is_private:
             self.pool.free_memory()
 
+    @keeps
     def begin(self, counts: Int64s, geometry: Geometry) -> None:
         """A forward pass begins; counts [rows]: new tokens of each row.
 
@@ -254,11 +258,12 @@ class Sequences:
         run = self._enter(layer, terms, torch.cat(list(keys), 1), torch.cat(list(values), 1))
         return run.attend_ragged(queries, keys, values)
 
+    @keeps
     def _enter(self, layer: int, terms: Terms, keys: Tensor, values: Tensor) -> LayerStep:
         """A layer attends in this step; its new entries are stored, [kv_heads, tokens, size]."""
         assert self.step is not None, "no step has begun"
         index = self.index[layer]
-        self.terms[index] = terms
+        self.terms[index] = terms._replace(bias=None)  # that is of this step, masks and all
         self.step.store(index, keys, values)
         if not isinstance(self.tables.arena(index), PackedArena):
             return LayerStep(self, index, terms)
@@ -278,6 +283,7 @@ class Sequences:
         if not self.waits_for_crop:
             self.compact()
 
+    @keeps
     def crop(self, count: int) -> None:
         """Every row loses its last `count` tokens; the others are final, so what is due compacts.
 
@@ -297,7 +303,7 @@ class Sequences:
             self.prompt_lens = np.zeros_like(self.prompt_lens)
         self.compact()
 
-    @torch.no_grad()
+    @keeps
     def compact(self) -> None:
         """Every layer that holds more of a row than its schedule says gives up the surplus."""
         for schedule, layers in self.groups:

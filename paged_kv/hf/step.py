@@ -50,7 +50,6 @@ class Step:
                     new = torch.from_numpy(tokens).to(tensor).repeat(len(places))
                 tensor.flatten(1)[:, places.flatten()] = new
 
-    @torch.no_grad()
     def store(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Stores the new entries of a layer.
 
