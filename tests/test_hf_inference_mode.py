@@ -144,7 +144,7 @@ def test_encoder_decoders(name):
             check_kept(cache.self_attention_cache)
             found.append(torch.cat(logits))
     for one in found:  # with gradients another kernel computes
-        torch.testing.assert_close(one, found[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(one, found[0], atol=2e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["queries", "spill", "residual"])

@@ -42,6 +42,11 @@ class PageAllocator:
         """Pages that nobody holds."""
         return self.capacity - self.num_held
 
+    @property
+    def num_references(self) -> int:
+        """Holders of all pages, added up."""
+        return int(self.references.sum())
+
     def grow(self, capacity: int) -> None:
         """Adds free pages at the end."""
         more = capacity - self.capacity

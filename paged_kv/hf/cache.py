@@ -18,6 +18,7 @@ from paged_kv.hf import implementation, providers, seams
 from paged_kv.hf.arena import Geometry
 from paged_kv.hf.arguments import check_page_format, read_options, read_pool
 from paged_kv.hf.attention_function import Handle
+from paged_kv.hf.copies import Copyable
 from paged_kv.hf.masks import MaskSpec, counts_of
 from paged_kv.hf.modes import keeps
 from paged_kv.hf.paged_attention import Terms
@@ -30,7 +31,7 @@ from paged_kv.kernels.rotary import Rotary
 Tensor = torch.Tensor
 
 
-class PagedCache(Cache):
+class PagedCache(Copyable, Cache):
     """Keys and values in pages, a budget of entries per layer, survivors picked by a policy.
 
     For `model.generate(**inputs, past_key_values=PagedCache(model.config, ...))`. Positions stay
@@ -90,6 +91,7 @@ class PagedCache(Cache):
             compression.check_page_size(pool.page_size)
         check_page_format(compression, decoder, pool.page_size, attention)
         self.compression, self.pool = compression, pool
+        self._config, self._attention = config, attention
         self.sequences = Sequences(compression, paged, len(types), pool, is_private, provider)
         self.progress = [0]
         self._paged = paged

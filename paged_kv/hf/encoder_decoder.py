@@ -10,10 +10,11 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from paged_kv.hf import implementation, seams
 from paged_kv.hf.cache import PagedCache
+from paged_kv.hf.copies import Copyable
 from paged_kv.hf.stats import CacheStats
 
 
-class PagedEncoderDecoderCache(EncoderDecoderCache):
+class PagedEncoderDecoderCache(Copyable, EncoderDecoderCache):
     """Self-attention in a PagedCache, cross-attention in transformers' own cache.
 
     What cross-attention holds is the input: it does not grow, and is not compressed.
@@ -34,10 +35,23 @@ class PagedEncoderDecoderCache(EncoderDecoderCache):
         decoder = model.get_decoder()
         own = copy.deepcopy(decoder.config.get_text_config(decoder=True))
         own.is_encoder_decoder = False
-        self._config = own
-        super().__init__(PagedCache(own, *args, **options), DynamicCache(config=own))
-        restore = [implementation.use(config) for config in seams.attention_configs(decoder)]
+        cross = DynamicCache(config=own)
+        self._hold(own, seams.attention_configs(decoder), PagedCache(own, *args, **options), cross)
+
+    def _hold(self, config: Any, configs: list[Any], own: PagedCache, cross: DynamicCache) -> None:
+        """Args: its own config, those of the model's attention layers, and the two caches."""
+        super().__init__(own, cross)
+        self._config, self._configs = config, configs
+        restore = [implementation.use(config) for config in configs]
         self._close = weakref.finalize(self, _undo, restore)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PagedEncoderDecoderCache:
+        """Pages are shared until one of the two writes. Raises ValueError: it has been closed."""
+        own = copy.deepcopy(self.self_attention_cache, memo)
+        other = type(self).__new__(type(self))
+        cross = copy.deepcopy(self.cross_attention_cache, memo)
+        other._hold(self._config, self._configs, own, cross)
+        return other
 
     def check_dynamic_cache(self, method: str) -> None:
         """Both caches grow: every method is there."""

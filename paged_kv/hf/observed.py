@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import torch
 
@@ -42,6 +44,13 @@ class QueryRing:
         if self.states is not None and not np.array_equal(indices, np.arange(len(self.tokens))):
             index = torch.from_numpy(indices).to(self.states.device)
             self.states = self.states.index_select(1, index)
+
+    def copy(self) -> QueryRing:
+        """One that shares nothing with this."""
+        other = copy.copy(self)
+        other.tokens = self.tokens.copy()
+        other.states = None if self.states is None else self.states.clone()
+        return other
 
     def crop(self, num_tokens: Int64s) -> None:
         """Forgets the queries of tokens from num_tokens [rows] on."""

@@ -6,6 +6,8 @@ whoever moves, shares or drops pages need not know of this.
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import torch
 
@@ -61,6 +63,13 @@ class Residual:
             rows = self.blocks.unflatten(1, (-1, self.num_pages))
             index = torch.from_numpy(indices).to(rows.device)
             self.blocks = rows.index_select(1, index).flatten(1, 2)
+
+    def copy(self) -> Residual:
+        """One that shares nothing with this."""
+        other = copy.copy(self)
+        other.first = self.first.copy()
+        other.blocks = None if self.blocks is None else self.blocks.clone()
+        return other
 
     def counts(self, num_tokens: Int64s) -> Int64s:
         """int64 [rows]: how many of a row's entries, the newest, are here."""

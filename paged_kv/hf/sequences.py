@@ -50,7 +50,7 @@ class Sequences:
         layers: indices in the model of the layers held here.
         num_layers: of the model.
         pool: where pages come from.
-        is_private: whether no other cache uses the pool.
+        is_private: whether no other cache uses the pool, but for copies of this one.
         provider: of attention in steps of one token; None: SDPA.
 
     Raises:
@@ -101,7 +101,7 @@ class Sequences:
         self.counters = Counters()
         self.step: Step | None = None
         self.knows_prompts = False
-        self._late = False  # a compaction was put off
+        self.is_late = False  # a compaction was put off
 
     @property
     def num_rows(self) -> int:
@@ -145,7 +145,7 @@ class Sequences:
         self.step = None
         self.select_rows([])
         self.clear()
-        if self.is_private:
+        if self.is_private and not self.pool.num_held:  # copies may hold some
             self.pool.free_memory()
 
     @keeps
@@ -203,17 +203,17 @@ class Sequences:
     def _prompt_ends(self, counts: Int64s) -> None:
         """A step of several tokens is a prompt's; one of one token ends it: then it compacts."""
         if self.knows_prompts or self.compress_prefill:
-            late = self._late
+            late = self.is_late
         elif counts.max(initial=0) > 1:
             self.prompt_lens = np.full_like(self.prompt_lens, NEVER)
             return
         else:
-            late = self._late or bool((self.prompt_lens == NEVER).any())
+            late = self.is_late or bool((self.prompt_lens == NEVER).any())
             self.prompt_lens = np.zeros_like(self.prompt_lens)
         if late:
-            self._late = True  # until it is done
+            self.is_late = True  # until it is done
             self.compact()
-            self._late = False
+            self.is_late = False
 
     @property
     def _device(self) -> torch.device:
@@ -279,7 +279,7 @@ class Sequences:
         self.size += step.counts
         self.num_tokens += step.counts
         self.step = None
-        self._late = self.waits_for_crop
+        self.is_late = self.waits_for_crop
         if not self.waits_for_crop:
             self.compact()
 
@@ -298,7 +298,7 @@ class Sequences:
             self.num_tokens -= count
             self.ring.crop(self.num_tokens)
             self.residual.crop(self.num_tokens)
-        self._late = False
+        self.is_late = False
         if not self.knows_prompts:
             self.prompt_lens = np.zeros_like(self.prompt_lens)
         self.compact()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from weakref import WeakSet
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from paged_kv.tiers.spill_store import SpillStore, SpillView
 class SpilledRows:
     """Stores are made when something spills; rows that come from one share it until one writes.
 
+    So do the rows of copies.
+
     Args:
         compression: says how much may be spilled.
         groups: indices of the layers that compact together, ascending.
@@ -24,6 +27,15 @@ class SpilledRows:
     def __init__(self, compression: CompressionConfig, groups: Sequence[Int64s]) -> None:
         self.compression, self.groups = compression, groups
         self._rows: list[list[SpillStore | None]] = []  # by group
+        self._copies: WeakSet[SpilledRows] = WeakSet([self])  # who may share stores, this included
+
+    def copy(self) -> SpilledRows:
+        """Rows of another cache that have spilled the same."""
+        other = SpilledRows(self.compression, self.groups)
+        other._rows = [list(row) for row in self._rows]
+        self._copies.add(other)
+        other._copies = self._copies
+        return other
 
     def add_rows(self, num_rows: int) -> None:
         """Rows that have spilled nothing, at the end."""
@@ -46,9 +58,14 @@ class SpilledRows:
             store = self._rows[row][group]
             if store is None:
                 store = self._make(len(layers), geometry)
-            elif sum(other[group] is store for other in self._rows) > 1:
+            elif self._num_holders(store, group) > 1:
                 store = store.copy()
             self._rows[row][group] = store
+
+    def _num_holders(self, store: SpillStore, group: int) -> int:
+        """Rows that share a store."""
+        rows = (row for one in self._copies for row in one._rows)
+        return sum(row[group] is store for row in rows)
 
     def views(self, layers: Int64s, rows: Int64s) -> list[SpillView] | None:
         """What rows have on their tiers, in some layers of a group; None: nothing is spilled."""

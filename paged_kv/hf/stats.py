@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -74,6 +74,10 @@ class Counters:
     def num_fetched(self) -> float:
         """Entries that came back."""
         return _sum(self.fetched)
+
+    def copy(self) -> Counters:
+        """Goes on by itself."""
+        return replace(self, merged=list(self.merged), fetched=list(self.fetched))
 
     def note_bytes(self, num_bytes: int) -> None:
         """Keys and values take so many now."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -36,8 +37,8 @@ class PageTables:
     Args:
         pool: where pages come from.
         formats: page format of each layer that has pages.
-        is_private: whether nobody else has pages of the pool, and it has no limit: then its memory
-            is laid out for these tables alone.
+        is_private: whether the pool is these tables' own, without a limit: as long as nobody else
+            (a copy of them) has pages there, its memory is laid out for these tables alone.
         is_bounded: whether tables stop growing at some length; others get more room to grow into.
     """
 
@@ -127,6 +128,16 @@ class PageTables:
         self._start = self._start[:, indices]
         self._changed()
 
+    def copy(self) -> PageTables:
+        """Somebody else's tables of the same pages: who writes to one copies it before."""
+        other = copy.copy(self)
+        other.parts, other._start = list(self.parts), self._start.copy()
+        other.ids, other.count = self.ids.copy(), self.count.copy()
+        for arena, held in self._held(self.ids):
+            arena.pages.share(held)
+        self._may_share = other._may_share = True
+        return other
+
     def truncate(self, count: Int64s) -> None:
         """Keeps the first pages only: count [layers, rows]."""
         gone = np.arange(self.ids.shape[2]) >= np.minimum(count, self.count)[..., None]
@@ -183,7 +194,8 @@ class PageTables:
             nth, rows = np.nonzero(need[part.layers])
             layers = part.layers[nth]
             left = need[layers, rows]
-            if self.is_private and left.size and not self._grows(part.arena, layers, rows, left):
+            has_room = not left.size or self._grows(part.arena, layers, rows, left)
+            if not has_room and self._is_alone(part):
                 self._lay_out(part, self.count + need)
             for num in np.unique(left):
                 chosen = left == num
@@ -255,12 +267,17 @@ class PageTables:
 
     def trim(self) -> None:
         """Gives memory back that a pool of this cache alone has, but hardly needs."""
-        for part in self.parts if self.is_private else []:
+        for part in filter(self._is_alone, self.parts):
             count = self.count[part.layers]
             least = int((count + 1).sum())
             most = least + count.size if self.is_bounded else 2 * least
             if part.arena.pages.capacity > most:
                 self._lay_out(part, self.count, spare=1)
+
+    def _is_alone(self, part: Part) -> bool:
+        """Whether the memory of an arena is for these tables alone."""
+        held = self.count[part.layers].sum()
+        return self.is_private and part.arena.pages.num_references == held
 
     def _lay_out(self, part: Part, count: Int64s, spare: int | None = None) -> None:
         """Memory of an arena for these tables alone: each a run, with room to grow.

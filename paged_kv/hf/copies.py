@@ -1,0 +1,79 @@
+"""copy.deepcopy of a PagedCache: another one, which shares pages until either of them writes."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from paged_kv.hf.modes import keeps
+from paged_kv.hf.paged_layer import PagedLayer
+from paged_kv.hf.sequences import Sequences, interrupted
+
+if TYPE_CHECKING:
+    from paged_kv.hf.cache import PagedCache
+
+
+class Copyable:
+    """What a PagedCache answers to the module copy, and to pickle."""
+
+    def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
+        """See copy_of."""
+        return copy_of(self, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuses. Raises ValueError."""
+        raise ValueError(
+            f"a {type(self).__name__} cannot be pickled, nor copied without its pages, which are "
+            "in a pool: cache.save(path) and load(path, ...) keep it in a file, copy.deepcopy "
+            "makes another one"
+        )
+
+
+def copy_of(cache: PagedCache, memo: dict[int, Any]) -> PagedCache:
+    """A cache of its own, which holds the same.
+
+    Pages and spilled entries are shared until one of the two writes to them; of transformers' own
+    layers (sliding windows, linear attention) there is a copy.
+
+    Args:
+        cache: between two forward passes.
+        memo: see copy.deepcopy.
+
+    Raises:
+        ValueError: it has been closed, or an error interrupted its last forward pass.
+    """
+    cache._check_open()
+    other = like(cache)
+    copy_rows(cache.sequences, other.sequences)
+    other.progress[0] = cache.progress[0]
+    other._owner, other._padded_at = cache._owner, cache._padded_at
+    for index, layer in enumerate(cache.layers):
+        if not isinstance(layer, PagedLayer):
+            other.layers[index] = copy.deepcopy(layer, memo)
+    return other
+
+
+def like(cache: PagedCache) -> PagedCache:
+    """An empty cache with the same options, in the same memory if there is anything in it."""
+    is_empty = cache.sequences.is_private and not cache.sequences.num_rows
+    memory: dict[str, Any] = {"page_size": cache.pool.page_size} if is_empty else {}
+    memory = memory or {"pool": cache.pool}
+    other = type(cache)(cache._config, cache.compression, attention=cache._attention, **memory)
+    other.sequences.is_private = cache.sequences.is_private
+    return other
+
+
+@keeps
+def copy_rows(source: Sequences, target: Sequences) -> None:
+    """Rows that hold what those of another cache hold; the target has none yet.
+
+    Raises:
+        ValueError: a step of the source has not ended.
+    """
+    if source.step is not None:
+        raise interrupted()
+    for name in ("num_tokens", "prompt_lens", "size", "tables", "ring", "residual", "spilled"):
+        setattr(target, name, getattr(source, name).copy())
+    target.terms, target.counters = list(source.terms), source.counters.copy()
+    for name in ("rotary", "waits_for_crop", "knows_prompts", "is_late"):
+        setattr(target, name, getattr(source, name))
