@@ -24,6 +24,7 @@ from paged_kv.hf.modes import keeps
 from paged_kv.hf.paged_attention import Terms
 from paged_kv.hf.paged_layer import PagedLayer
 from paged_kv.hf.pool import PagePool
+from paged_kv.hf.saving import Saveable, recognizes
 from paged_kv.hf.sequences import Sequences, interrupted
 from paged_kv.hf.stats import CacheStats
 from paged_kv.kernels.rotary import Rotary
@@ -31,7 +32,7 @@ from paged_kv.kernels.rotary import Rotary
 Tensor = torch.Tensor
 
 
-class PagedCache(Copyable, Cache):
+class PagedCache(Copyable, Saveable, Cache):
     """Keys and values in pages, a budget of entries per layer, survivors picked by a policy.
 
     For `model.generate(**inputs, past_key_values=PagedCache(model.config, ...))`. Positions stay
@@ -168,6 +169,8 @@ class PagedCache(Copyable, Cache):
         owner = getattr(module, "config", None)
         if self.progress[0] == 0 and self.sequences.step is None:  # nothing is held
             self._start(rows, owner, seams.rotary_of_layer(module))
+        elif self._owner is None and recognizes(self, owner):
+            self._owner, self.sequences.rotary = owner, seams.rotary_of_layer(module)
         if owner is not self._owner:
             raise ValueError(
                 "this cache holds entries of another model: use a cache for each model, or call "

@@ -24,8 +24,8 @@ class Copyable:
         """Refuses. Raises ValueError."""
         raise ValueError(
             f"a {type(self).__name__} cannot be pickled, nor copied without its pages, which are "
-            "in a pool: cache.save(path) and load(path, ...) keep it in a file, copy.deepcopy "
-            "makes another one"
+            "in a pool: PagedCache's save(path) and load(path, model.config) keep one in a file, "
+            "copy.deepcopy makes another one"
         )
 
 

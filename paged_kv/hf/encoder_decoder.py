@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
@@ -52,6 +52,13 @@ class PagedEncoderDecoderCache(Copyable, EncoderDecoderCache):
         cross = copy.deepcopy(self.cross_attention_cache, memo)
         other._hold(self._config, self._configs, own, cross)
         return other
+
+    def save(self, path: Any) -> NoReturn:
+        """Refuses. Raises ValueError."""
+        raise ValueError(
+            f"save({str(path)!r}): a PagedEncoderDecoderCache cannot be saved; "
+            "copy.deepcopy(cache) keeps it in memory"
+        )
 
     def check_dynamic_cache(self, method: str) -> None:
         """Both caches grow: every method is there."""

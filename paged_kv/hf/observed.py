@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -51,6 +52,17 @@ class QueryRing:
         other.tokens = self.tokens.copy()
         other.states = None if self.states is None else self.states.clone()
         return other
+
+    def state(self) -> dict[str, Tensor]:
+        """What restore takes."""
+        state = {"tokens": torch.from_numpy(self.tokens.copy())}
+        return state if self.states is None else {**state, "states": self.states}
+
+    def restore(self, state: Mapping[str, Tensor], device: torch.device) -> None:
+        """Knows these queries from now on."""
+        self.tokens = state["tokens"].numpy().copy()
+        if "states" in state:
+            self.states = state["states"].clone().to(device)
 
     def crop(self, num_tokens: Int64s) -> None:
         """Forgets the queries of tokens from num_tokens [rows] on."""

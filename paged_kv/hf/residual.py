@@ -7,6 +7,7 @@ whoever moves, shares or drops pages need not know of this.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -70,6 +71,17 @@ class Residual:
         other.first = self.first.copy()
         other.blocks = None if self.blocks is None else self.blocks.clone()
         return other
+
+    def state(self) -> dict[str, Tensor]:
+        """What restore takes."""
+        state = {"first": torch.from_numpy(self.first.copy())}
+        return state if self.blocks is None else {**state, "blocks": self.blocks}
+
+    def restore(self, state: Mapping[str, Tensor], device: torch.device) -> None:
+        """Holds these tokens from now on. It has been bound."""
+        self.first = state["first"].numpy().copy()
+        if "blocks" in state:
+            self.blocks = state["blocks"].clone().to(device)
 
     def counts(self, num_tokens: Int64s) -> Int64s:
         """int64 [rows]: how many of a row's entries, the newest, are here."""

@@ -158,7 +158,12 @@ class Sequences:
         """
         if self.step is not None:
             raise interrupted()
-        self._bind(geometry)
+        self.bind(geometry)
+        if self.geometry != geometry:
+            raise ValueError(
+                f"this cache holds {self.geometry}, but these keys and values are {geometry}: a "
+                "cache serves one model, on one device, in one dtype; call reset()"
+            )
         self._prompt_ends(counts)
         need = -(-(self.size + counts) // self.pool.page_size) - self.tables.count
         copies = self._written(counts)
@@ -184,7 +189,8 @@ class Sequences:
         is_partial = (counts > 0) & (self.size % self.pool.page_size > 0)
         return shared & last & is_partial[..., None]
 
-    def _bind(self, geometry: Geometry) -> None:
+    def bind(self, geometry: Geometry) -> None:
+        """What keys and values look like, if it is not known yet. Raises ValueError: see pools."""
         if not self.tables.parts:
             self.tables.bind(geometry)
             if self.residual_pages:
@@ -193,12 +199,11 @@ class Sequences:
             reads = self.policy.reads if self.policy else frozenset()
             for arena, _ in self.tables.parts:
                 arena.need_side(names | (set(reads) & {"weights", "scores"}))
-        held = self.tables.parts[0].arena.geometry._replace(page_format=NATIVE)
-        if held != geometry:
-            raise ValueError(
-                f"this cache holds {held}, but these keys and values are {geometry}: a cache "
-                "serves one model, on one device, in one dtype; call reset()"
-            )
+
+    @property
+    def geometry(self) -> Geometry:
+        """What keys and values look like; a step has begun before."""
+        return self.tables.parts[0].arena.geometry._replace(page_format=NATIVE)
 
     def _prompt_ends(self, counts: Int64s) -> None:
         """A step of several tokens is a prompt's; one of one token ends it: then it compacts."""

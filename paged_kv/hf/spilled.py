@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from weakref import WeakSet
 
 import numpy as np
+import torch
 
 from paged_kv.config import CompressionConfig
 from paged_kv.hf.allocator import Int64s
 from paged_kv.hf.arena import Geometry
+from paged_kv.policies.spill import Memo
 from paged_kv.tiers.spill_memory import SpillSpace
 from paged_kv.tiers.spill_store import SpillStore, SpillView
+
+Tensor = torch.Tensor
+
+
+def part_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """What has names that begin so, by the rest of them."""
+    return {
+        name.removeprefix(prefix): held for name, held in state.items() if name.startswith(prefix)
+    }
+
+
+def _memos(state: Mapping[str, Tensor], device: torch.device) -> dict[int, Memo]:
+    fetched = {
+        int(name): held.clone().to(device) for name, held in part_of(state, "fetched.").items()
+    }
+    numbers = {at: state[f"memo.{at}"].tolist() for at in fetched}
+    return {at: Memo(numbers[at][0], numbers[at][1], held) for at, held in fetched.items()}
 
 
 class SpilledRows:
@@ -61,6 +80,33 @@ class SpilledRows:
             elif self._num_holders(store, group) > 1:
                 store = store.copy()
             self._rows[row][group] = store
+
+    def state(self) -> dict[str, Tensor]:
+        """What restore takes: "rows" int64 [rows, groups], which store, or -1; and the stores."""
+        stores = self.stores
+        which = [[-1 if one is None else stores.index(one) for one in row] for row in self._rows]
+        state = {"rows": torch.tensor(which, dtype=torch.int64)}
+        for index, store in enumerate(stores):
+            parts = store.state()
+            for layer, memo in store.memos.items():
+                parts[f"memo.{layer}"] = torch.tensor([memo.num_tokens, memo.looked])
+                parts[f"fetched.{layer}"] = memo.fetched
+            state |= {f"{index}.{name}": part for name, part in parts.items()}
+        return state
+
+    def restore(self, state: Mapping[str, Tensor], geometry: Geometry) -> None:
+        """Has spilled this."""
+        stores: dict[int, SpillStore] = {}
+        rows = state["rows"].tolist()
+        self._rows = [[None] * len(self.groups) for _ in rows]
+        for row, which in enumerate(rows):
+            for group, index in enumerate(which):
+                if index >= 0 and index not in stores:
+                    stores[index] = self._make(len(self.groups[group]), geometry)
+                    parts = part_of(state, f"{index}.")
+                    stores[index].restore(parts)
+                    stores[index].memos = _memos(parts, geometry.device)
+                self._rows[row][group] = stores.get(index)
 
     def _num_holders(self, store: SpillStore, group: int) -> int:
         """Rows that share a store."""

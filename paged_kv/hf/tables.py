@@ -73,8 +73,10 @@ class PageTables:
         return next(part.arena for part in self.parts if part.arena.geometry.page_format
                     == self.formats[layer])  # fmt: skip
 
-    def _changed(self) -> None:
+    def changed(self, may_share: bool = False) -> None:
+        """The tables have changed; may_share: there may be pages in them that others hold, too."""
         self._first = None
+        self._may_share |= may_share
 
     @property
     def first(self) -> Int64s:
@@ -114,7 +116,7 @@ class PageTables:
         self.ids = np.pad(self.ids, ((0, 0), (0, num_rows), (0, 0)), constant_values=-1)
         self.count = np.pad(self.count, ((0, 0), (0, num_rows)))
         self._start = np.pad(self._start, ((0, 0), (0, num_rows)), constant_values=_NOWHERE)
-        self._changed()
+        self.changed()
 
     def select_rows(self, indices: Int64s) -> None:
         """Row i is what row indices[i] was; pages of rows that occur twice are shared."""
@@ -126,7 +128,7 @@ class PageTables:
             arena.pages.release(held)
         self.ids, self.count = new, self.count[:, indices]
         self._start = self._start[:, indices]
-        self._changed()
+        self.changed()
 
     def copy(self) -> PageTables:
         """Somebody else's tables of the same pages: who writes to one copies it before."""
@@ -145,13 +147,13 @@ class PageTables:
             arena.pages.release(held)
         self.ids = np.where(gone, -1, self.ids)
         self.count = np.minimum(count, self.count)
-        self._changed()
+        self.changed()
 
     def move_to_end(self, layer: int, row: int, start: int, end: int) -> None:
         """Pages [start, end) of a table become its last ones."""
         own, count = self.ids[layer, row], self.count[layer, row]
         own[:count] = np.concatenate([own[:start], own[end:count], own[start:end]])
-        self._changed()
+        self.changed()
 
     def shared(self) -> Bools:
         """bool [layers, rows, width]: pages that others hold, too."""
@@ -174,13 +176,13 @@ class PageTables:
             old = self.ids[place]
             if not old.size:
                 continue
-            self._need(arena, old.size)
+            self.need(arena, old.size)
             new = arena.pages.find_free(old.size)
             arena.pages.take(new)
             arena.copy(old, new)
             arena.pages.release(old)
             self.ids[place] = new
-            self._changed()
+            self.changed()
 
     def extend(self, need: Int64s) -> None:
         """Adds pages: need [layers, rows]. The pool must have room for as many pages."""
@@ -201,7 +203,7 @@ class PageTables:
                 chosen = left == num
                 self._extend(part.arena, layers[chosen], rows[chosen], int(num))
         self.count += need
-        self._changed()
+        self.changed()
 
     def _extend(self, arena: Arena, layers: Int64s, rows: Int64s, num: int) -> None:
         """num more pages for each of these tables."""
@@ -228,7 +230,7 @@ class PageTables:
             self._grow(arena, count * room)
             starts = arena.pages.find_runs(count, room)
         if starts is None:  # a crowded pool, or shared pages: wherever there is room
-            self._need(arena, count * num)
+            self.need(arena, count * num)
             more = arena.pages.find_free(count * num)
             arena.pages.take(more)
             self.ids[layers, rows, held:length] = more.reshape(count, num)
@@ -239,7 +241,7 @@ class PageTables:
         arena.pages.release(old.ravel())
         self.ids[layers, rows, :length] = new
 
-    def _need(self, arena: Arena, num_pages: int) -> None:
+    def need(self, arena: Arena, num_pages: int) -> None:
         """So many pages are free."""
         if self.pool.num_pages is None and arena.pages.num_free < num_pages:
             self._grow(arena, num_pages)
@@ -296,7 +298,7 @@ class PageTables:
         new = np.where(held, start[..., None] + np.arange(own.shape[2]), -1)
         part.arena.resize(int(room.sum()), own[held], new[held])
         self.ids[part.layers], self._start[part.layers] = new, start
-        self._changed()
+        self.changed()
 
     def _held(self, ids: Int64s) -> Iterator[tuple[Arena, Int64s]]:
         """Each arena with the pages in it of these tables, [layers, ...]."""

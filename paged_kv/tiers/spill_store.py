@@ -7,7 +7,7 @@ where there is none left, the least important are lost.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import TYPE_CHECKING
@@ -80,19 +80,31 @@ class SpillStore:
 
     def copy(self) -> SpillStore:
         """One with the same entries; with the most important, if there is no room for all."""
-        self.wait()
         other = SpillStore(self.shape, self.sizes, self.dtype, self.space)
-        for count in set(self.counts) - {0}:
-            layers = torch.tensor([at for at, held in enumerate(self.counts) if held == count])
-            row = torch.arange(len(layers) * self.shape[1]).repeat_interleave(count)
-            slot = torch.arange(count).repeat(len(layers) * self.shape[1])
-            places = layers[row // self.shape[1]], row % self.shape[1], slot
-            names = ["keys", "values", *self._small]
-            content = {name: self.take(name, places) for name in names}
-            nothing = torch.zeros(0, dtype=torch.int64)
-            other.arrive(layers, (nothing, nothing, nothing), row, content)
+        other.restore(self.state())
         other.memos = dict(self.memos)
         return other
+
+    def state(self) -> dict[str, Tensor]:
+        """The entries, each in its slot, [layers, kv_heads, slots, ...], and "counts" [layers]."""
+        self.wait()
+        layer, head = (torch.arange(size) for size in self.shape)
+        places = layer[:, None, None], head[:, None], torch.arange(max(self.counts))
+        names = ["keys", "values", *self._small] if any(self.counts) else []
+        state = {name: self.take(name, places) for name in names}
+        state["counts"] = torch.tensor(self.counts)
+        return state
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Holds these entries; the most important of them, if there is no room for all."""
+        counts = state["counts"].tolist()
+        names = {"keys", "values", *_SMALL} & set(state)
+        nothing = torch.zeros(0, dtype=torch.int64)
+        for count in set(counts) - {0}:
+            layers = torch.tensor([at for at, held in enumerate(counts) if held == count])
+            row = torch.arange(len(layers) * self.shape[1]).repeat_interleave(count)
+            content = {name: state[name][layers, :, :count].flatten(0, 2) for name in names}
+            self.arrive(layers, (nothing, nothing, nothing), row, content)
 
     def read(self, name: str, places: Places) -> Tensor:
         """Keys or values [..., size], positions or scores [...]; layers are those of the store."""
