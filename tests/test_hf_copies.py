@@ -253,6 +253,97 @@ def test_of_an_empty_cache():
     assert both[0] is both[1]
 
 
+# ---- crop: back to the context after each question
+
+
+EARLY = [name for name in OPTIONS if name not in ("late", "fraction")]
+
+
+def back(cache: PagedCache) -> None:
+    """Crops to the context."""
+    cache.crop(len(CONTEXT) - cache.get_seq_length())
+
+
+@pytest.mark.parametrize("name", EARLY)
+def test_twenty_questions_by_crop(name):
+    """The context has been compressed; 218 tokens are not enough for the next compaction."""
+    model, options = load("llama"), OPTIONS[name]
+    with PagedCache(model.config, **options) as cache:
+        read(model, cache)
+        before = cache.stats()
+        assert (before.evicted > 0) == (name != "full")
+        for seed in range(20):
+            question = prompt(2 + seed % 7, seed + 50)
+            expected = ask(model, copy.deepcopy(cache), question, 8)
+            assert ask(model, cache, question, 8) == expected
+            back(cache)
+            assert cache.stats().entries == before.entries
+        for question in QUESTIONS[:2]:  # now they go on until something is dropped
+            expected = ask(model, copy.deepcopy(cache), question)
+            assert ask(model, copy.deepcopy(cache), question) == expected
+        assert ask(model, cache, question) == expected
+        assert (cache.stats().evicted > before.evicted) == (name != "full")
+    assert answers(model, options)[1] == expected
+
+
+@pytest.mark.parametrize("name", ["positions", "scores", "int4"])
+def test_crop_leaves_copies_alone(name):
+    """One that was made in the middle of an answer shares the pages that crop changes."""
+    model, options = load("llama"), OPTIONS[name]
+    with PagedCache(model.config, **options) as cache:
+        read(model, cache)
+        first = ask(model, cache, [5, 6, 7], 4)
+        follow = [5, 6, 7, *first[:-1], *QUESTIONS[0]]
+        other, third = copy.deepcopy(cache), copy.deepcopy(cache)
+        expected = ask(model, other, follow)
+        back(cache)
+        assert ask(model, third, follow) == expected
+        assert ask(model, cache, QUESTIONS[0]) == answers(model, options)[0]
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "full"])
+def test_a_compaction_cannot_be_taken_back(name):
+    """Refused, and nothing has changed."""
+    model, options = load("llama"), OPTIONS[name]
+    with PagedCache(model.config, **options) as cache:
+        read(model, cache)
+        ask(model, cache, QUESTIONS[1], 20)
+        before, other = cache.stats(), copy.deepcopy(cache)
+        with pytest.raises(ValueError, match=r"a compaction that has seen .*use copy\.deepcopy"):
+            back(cache)
+        assert cache.stats() == before
+        assert cache.get_seq_length() == 251
+        more = [*QUESTIONS[1], *QUESTIONS[2]]
+        assert ask(model, cache, more) == ask(model, other, more)
+
+
+@pytest.mark.parametrize("name", ["queries", "scores", "int4"])
+def test_crop_to_where_no_turn_began(name):
+    """Single tokens have overwritten queries, scores, the residual; crop says so."""
+    model, options = load("llama"), OPTIONS[name]
+    with PagedCache(model.config, **options) as cache, torch.no_grad():
+        read(model, cache)
+        for token in range(5, 15):
+            model(torch.tensor([[token]]), past_key_values=cache)
+        with pytest.raises(ValueError, match=r"crop\(-4\): the last queries.*use copy\.deepcopy"):
+            cache.crop(-4)
+        cache.crop(-10)  # where the answer began
+        assert ask(model, cache, QUESTIONS[0]) == answers(model, options)[0]
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_next"])
+def test_layers_that_do_not_remember(name):
+    """A window that is full, a linear state: transformers cannot crop them, and nothing is."""
+    model = load(name)
+    with PagedCache(model.config) as cache:
+        read(model, cache)
+        other = copy.deepcopy(cache)
+        with pytest.raises(ValueError, match=r"cannot go back there: use copy\.deepcopy"):
+            cache.crop(-5)
+        cache.crop(0)
+        assert ask(model, cache, QUESTIONS[0]) == ask(model, other, QUESTIONS[0])
+
+
 def test_errors():
     model = load("llama")
     cache = PagedCache(model.config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -198,18 +199,21 @@ def test_a_batch_of_requests(model):
 
 
 def test_crop(model):
-    """The last recent_window tokens are never spilled; others cannot be taken back."""
+    """Back to where a turn began; what has been spilled since, no crop takes back."""
     tokens = prompts(2)
     with PagedCache(model.config, **options("streaming")) as cache, torch.inference_mode():
         model(tokens[:1], past_key_values=cache)
         one_by_one(model, cache, tokens[1:, :40])
         before = cache.stats()
-        with pytest.raises(ValueError, match=r"crop\(-100\): some of the last 100 tokens"):
+        with pytest.raises(ValueError, match=r"crop\(-100\): a compaction that has seen some"):
             cache.crop(-100)
         assert cache.stats() == before
-        cache.crop(-16)
-        one_by_one(model, cache, tokens[1:, 24:60])
-        assert cache.get_seq_length() == PROMPT + 60
+        other = copy.deepcopy(cache)
+        model(tokens[:1, :7], past_key_values=cache)
+        cache.crop(-7)
+        found = one_by_one(model, cache, tokens[1:, 40:80])
+        assert found.equal(one_by_one(model, other, tokens[1:, 40:80]))
+        assert cache.get_seq_length() == PROMPT + 80
         assert cache.stats().spilled > before.spilled
         cache.reset()
         assert cache.stats().bytes_by_tier == {"device": 0, "host": 0, "mmap": 0}

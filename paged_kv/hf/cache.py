@@ -19,6 +19,8 @@ from paged_kv.hf.arena import Geometry
 from paged_kv.hf.arguments import check_page_format, read_options, read_pool
 from paged_kv.hf.attention_function import Handle
 from paged_kv.hf.copies import Copyable
+from paged_kv.hf.layer_state import crop_layers
+from paged_kv.hf.marks import check_crop
 from paged_kv.hf.masks import MaskSpec, counts_of
 from paged_kv.hf.modes import keeps
 from paged_kv.hf.paged_attention import Terms
@@ -244,15 +246,15 @@ class PagedCache(Copyable, Saveable, Cache):
             layer.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the last tokens.
+        """Removes the last tokens: all is as it was before them.
 
         Args:
             tokens_to_remove: minus their number; positive (deprecated by transformers): how many
                 tokens to keep.
 
         Raises:
-            ValueError: some of them are padding, or have been dropped by a compaction (never the
-                last recent_window).
+            ValueError: some of them are padding, or not all can be as it was: a compaction has seen
+                some of them, or what steps overwrite is not remembered there (see marks.py).
         """
         self._check_open()
         count = -tokens_to_remove
@@ -263,10 +265,11 @@ class PagedCache(Copyable, Saveable, Cache):
                 f"crop(-{count}): {self.progress[0] - self._padded_at} tokens were processed since "
                 "the last padding, and no more can be removed"
             )
+        check_crop(self.sequences, count)
+        if count or self.sequences.waits_for_crop:
+            crop_layers(self._others(), count)
         self.sequences.crop(count)
         self.progress[0] -= count
-        for layer in self._others():
-            layer.crop(-count)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row beam_idx[i] was; rows that come from one share its pages."""

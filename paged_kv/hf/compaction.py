@@ -61,7 +61,7 @@ def run(sequences: Sequences, layers: Int64s, rows: Int64s, num_losers: Int64s) 
     """
     policy = sequences.policy
     assert policy is not None
-    _own(sequences, layers, rows)
+    own(sequences, layers, rows)
     if sequences.compression.spill:
         sequences.spilled.own(layers, rows, sequences.tables.arena(layers[0]).geometry)
     tails = sequences.residual.counts(sequences.num_tokens)
@@ -79,40 +79,8 @@ def run(sequences: Sequences, layers: Int64s, rows: Int64s, num_losers: Int64s) 
     sequences.counters.compactions += len(layers) * len(rows)
 
 
-def crop(sequences: Sequences, count: int) -> None:
-    """Every row loses the entries of its newest tokens, wherever compactions have put them.
-
-    Raises:
-        ValueError: some of them are gone already, in some KV heads; nothing has changed.
-    """
-    moved = sequences.size < sequences.num_tokens
-    some = [(layers, np.flatnonzero(moved[layers[0]])) for _, layers in sequences.groups]
-    compacted = [(layers, rows) for layers, rows in some if rows.size]
-    for layers, rows in compacted:
-        _own(sequences, layers, rows)
-    parts = [
-        part
-        for layers, rows in compacted
-        for part in _parts(sequences, layers, rows, np.full(len(rows), count, dtype=np.int64))
-    ]
-    regions = [_gather(sequences, part, frozenset()) for part in parts]
-    newest = [
-        (region.positions >= (region.num_tokens - count)[:, None, None]) & region.valid
-        for region in regions
-    ]
-    if any((gone.sum(-1) != count).any() for gone in newest):
-        raise ValueError(
-            f"crop(-{count}): some of the last {count} tokens have been dropped or merged; the "
-            "last recent_window can always be cropped: raise recent_window"
-        )
-    for part, region, gone in zip(parts, regions, newest, strict=True):
-        _apply(part, region, Compaction(gone), np.zeros_like(part.rows))
-    sequences.size -= count  # of the others these are the last slots
-    sequences.tables.truncate(-(-sequences.size // sequences.pool.page_size))
-
-
-def _own(sequences: Sequences, layers: Int64s, rows: Int64s) -> None:
-    """No page of these will be anybody else's."""
+def own(sequences: Sequences, layers: Int64s, rows: Int64s) -> None:
+    """No page of these will be anybody else's. Raises PoolFull: nothing has changed."""
     shared = sequences.tables.shared()
     which = np.zeros_like(shared)
     which[np.ix_(layers, rows)] = shared[np.ix_(layers, rows)]
@@ -159,12 +127,11 @@ def _parts(sequences: Sequences, layers: Int64s, rows: Int64s, num_losers: Int64
     return parts
 
 
-def _gather(sequences: Sequences, part: _Part, reads: frozenset[str] | None = None) -> Region:
+def _gather(sequences: Sequences, part: _Part) -> Region:
     """What the rows hold, as the policy sees it."""
     policy, arena = sequences.policy, part.arena
     assert policy is not None
-    if reads is None:
-        reads = policy.reads | ({"keys"} if policy.observation_window else frozenset())
+    reads = policy.reads | ({"keys"} if policy.observation_window else frozenset())
     device = arena.geometry.device
     num_tokens, num_entries, num_losers = (
         torch.from_numpy(array).to(device, non_blocking=True)
@@ -185,11 +152,8 @@ def _gather(sequences: Sequences, part: _Part, reads: frozenset[str] | None = No
         every = [sequences.terms[layer].sinks for layer in part.layers]
         sinks = torch.stack([own for own in every if own is not None]).float()
         sinks = sinks.view(len(every), 1, arena.geometry.num_heads, -1)
-    queries = None
-    if reads:
-        heads = arena.geometry.num_heads
-        look = (part.layers, part.rows, heads, terms.scale, terms.softcap, sinks)
-        queries = sequences.ring.queries(*look)
+    heads = arena.geometry.num_heads
+    look = (part.layers, part.rows, heads, terms.scale, terms.softcap, sinks)
     return Region(
         num_tokens=num_tokens,
         num_entries=num_entries,
@@ -202,9 +166,9 @@ def _gather(sequences: Sequences, part: _Part, reads: frozenset[str] | None = No
         values=arena.entries("values", part.pages).float() if "values" in reads else None,
         weights=side("weights", 0.0),
         scores=side("scores", 0.0),
-        queries=queries,
+        queries=sequences.ring.queries(*look),
         rotary=sequences.rotary() if sequences.rotary and "rotary" in reads else None,
-        spilled=sequences.spilled.views(part.layers, part.rows) if reads else None,
+        spilled=sequences.spilled.views(part.layers, part.rows),
     )
 
 

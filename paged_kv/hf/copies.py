@@ -72,7 +72,8 @@ def copy_rows(source: Sequences, target: Sequences) -> None:
     """
     if source.step is not None:
         raise interrupted()
-    for name in ("num_tokens", "prompt_lens", "size", "tables", "ring", "residual", "spilled"):
+    arrays = ("num_tokens", "prompt_lens", "size", "settled")
+    for name in (*arrays, "tables", "ring", "residual", "spilled", "marks"):
         setattr(target, name, getattr(source, name).copy())
     target.terms, target.counters = list(source.terms), source.counters.copy()
     for name in ("rotary", "waits_for_crop", "knows_prompts", "is_late"):

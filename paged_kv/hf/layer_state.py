@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+from paged_kv.hf.marks import INSTEAD
 
 Tensor = torch.Tensor
 _KIND = "class"
+
+
+def crop_layers(layers: Sequence[Any], count: int) -> None:
+    """Layers lose their last tokens.
+
+    Raises:
+        ValueError: they do not remember what was before; nothing has changed.
+    """
+    # What is most likely to refuse comes first; the others refuse all together.
+    order = sorted(layers, key=lambda layer: not isinstance(layer, LinearAttentionCacheLayerMixin))
+    try:
+        for layer in order:
+            layer.crop(-count)
+    except RuntimeError:
+        name = type(layer).__name__
+        raise ValueError(f"crop(-{count}): a {name} cannot go back there: {INSTEAD}") from None
 
 
 def encode(layer: Any, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:

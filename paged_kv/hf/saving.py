@@ -67,7 +67,7 @@ class Saveable:
         return load(cls, path, config, device, options)
 
 
-_ROWS = ("num_tokens", "prompt_lens", "size")
+_ROWS = ("num_tokens", "prompt_lens", "size", "settled")
 _FLAGS = ("waits_for_crop", "knows_prompts", "is_late")
 _PLACES = ("spill_dir", "spill_host_budget")  # options that say where something lies
 

@@ -25,6 +25,7 @@ from paged_kv.hf.allocator import Int64s
 from paged_kv.hf.arena import Geometry, PackedArena
 from paged_kv.hf.groups import layer_groups
 from paged_kv.hf.layer_step import LayerStep
+from paged_kv.hf.marks import Marks, check_crop
 from paged_kv.hf.modes import keeps
 from paged_kv.hf.observed import QueryRing
 from paged_kv.hf.packed_step import PackedStep
@@ -92,10 +93,11 @@ class Sequences:
         self.num_tokens = np.zeros(0, dtype=np.int64)
         self.prompt_lens = np.zeros(0, dtype=np.int64)
         self.size = np.zeros((num_layers, 0), dtype=np.int64)  # entries
+        self.settled = np.zeros(0, dtype=np.int64)  # tokens that no crop can take back
         grows = [one.schedule is None or one.schedule.numerator > 0 for one in self.groups]
         self.tables = PageTables(self.pool, self.formats, self.is_private, not any(grows))
         self.residual = Residual(num_layers, self.residual_pages, self.pool.page_size)
-        self.ring = QueryRing(num_layers, window)
+        self.ring, self.marks = QueryRing(num_layers, window), Marks()
         self.spilled = SpilledRows(self.compression, [one.layers for one in self.groups])
         self.terms: list[Terms] = [Terms(1.0)] * num_layers
         self.counters = Counters()
@@ -125,6 +127,7 @@ class Sequences:
         self.knows_prompts = prompt_lens is not None
         lens = [NEVER] * num_rows if prompt_lens is None else list(prompt_lens)
         self.num_tokens = np.pad(self.num_tokens, (0, num_rows))
+        self.settled = np.pad(self.settled, (0, num_rows))
         self.prompt_lens = np.append(self.prompt_lens, np.array(lens, dtype=np.int64))
         self.size = np.pad(self.size, ((0, 0), (0, num_rows)))
         for rows in (self.tables, self.ring, self.residual, self.spilled):
@@ -136,8 +139,8 @@ class Sequences:
         assert self.step is None, "a step has not ended"
         index = np.asarray(indices, dtype=np.int64)
         self.num_tokens, self.prompt_lens = self.num_tokens[index], self.prompt_lens[index]
-        self.size = self.size[:, index]
-        for rows in (self.tables, self.ring, self.residual, self.spilled):
+        self.size, self.settled = self.size[:, index], self.settled[index]
+        for rows in (self.tables, self.ring, self.residual, self.spilled, self.marks):
             rows.select_rows(index)
 
     def release(self) -> None:
@@ -165,6 +168,7 @@ class Sequences:
                 "cache serves one model, on one device, in one dtype; call reset()"
             )
         self._prompt_ends(counts)
+        self.marks.note(self, counts)
         need = -(-(self.size + counts) // self.pool.page_size) - self.tables.count
         copies = self._written(counts)
         self.pool.check(
@@ -217,7 +221,7 @@ class Sequences:
             self.prompt_lens = np.zeros_like(self.prompt_lens)
         if late:
             self.is_late = True  # until it is done
-            self.compact()
+            self.compact(has_begun=True)
             self.is_late = False
 
     @property
@@ -290,27 +294,49 @@ class Sequences:
 
     @keeps
     def crop(self, count: int) -> None:
-        """Every row loses its last `count` tokens; the others are final, so what is due compacts.
+        """Every row loses its last `count` tokens.
+
+        Where that was waited for, the others are final, and what is due compacts; what those tokens
+        have overwritten (queries, scores, the residual) is lost. Otherwise all is as it was before
+        them.
 
         Raises:
-            ValueError: a row has fewer, or a compaction has dropped some of them.
+            ValueError: a row has fewer, or it cannot be as it was; nothing has changed.
         """
         assert self.step is None, "a step has not ended"
         if (self.num_tokens < count).any():
             raise ValueError(f"crop(-{count}): a sequence has {self.num_tokens.min()} tokens")
+        check_crop(self, count)
         if count:
-            compaction.crop(self, count)
-            self.num_tokens -= count
-            self.ring.crop(self.num_tokens)
-            self.residual.crop(self.num_tokens)
+            self._remove(count)
+        if not self.waits_for_crop:
+            return
         self.is_late = False
         if not self.knows_prompts:
             self.prompt_lens = np.zeros_like(self.prompt_lens)
         self.compact()
 
+    def _remove(self, count: int) -> None:
+        """The last tokens of each row, whose entries are in its last slots."""
+        mark = self.marks.at(self.num_tokens - count)
+        if mark is not None and mark.scores:
+            compaction.own(self, np.arange(len(self.layers)), np.arange(self.num_rows))
+        self.size -= count
+        self.num_tokens -= count
+        self.tables.truncate(-(-self.size // self.pool.page_size))
+        self.ring.crop(self.num_tokens)
+        self.residual.crop(self.num_tokens)
+        if mark is not None:
+            mark.restore(self)
+        self.marks.keep(self.settled, self.num_tokens)
+
     @keeps
-    def compact(self) -> None:
-        """Every layer that holds more of a row than its schedule says gives up the surplus."""
+    def compact(self, has_begun: bool = False) -> None:
+        """Every layer that holds more of a row than its schedule says gives up the surplus.
+
+        Args:
+            has_begun: whether a next step has begun; without it the rows are not as they were.
+        """
         for schedule, layers in self.groups:
             if schedule is None:
                 continue
@@ -321,6 +347,8 @@ class Sequences:
                 with torch.autocast(self._device.type, enabled=False):
                     compaction.run(self, layers, rows, surplus[rows])
                 self.tables.trim()
+                self.settled[rows] = self.num_tokens[rows] + has_begun
+                self.marks.keep(self.settled, self.num_tokens)
 
     def stats(self) -> CacheStats:
         """What is held, and what was given up."""

@@ -102,7 +102,7 @@ def snapshot(sequences: Sequences) -> CacheStats:
         compactions=counters.compactions,
         page_format=sequences.page_format,
         bytes_by_tier={"device": num_bytes + sequences.residual.num_bytes, **lower},
-        side_bytes=side_bytes + sequences.ring.num_bytes,
+        side_bytes=side_bytes + sequences.ring.num_bytes + sequences.marks.num_bytes,
         peak_bytes=counters.peak_bytes,
     )
 

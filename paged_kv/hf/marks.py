@@ -1,0 +1,136 @@
+"""What steps overwrite and crop must have again: last queries, the residual, scores.
+
+It is remembered where a turn begins: at the last step of several tokens (a question), and at the
+first step of a single token after it (an answer). Between these, crop can only take entries back.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from paged_kv.hf.allocator import Int64s
+
+if TYPE_CHECKING:
+    from paged_kv.hf.sequences import Sequences
+
+Tensor = torch.Tensor
+INSTEAD = (
+    "use copy.deepcopy(cache) before them instead; or call cache.activate_past_recording() before "
+    "anything else: then nothing is dropped until crop"
+)
+
+
+class Mark:
+    """All rows of a cache before a step; whoever has it may share it.
+
+    Args:
+        sequences: the cache.
+    """
+
+    def __init__(self, sequences: Sequences) -> None:
+        self.num_tokens = sequences.num_tokens.copy()
+        self.ring, self.residual = sequences.ring.copy(), sequences.residual.copy()
+        self.scores: list[Tensor] = []  # of each arena: [kv_heads, layers, rows, width, page_size]
+        if sequences.reads_scores:
+            for arena, layers in sequences.tables.parts:
+                pages = torch.from_numpy(np.maximum(sequences.tables.ids[layers], 0))
+                self.scores.append(arena.side["scores"][:, pages.to(arena.geometry.device)])
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory taken."""
+        scores = sum(part.nbytes for part in self.scores)
+        return self.ring.num_bytes + self.residual.num_bytes + scores
+
+    def select_rows(self, indices: Int64s) -> Mark:
+        """Row i of the new one is row indices[i] of this."""
+        other = object.__new__(Mark)
+        other.num_tokens = self.num_tokens[indices]
+        other.ring, other.residual = self.ring.copy(), self.residual.copy()
+        for rows in (other.ring, other.residual):
+            rows.select_rows(indices)
+        other.scores = [part[:, :, torch.from_numpy(indices)] for part in self.scores]
+        return other
+
+    def restore(self, sequences: Sequences) -> None:
+        """A cache that has the same entries again has all as it was. Its pages are its own."""
+        sequences.ring, sequences.residual = self.ring.copy(), self.residual.copy()
+        for (arena, layers), scores in zip(sequences.tables.parts, self.scores, strict=False):
+            ids = sequences.tables.ids[layers][:, :, : scores.shape[3]]
+            held = torch.from_numpy(ids >= 0).to(scores.device)
+            pages = torch.from_numpy(ids[ids >= 0]).to(scores.device)
+            arena.side["scores"][:, pages] = scores[:, :, :, : ids.shape[2]][:, held]
+
+
+class Marks:
+    """The marks of a cache."""
+
+    def __init__(self) -> None:
+        self._by_kind: dict[bool, Mark] = {}  # of a question: True; of an answer: False
+        self._is_prompt = True
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory taken."""
+        return sum(mark.num_bytes for mark in self._by_kind.values())
+
+    def note(self, sequences: Sequences, counts: Int64s) -> None:
+        """A step of counts [rows] tokens is going to begin."""
+        is_prompt = bool(counts.max(initial=0) > 1)
+        begins = is_prompt or self._is_prompt
+        self._is_prompt = is_prompt
+        if begins and overwrites(sequences) and sequences.num_tokens.any():
+            self._by_kind[is_prompt] = Mark(sequences)
+
+    def at(self, num_tokens: Int64s) -> Mark | None:
+        """The mark where rows had so many tokens."""
+        marks = self._by_kind.values()
+        return next((mark for mark in marks if np.array_equal(mark.num_tokens, num_tokens)), None)
+
+    def keep(self, least: Int64s, most: Int64s) -> None:
+        """Forgets those where rows had fewer or more tokens than this."""
+        self._by_kind = {
+            kind: mark
+            for kind, mark in self._by_kind.items()
+            if (least <= mark.num_tokens).all() and (mark.num_tokens <= most).all()
+        }
+
+    def select_rows(self, indices: Int64s) -> None:
+        """Row i is what row indices[i] was."""
+        marks = self._by_kind.items()
+        self._by_kind = {kind: mark.select_rows(indices) for kind, mark in marks if len(indices)}
+
+    def copy(self) -> Marks:
+        """Those of another cache that holds the same."""
+        other = Marks()
+        other._by_kind, other._is_prompt = dict(self._by_kind), self._is_prompt
+        return other
+
+
+def overwrites(sequences: Sequences) -> bool:
+    """Whether steps overwrite what crop must have again.
+
+    Where it is waited for (assisted decoding), it does not ask; a batch of requests has no turns.
+    """
+    has_rings = sequences.ring.window > 0 or sequences.residual_pages > 0
+    is_final = not sequences.waits_for_crop and not sequences.knows_prompts
+    return is_final and (has_rings or sequences.reads_scores)
+
+
+def check_crop(sequences: Sequences, count: int) -> None:
+    """Refuses a crop that would leave a trace of the last `count` tokens. Raises ValueError."""
+    num_tokens = sequences.num_tokens - count
+    if (num_tokens < sequences.settled).any():
+        raise ValueError(
+            f"crop(-{count}): a compaction that has seen some of the last {count} tokens has "
+            f"dropped or merged entries for good: {INSTEAD}"
+        )
+    if count and overwrites(sequences) and sequences.marks.at(num_tokens) is None:
+        raise ValueError(
+            f"crop(-{count}): the last queries, the scores or the residual that this cache keeps "
+            "are remembered where a prompt of several tokens or its answer began, not there: "
+            f"{INSTEAD}"
+        )
