@@ -29,6 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "spill_interval": 0,
     },
     "int8": {"policy": "lru", "budget": 96, "page_format": "int8", "compress_prefill": True},
+    "int4 full": {"page_format": "int4", "residual_pages": 1},
     "int4": {
         "policy": "snapkv",
         "budget": 96,
@@ -55,6 +56,13 @@ def ask(model: Any, cache: Any, question: list[int], count: int = 45) -> list[in
     options = {"attention_mask": torch.ones_like(ids), "do_sample": False}
     found = model.generate(ids, past_key_values=cache, max_new_tokens=count, **options)
     return found[0, ids.shape[1] :].tolist()
+
+
+def logits(model: Any, cache: Any, tokens: list[int]) -> torch.Tensor:
+    """[tokens, vocabulary], of one token after the other."""
+    with torch.no_grad():
+        steps = torch.tensor([tokens]).split(1, 1)
+        return torch.cat([model(step, past_key_values=cache).logits[0] for step in steps])
 
 
 def answers(model: Any, options: dict[str, Any]) -> list[list[int]]:
@@ -256,6 +264,7 @@ def test_of_an_empty_cache():
 # ---- crop: back to the context after each question
 
 
+NEVER = ("full", "int4 full")  # drop nothing
 EARLY = [name for name in OPTIONS if name not in ("late", "fraction")]
 
 
@@ -268,22 +277,21 @@ def back(cache: PagedCache) -> None:
 def test_twenty_questions_by_crop(name):
     """The context has been compressed; 218 tokens are not enough for the next compaction."""
     model, options = load("llama"), OPTIONS[name]
-    with PagedCache(model.config, **options) as cache:
-        read(model, cache)
-        before = cache.stats()
-        assert (before.evicted > 0) == (name != "full")
+    with PagedCache(model.config, **options) as context:
+        read(model, context)
+        cache, before = copy.deepcopy(context), context.stats()
+        assert (before.evicted > 0) == (name not in NEVER)
         for seed in range(20):
             question = prompt(2 + seed % 7, seed + 50)
-            expected = ask(model, copy.deepcopy(cache), question, 8)
+            expected = ask(model, copy.deepcopy(context), question, 8)
             assert ask(model, cache, question, 8) == expected
             back(cache)
             assert cache.stats().entries == before.entries
-        for question in QUESTIONS[:2]:  # now they go on until something is dropped
-            expected = ask(model, copy.deepcopy(cache), question)
-            assert ask(model, copy.deepcopy(cache), question) == expected
-        assert ask(model, cache, question) == expected
-        assert (cache.stats().evicted > before.evicted) == (name != "full")
-    assert answers(model, options)[1] == expected
+        # Single tokens, until something is dropped: by what the context has asked, too.
+        follow, one = prompt(25, 9), copy.deepcopy(context)
+        expected = logits(model, one, follow)
+        torch.testing.assert_close(logits(model, cache, follow), expected, atol=1e-5, rtol=1e-5)
+        assert (one.stats().evicted > before.evicted) == (name not in NEVER)
 
 
 @pytest.mark.parametrize("name", ["positions", "scores", "int4"])
@@ -301,7 +309,7 @@ def test_crop_leaves_copies_alone(name):
         assert ask(model, cache, QUESTIONS[0]) == answers(model, options)[0]
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "full"])
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name not in NEVER])
 def test_a_compaction_cannot_be_taken_back(name):
     """Refused, and nothing has changed."""
     model, options = load("llama"), OPTIONS[name]
@@ -317,18 +325,51 @@ def test_a_compaction_cannot_be_taken_back(name):
         assert ask(model, cache, more) == ask(model, other, more)
 
 
-@pytest.mark.parametrize("name", ["queries", "scores", "int4"])
-def test_crop_to_where_no_turn_began(name):
-    """Single tokens have overwritten queries, scores, the residual; crop says so."""
+@pytest.mark.parametrize(
+    ("name", "length", "lost"),
+    [("late", 45, "last queries"), ("scores", 15, "scores"), ("int4 full", 60, "residual")],
+)
+def test_what_a_turn_has_overwritten(name, length, lost):
+    """It is back where the turn began, or its answer; elsewhere crop says what is missing."""
+    model, options = load("llama"), OPTIONS[name]
+    turn = prompt(length, 7)
+    with PagedCache(model.config, **options) as context, torch.no_grad():
+        read(model, context)
+        cache = copy.deepcopy(context)
+        for _ in range(2):
+            model(torch.tensor([turn]), past_key_values=cache)
+            with pytest.raises(ValueError, match=rf"crop\(-14\): the {lost} .*copy\.deepcopy"):
+                cache.crop(-14)
+            if name != "late":  # there the answer begins with a compaction
+                middle = copy.deepcopy(cache)
+                expected = logits(model, middle, [7] * 4)
+                assert logits(model, cache, [7] * 4).equal(expected)
+                cache.crop(-4)
+                assert logits(model, cache, [7] * 4).equal(expected)
+            back(cache)
+        follow = [[5, 6], *([token] for token in prompt(40, 3))]
+        for new in follow:
+            found, expected = (
+                model(torch.tensor([new]), past_key_values=one).logits for one in (cache, context)
+            )
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        assert cache.stats().evicted == context.stats().evicted
+
+
+@pytest.mark.parametrize("name", ["positions", "queries", "spill", "int4"])
+def test_crop_to_anywhere(name):
+    """Before the next compaction more tokens will come than have gone: no query is missed."""
     model, options = load("llama"), OPTIONS[name]
     with PagedCache(model.config, **options) as cache, torch.no_grad():
         read(model, cache)
-        for token in range(5, 15):
-            model(torch.tensor([[token]]), past_key_values=cache)
-        with pytest.raises(ValueError, match=r"crop\(-4\): the last queries.*use copy\.deepcopy"):
-            cache.crop(-4)
-        cache.crop(-10)  # where the answer began
-        assert ask(model, cache, QUESTIONS[0]) == answers(model, options)[0]
+        follow = prompt(19, 2)
+        logits(model, cache, follow[:6])
+        other = copy.deepcopy(cache)
+        logits(model, cache, follow[6:])
+        cache.crop(-13)
+        expected = logits(model, other, prompt(40, 3))
+        torch.testing.assert_close(logits(model, cache, prompt(40, 3)), expected)
+        assert cache.stats().evicted == other.stats().evicted
 
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen3_next"])

@@ -1,7 +1,7 @@
 """What steps overwrite and crop must have again: last queries, the residual, scores.
 
 It is remembered where a turn begins: at the last step of several tokens (a question), and at the
-first step of a single token after it (an answer). Between these, crop can only take entries back.
+first step of a single token after it (an answer). Elsewhere crop can only take entries back.
 """
 
 from __future__ import annotations
@@ -128,9 +128,30 @@ def check_crop(sequences: Sequences, count: int) -> None:
             f"crop(-{count}): a compaction that has seen some of the last {count} tokens has "
             f"dropped or merged entries for good: {INSTEAD}"
         )
-    if count and overwrites(sequences) and sequences.marks.at(num_tokens) is None:
+    if not count or not overwrites(sequences) or sequences.marks.at(num_tokens) is not None:
+        return
+    what = "scores" if sequences.reads_scores else ""
+    if sequences.residual.has_lost(num_tokens):
+        what = "residual"
+    elif _is_due(sequences, count):
+        what = "last queries"
+    if what:
         raise ValueError(
-            f"crop(-{count}): the last queries, the scores or the residual that this cache keeps "
-            "are remembered where a prompt of several tokens or its answer began, not there: "
-            f"{INSTEAD}"
+            f"crop(-{count}): the {what} of that time have been overwritten; they are remembered "
+            f"where a prompt of several tokens began, and its answer: {INSTEAD}"
         )
+
+
+def _is_due(sequences: Sequences, count: int) -> bool:
+    """Whether a compaction could come as soon as the last `count` tokens have gone.
+
+    Where none is due, more tokens come before the next than have gone: as there was none meanwhile.
+    Then all queries that the policy will look at come, too, or are still there.
+    """
+    num_tokens = sequences.num_tokens - count
+    for schedule, layers in sequences.groups:
+        if schedule is not None:
+            evicted = schedule.evicted(num_tokens, np.zeros_like(num_tokens))
+            if (sequences.size[layers[0]] - count > num_tokens - evicted).any():
+                return sequences.ring.window > 0
+    return False

@@ -87,6 +87,11 @@ class Residual:
         """int64 [rows]: how many of a row's entries, the newest, are here."""
         return np.maximum(num_tokens - self.first, 0) * (self.num_pages > 0)
 
+    def has_lost(self, num_tokens: Int64s) -> bool:
+        """Whether pages that rows of num_tokens [rows] had here have been overwritten."""
+        first = (-(-num_tokens // self.page_size) - self.num_pages) * self.page_size
+        return self.num_pages > 0 and bool((self.first > np.maximum(first, 0)).any())
+
     def crop(self, num_tokens: Int64s) -> None:
         """Rows end at num_tokens [rows] again. What the ring has lost since then stays lost."""
         page = -(-num_tokens // self.page_size) * self.page_size
