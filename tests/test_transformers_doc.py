@@ -1,5 +1,6 @@
 """docs/transformers.md: every configuration of its mapping table runs and does what it says."""
 
+import copy
 import re
 from fractions import Fraction
 from pathlib import Path
@@ -35,6 +36,19 @@ def rows() -> dict[str, str]:
     found = re.findall(r"^\| (.+?) \| `(PagedCache\(.+?\))` \|", text, re.MULTILINE)
     assert len(found) == text.count("\n| ") - 2  # the header, and the line below it
     return dict(found)
+
+
+def test_one_document_many_questions(model, tmp_path, monkeypatch):
+    """The example runs as it stands, and leaves the context in a file."""
+    text = DOCUMENT.read_text().split("\n## One document, many questions")[1]
+    code = text.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    ids = torch.arange(3, 200)[None].repeat(1, 6)
+    names = {"model": model, "document": ids, "questions": [ids[:, 5:9], ids[:, 90:99]]}
+    exec(code, {"copy": copy, "torch": torch, "PagedCache": PagedCache, **names})
+    with PagedCache.load(tmp_path / "report.safetensors", model.config) as cache:
+        assert cache.stats().tokens == ids.shape[1]
+        assert cache.stats().evicted > 0
 
 
 @pytest.fixture(scope="module")
