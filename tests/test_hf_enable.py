@@ -153,6 +153,21 @@ def test_assisted_decoding(model):
         assert torch.equal(found, plain)
 
 
+def test_an_assistant_under_a_policy(model, monkeypatch):
+    """It guesses 45 tokens before it hears which of them stay: nothing is dropped until then."""
+    inputs = {"input_ids": torch.tensor([prompt(150)])} | SETTINGS | {"max_new_tokens": 60}
+    plain = model.generate(**inputs)
+    draft = load("llama-draft")
+    monkeypatch.setattr(draft.generation_config, "num_assistant_tokens", 45)
+    monkeypatch.setattr(draft.generation_config, "num_assistant_tokens_schedule", "constant")
+    monkeypatch.setattr(draft.generation_config, "assistant_confidence_threshold", 0.0)
+    for compress_prefill in (False, True):
+        options = {"budget": 64, "page_size": 16, "compress_prefill": compress_prefill}
+        with enable(model), enable(draft, policy="streaming", **options) as assistant:
+            assert torch.equal(model.generate(**inputs, assistant_model=draft), plain)
+            assert assistant.stats().evicted > 0
+
+
 def test_in_a_thread_with_a_streamer(model, tmp_path):
     from transformers import AutoTokenizer, TextIteratorStreamer
 

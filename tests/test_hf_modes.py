@@ -293,6 +293,18 @@ def test_crop_forgets_the_last_tokens(model, options):
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_what_waits_for_crop_does_not_wait_for_ever(model):
+    """Nobody crops 256 passes: who was told to record and goes on without, has its budget again."""
+    with cache_of(model, **STREAMING) as cache:
+        cache.activate_past_recording()
+        step(model, cache, [prompt(100)])
+        for count in range(300):
+            step(model, cache, [[3 + count % 200]])
+            held = cache.stats().entries // 4
+            assert held == 101 + count if count < 256 else held <= 80 + 16
+        cache.crop(-1)
+
+
 def test_crop_errors(model, ragged):
     with cache_of(model, **SNAPKV) as cache:
         generate(model, ragged, cache)

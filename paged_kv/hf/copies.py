@@ -29,6 +29,7 @@ class Copyable:
         )
 
 
+@keeps
 def copy_of(cache: PagedCache, memo: dict[int, Any]) -> PagedCache:
     """A cache of its own, which holds the same.
 
@@ -63,7 +64,6 @@ def like(cache: PagedCache) -> PagedCache:
     return other
 
 
-@keeps
 def copy_rows(source: Sequences, target: Sequences) -> None:
     """Rows that hold what those of another cache hold; the target has none yet.
 
@@ -76,5 +76,5 @@ def copy_rows(source: Sequences, target: Sequences) -> None:
     for name in (*arrays, "tables", "ring", "residual", "spilled", "marks"):
         setattr(target, name, getattr(source, name).copy())
     target.terms, target.counters = list(source.terms), source.counters.copy()
-    for name in ("rotary", "waits_for_crop", "knows_prompts", "is_late"):
+    for name in ("rotary", "waits_for_crop", "knows_prompts", "is_late", "num_passes"):
         setattr(target, name, getattr(source, name))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from paged_kv.hf import compaction
 from paged_kv.hf.allocator import Int64s
 
 if TYPE_CHECKING:
@@ -140,6 +141,27 @@ def check_crop(sequences: Sequences, count: int) -> None:
             f"crop(-{count}): the {what} of that time have been overwritten; they are remembered "
             f"where a prompt of several tokens began, and its answer: {INSTEAD}"
         )
+
+
+def remove(sequences: Sequences, count: int) -> None:
+    """The last `count` tokens of each row go; their entries are in its last slots.
+
+    Raises:
+        PoolFull: scores are in pages that others hold, and there is no room for copies; nothing has
+            changed.
+    """
+    mark = sequences.marks.at(sequences.num_tokens - count)
+    if mark is not None and mark.scores:
+        layers, rows = np.arange(len(sequences.layers)), np.arange(sequences.num_rows)
+        compaction.own(sequences, layers, rows)
+    sequences.size -= count
+    sequences.num_tokens -= count
+    sequences.tables.truncate(-(-sequences.size // sequences.pool.page_size))
+    sequences.ring.crop(sequences.num_tokens)
+    sequences.residual.crop(sequences.num_tokens)
+    if mark is not None:
+        mark.restore(sequences)
+    sequences.marks.keep(sequences.settled, sequences.num_tokens)
 
 
 def _is_due(sequences: Sequences, count: int) -> bool:

@@ -31,7 +31,7 @@ def state_of(tables: PageTables) -> dict[str, Tensor]:
         ids[layers] = inside
         index = torch.from_numpy(pages).to(arena.geometry.device)
         for name, tensor in _numbers(arena).items():
-            state[name] = tensor.index_select(1, index)
+            state[name] = tensor.index_select(1, index).cpu()
     state["ids"] = torch.from_numpy(ids)
     return state
 

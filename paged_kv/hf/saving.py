@@ -68,7 +68,7 @@ class Saveable:
 
 
 _ROWS = ("num_tokens", "prompt_lens", "size", "settled")
-_FLAGS = ("waits_for_crop", "knows_prompts", "is_late")
+_FLAGS = ("waits_for_crop", "knows_prompts", "is_late", "num_passes")
 _PLACES = ("spill_dir", "spill_host_budget")  # options that say where something lies
 
 
@@ -98,6 +98,7 @@ def save(cache: PagedCache, path: str | os.PathLike[str]) -> None:
     state_file.write(path, tensors, about)
 
 
+@keeps
 def load(
     kind: type[PagedCache],
     path: str | os.PathLike[str],
@@ -170,7 +171,6 @@ def state_of(sequences: Sequences) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, about
 
 
-@keeps
 def restore(
     sequences: Sequences,
     tensors: Mapping[str, Tensor],

@@ -25,7 +25,7 @@ from paged_kv.hf.allocator import Int64s
 from paged_kv.hf.arena import Geometry, PackedArena
 from paged_kv.hf.groups import layer_groups
 from paged_kv.hf.layer_step import LayerStep
-from paged_kv.hf.marks import Marks, check_crop
+from paged_kv.hf.marks import Marks, check_crop, remove
 from paged_kv.hf.modes import keeps
 from paged_kv.hf.observed import QueryRing
 from paged_kv.hf.packed_step import PackedStep
@@ -41,6 +41,7 @@ from paged_kv.kernels.rotary import Rotary
 
 Tensor = torch.Tensor
 NEVER = 1 << 60  # a prompt's length while its end is not known
+MAX_DRAFT = 256  # passes after which no crop is waited for: nobody guesses so many tokens
 
 
 class Sequences:
@@ -84,6 +85,7 @@ class Sequences:
         )
         self.rotary: Callable[[], Rotary] | None = None  # makes the model's RoPE tables
         self.waits_for_crop = False  # tokens of a step are not final before crop
+        self.num_passes = 0  # since the last crop
         self.clear()
 
     def clear(self) -> None:
@@ -194,7 +196,7 @@ class Sequences:
         return shared & last & is_partial[..., None]
 
     def bind(self, geometry: Geometry) -> None:
-        """What keys and values look like, if it is not known yet. Raises ValueError: see pools."""
+        """What keys and values look like. Raises ValueError: see PagePool.arena."""
         if not self.tables.parts:
             self.tables.bind(geometry)
             if self.residual_pages:
@@ -219,7 +221,7 @@ class Sequences:
         else:
             late = self.is_late or bool((self.prompt_lens == NEVER).any())
             self.prompt_lens = np.zeros_like(self.prompt_lens)
-        if late:
+        if late and not (self.waits_for_crop and self.num_passes <= MAX_DRAFT):
             self.is_late = True  # until it is done
             self.compact(has_begun=True)
             self.is_late = False
@@ -289,6 +291,7 @@ class Sequences:
         self.num_tokens += step.counts
         self.step = None
         self.is_late = self.waits_for_crop
+        self.num_passes += 1
         if not self.waits_for_crop:
             self.compact()
 
@@ -307,28 +310,15 @@ class Sequences:
         if (self.num_tokens < count).any():
             raise ValueError(f"crop(-{count}): a sequence has {self.num_tokens.min()} tokens")
         check_crop(self, count)
+        self.num_passes = 0
         if count:
-            self._remove(count)
+            remove(self, count)
         if not self.waits_for_crop:
             return
         self.is_late = False
         if not self.knows_prompts:
             self.prompt_lens = np.zeros_like(self.prompt_lens)
         self.compact()
-
-    def _remove(self, count: int) -> None:
-        """The last tokens of each row, whose entries are in its last slots."""
-        mark = self.marks.at(self.num_tokens - count)
-        if mark is not None and mark.scores:
-            compaction.own(self, np.arange(len(self.layers)), np.arange(self.num_rows))
-        self.size -= count
-        self.num_tokens -= count
-        self.tables.truncate(-(-self.size // self.pool.page_size))
-        self.ring.crop(self.num_tokens)
-        self.residual.crop(self.num_tokens)
-        if mark is not None:
-            mark.restore(self)
-        self.marks.keep(self.settled, self.num_tokens)
 
     @keeps
     def compact(self, has_begun: bool = False) -> None:
