@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,11 @@ def ask(model: Any, cache: Any, question: list[int], count: int = 45) -> list[in
     return found[0, ids.shape[1] :].tolist()
 
 
+def held(cache: PagedCache) -> Any:
+    """Its statistics without what crop would need: that is not saved."""
+    return replace(cache.stats(), side_bytes=0)
+
+
 @pytest.fixture
 def saved(tmp_path) -> Path:
     """A cache of "llama" that has read the context, under snapkv."""
@@ -74,12 +80,12 @@ def test_answers_are_those_of_the_saved_cache(name, tmp_path):
     with PagedCache(model.config, **options) as cache:
         read(model, cache)
         cache.save(path)
-        before = cache.stats()
+        before = held(cache)
         expected = [ask(model, copy.deepcopy(cache), question) for question in QUESTIONS]
     pool = PagePool()
     for question, answer in zip(QUESTIONS, expected, strict=True):
         with PagedCache.load(path, model.config, pool=pool) as cache:
-            assert cache.stats() == before
+            assert held(cache) == before
             assert ask(model, cache, question) == answer
         with PagedCache.load(path, model.config) as cache:
             first = ask(model, cache, question, 20)
