@@ -1,6 +1,7 @@
 """What generate_batch takes for granted in transformers' continuous batching; counting pages."""
 
 import ast
+import copy
 import inspect
 
 import pytest
@@ -21,7 +22,7 @@ from transformers.generation.continuous_batching import (
 from paged_kv import registry
 from paged_kv.config import CompressionConfig
 from paged_kv.core.schedule import Schedule
-from paged_kv.hf import batch_layers, batch_requests, generate_batch, seams
+from paged_kv.hf import batch_layers, batch_requests, generate_batch
 from paged_kv.hf.batch_engine import BatchCache, BatchProcessor, BatchScheduler
 from paged_kv.hf.batch_ledger import Ledger
 from paged_kv.hf.pool import PagePool
@@ -105,17 +106,24 @@ def test_fields_of_requests():
 
 
 def test_no_mask_is_made():
-    """transformers makes none for an attention implementation that it does not know."""
+    """transformers prepares none for "eager"; the model takes one of four dimensions as it is."""
     model = load("gemma3")
-    with seams.attention_by(None, seams.attention_configs(model)):
-        assert not utils.attn_mask_is_needed(model.config)
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = "eager"
+    assert not utils.attn_mask_is_needed(config)
     masks = []
     hook = model.model.layers[0].self_attn.register_forward_pre_hook(
         lambda _, __, given: masks.append(given["attention_mask"]), with_kwargs=True
     )
     generate_batch(model, [prompt(40), prompt(9)], max_new_tokens=3, progress_bar=False)
     hook.remove()
-    assert masks == [None] * 3
+    assert [mask.shape for mask in masks] == [(1, 1, 1, 1)] * 3
+
+
+def test_the_cache_is_handed_on_to_the_attention_function():
+    """As the argument "cache": this is how our attention function finds it."""
+    source = inspect.getsource(input_outputs.ContinuousBatchingIOs.get_model_kwargs)
+    assert "cache=self.cache," in source
 
 
 def test_logits_processors_say_what_they_can():

@@ -319,12 +319,3 @@ def test_crop_errors(model, ragged):
         cache.crop(-10)
         with pytest.raises(ValueError, match="no more can be removed"):
             cache.crop(-1000)
-
-
-def test_without_a_cache_the_model_is_as_before(model, ragged):
-    expected = generate(model, ragged)
-    with cache_of(model):
-        assert model.config._attn_implementation == "paged_kv"
-        assert torch.equal(generate(model, ragged), expected)
-        assert torch.equal(generate(model, ragged, use_cache=False), expected)
-    assert model.config._attn_implementation == "sdpa"

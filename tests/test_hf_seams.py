@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import tiny_models
 import torch
 from reference_loop import load_model
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, cache_utils
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    cache_utils,
+    masking_utils,
+    modeling_utils,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function
 
-from paged_kv.hf import PagedCache, masks
+from paged_kv.hf import PagedCache, dispatch, masks
 from paged_kv.hf.paged_layer import PagedLayer
 
 # Methods of transformers' Cache: those that PagedCache answers itself, and those that only ask its
@@ -84,68 +94,96 @@ def test_layers_by_type(model):
     assert known["sliding_attention"] is cache_utils.DynamicSlidingWindowLayer
 
 
-def test_the_attention_function_is_looked_up_at_each_call(model):
-    """AttentionInterface: by the name in the config, with update()'s answer and the lazy mask."""
-    seen: list[dict[str, Any]] = []
+@pytest.fixture
+def seen(model, monkeypatch) -> list[dict[str, Any]]:
+    """What our attention function is given."""
+    found: list[dict[str, Any]] = []
+    ours = dispatch.paged_attention
 
     def watching(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
-        seen.append({"mask": mask, "scaling": kwargs["scaling"], "layer": key.layer})
-        return masked(module, query, key, value, mask, **kwargs)
+        found.append({"mask": mask, "scaling": kwargs["scaling"], "layer": key.layer})
+        return ours(module, query, key, value, mask, **kwargs)
 
-    from paged_kv.hf.attention_function import paged_attention as masked
+    monkeypatch.setattr(dispatch, "paged_attention", watching)
+    return found
 
-    with PagedCache(model.config) as cache:
-        AttentionInterface.register(masks.NAME, watching)
-        try:
-            ids = torch.arange(3, 13)[None]
+
+@pytest.mark.parametrize("name", ["sdpa", "eager", "flex_attention"])
+def test_functions_are_looked_up_at_each_call(model, seen, name):
+    """AttentionInterface.get_interface, AttentionMaskInterface[name]: update()'s answer and the
+    length that get_mask_sizes gave come through, whatever the model's implementation is.
+    """
+    ids = torch.arange(3, 13)[None]
+    model.set_attn_implementation(name)
+    try:
+        with PagedCache(model.config) as cache:
             model(ids, past_key_values=cache, attention_mask=torch.ones_like(ids))
-        finally:
-            AttentionInterface.register(masks.NAME, masked)
+    finally:
+        model.set_attn_implementation("sdpa")
     assert [one["layer"] for one in seen] == list(range(6))
     assert {one["scaling"] for one in seen} == {32**-0.5}
     spec = seen[0]["mask"]
     assert all(one["mask"] is spec for one in seen)
     assert isinstance(spec, masks.MaskSpec)
+    assert spec.make is AttentionMaskInterface._global_mapping[name]
     assert spec.arguments["mask_function"] is causal_mask_function
     expected = {"batch_size": 1, "q_length": 10, "kv_length": 10, "q_offset": 0, "kv_offset": 0}
     assert expected.items() <= spec.arguments.items()
     assert spec.padding.tolist() == [[True] * 10]
 
 
-def test_the_mask_function_is_registered():
-    """AttentionMaskInterface: without one, padding would be lost."""
-    assert masks.NAME in AttentionMaskInterface._global_mapping
-    known = inspect.signature(sdpa_mask).parameters
+def test_mask_functions_of_transformers_are_called_with_names():
+    """kv_length by name: this is what tells us that a mask is for a PagedCache."""
     names = {"q_length", "kv_length", "q_offset", "kv_offset", "mask_function", "attention_mask"}
-    assert names <= set(known)
+    for own in set(AttentionMaskInterface._global_mapping.values()):
+        assert names <= set(inspect.signature(own).parameters)
+    tree = ast.parse(inspect.getsource(masking_utils))
+    calls = [
+        node for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "mask_interface"
+    ]  # fmt: skip
+    assert len(calls) >= 4, "masks are made in another way now"
+    for call in calls:
+        assert not call.args
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        assert given["kv_length"] == "kv_length"
 
 
-def test_the_config_names_the_implementation(model):
-    """The model reads config._attn_implementation in each layer, each time."""
-    assert model.model.layers[3].self_attn.config is model.config
-    cache = PagedCache(model.config)
-    second = PagedCache(model.config)
-    assert model.config._attn_implementation == masks.NAME
-    cache.close()
-    assert model.config._attn_implementation == masks.NAME
-    second.close()
-    assert model.config._attn_implementation == "sdpa"
+def test_lookups_of_transformers():
+    """All models share two registries, of these classes, and ask for a name or with a default."""
+    assert type(modeling_utils.ALL_ATTENTION_FUNCTIONS) is AttentionInterface
+    assert type(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS) is AttentionMaskInterface
+    dispatch.install()
+    dispatch.install()
+    assert AttentionInterface.get_interface.__wrapped__.__module__ == "transformers.modeling_utils"
+
+    def own(*_: Any, **__: Any) -> None:
+        """What a model computes when it is eager."""
+
+    interface = AttentionInterface()
+    for found in (
+        interface.get_interface("eager", own),
+        interface.get_interface("sdpa", own),
+        interface["sdpa"],
+    ):
+        assert found.func is dispatch.attention
+        assert found.args in ((own,), (sdpa_attention_forward,)), "in front once"
+    with pytest.raises(KeyError, match="not a valid attention implementation"):
+        interface.get_interface("nonsense", own)
+    assert "nonsense" not in AttentionMaskInterface()
+    assert AttentionMaskInterface()["sdpa"].args == (masking_utils.sdpa_mask,)
 
 
-def test_models_without_our_cache_get_what_sdpa_gives(model):
-    ids = torch.arange(3, 43).view(2, 20)
-    mask = torch.ones_like(ids)
-    mask[0, :5] = 0
-    with torch.inference_mode():
-        expected = model(ids, attention_mask=mask, use_cache=False).logits
-        decoded = DynamicCache(config=model.config)
-        model(ids, attention_mask=mask, past_key_values=decoded)
-        with PagedCache(model.config):
-            found = model(ids, attention_mask=mask, use_cache=False).logits
-            other = DynamicCache(config=model.config)
-            model(ids, attention_mask=mask, past_key_values=other)
-    assert torch.equal(found, expected)
-    assert torch.equal(other.layers[5].keys, decoded.layers[5].keys)
+def test_importing_changes_nothing():
+    code = """
+from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin
+import paged_kv.hf
+from paged_kv.hf import PagedCache, enable, generate_batch
+assert AttentionInterface.get_interface.__module__ == "transformers.modeling_utils"
+assert "__getitem__" not in vars(AttentionInterface) | vars(AttentionMaskInterface)
+assert not hasattr(GenerationMixin._prepare_cache_for_generation, "__wrapped__")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_generate_says_how_many_tokens_it_takes_back():

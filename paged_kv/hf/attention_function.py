@@ -1,7 +1,6 @@
-"""The attention function that transformers calls in every layer, registered as "paged_kv".
+"""The attention function of layers whose keys are in pages.
 
-For a layer whose keys are in pages, Cache.update has returned a Handle instead of tensors; all
-other layers (sliding windows, cross-attention, models without our cache) get what sdpa gives.
+There, Cache.update has returned a Handle instead of tensors; see dispatch for all other layers.
 """
 
 from __future__ import annotations
@@ -9,11 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from paged_kv.hf.masks import NAME, MaskSpec, bias_of
-from paged_kv.hf.paged_attention import Terms, mix, probabilities
+from paged_kv.hf.masks import MaskSpec, bias_of
+from paged_kv.hf.paged_attention import Terms
 
 if TYPE_CHECKING:
     from paged_kv.hf.cache import PagedCache
@@ -61,7 +59,8 @@ def _not_replaceable(operation: str) -> ValueError:
     return ValueError(
         f"a PagedCache has no {operation}: its keys and values are in pages. Either it was made "
         "with another model's config, or this model computes with its cached keys itself "
-        "instead of calling transformers' AttentionInterface; for that one use DynamicCache"
+        "instead of calling transformers' AttentionInterface (under this attn_implementation): "
+        "try attn_implementation='sdpa', or use DynamicCache"
     )
 
 
@@ -76,11 +75,12 @@ for _name in ("getitem", "matmul", "rmatmul", "add", "radd", "mul", "rmul", "sub
     setattr(Handle, f"__{_name}__", _refuse(f"__{_name}__"))
 
 
+@torch.compiler.disable
 def paged_attention(
     module: Any,
     query: Tensor,
-    key: Tensor | Handle,
-    value: Tensor | Handle,
+    key: Handle,
+    value: Handle,
     attention_mask: MaskSpec | Tensor | None = None,
     scaling: float | None = None,
     **options: Any,
@@ -90,52 +90,37 @@ def paged_attention(
     Args:
         module: the attention layer.
         query: after RoPE.
-        key: a Handle, or tensors of a layer that is not paged.
-        value: like key.
+        key: the layer's keys.
+        value: its values.
         attention_mask: what our mask function gave, or a mask of the user's own.
         scaling: factor of the logits; None: head_dim ** -0.5.
         options: softcap, s_aux (sinks), position_bias; and what sdpa takes.
 
     Raises:
-        ValueError: output_attentions is asked for; see PagedCache.attend.
+        ValueError: output_attentions is asked for; the model's attention implementation has no
+            mask function; see PagedCache.attend.
     """
-    if not isinstance(key, Handle):
-        mask = attention_mask.dense() if isinstance(attention_mask, MaskSpec) else attention_mask
-        if options.get("softcap") or options.get("s_aux") is not None:
-            return _explicit(query, key, value, mask, _terms(query, scaling, options)), None
-        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **options)
     if options.get("output_attentions"):
         raise ValueError(
             "output_attentions: a PagedCache never has the attention of all tokens; use a "
             "DynamicCache and attn_implementation='eager' for that"
         )
+    if attention_mask is None:
+        _check_masks(module)
     heads = query.shape[1], key.key.shape[1]
-    terms = _terms(query, scaling, options)
-    terms = terms._replace(bias=bias_of(attention_mask, options.get("position_bias"), heads))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    bias = bias_of(attention_mask, options.get("position_bias"), heads)
+    terms = Terms(scale, options.get("softcap") or 0.0, options.get("s_aux"), bias)
     output = key.cache.attend(key.layer, module, query, key.key, key.value, attention_mask, terms)
     return output.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(NAME, paged_attention)
-
-
-def _terms(query: Tensor, scaling: float | None, options: dict[str, Any]) -> Terms:
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return Terms(scale, options.get("softcap") or 0.0, options.get("s_aux"))
-
-
-def _explicit(query: Tensor, keys: Any, values: Any, mask: Tensor | None, terms: Terms) -> Tensor:
-    """Attention with a softcap or sinks, which sdpa does not know, over dense keys and values."""
-    num_queries, num_entries = query.shape[2], keys.shape[2]
-    outputs = []
-    for row in range(len(query)):
-        bias = None
-        if mask is not None:
-            own = mask[row if len(mask) > 1 else 0]
-            bias = torch.where(own, 0.0, -torch.inf) if own.dtype == torch.bool else own.float()
-        parts = probabilities(
-            query[row : row + 1], keys[row : row + 1], [num_entries - num_queries], terms, bias
+def _check_masks(module: Any) -> None:
+    """transformers makes no mask for an implementation that it knows no mask function of."""
+    name = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if name is not None and name not in ALL_MASK_ATTENTION_FUNCTIONS:
+        raise ValueError(
+            f"attn_implementation {name!r} has no mask function, so a PagedCache would not know "
+            "what is padding: call AttentionMaskInterface.register, or "
+            "model.set_attn_implementation('sdpa')"
         )
-        numbers = values[row : row + 1].float()
-        outputs.append(torch.cat([mix(chances, numbers) for _, chances in parts], 2))
-    return torch.cat(outputs).to(query.dtype).transpose(1, 2).contiguous()

@@ -6,6 +6,7 @@ batching; the pages are ours (batch_engine). Everything runs in the caller's thr
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +24,7 @@ from transformers.generation.continuous_batching.initialization import (
 )
 
 from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig
-from paged_kv.hf import batch_layers, batch_requests, seams
+from paged_kv.hf import batch_layers, batch_requests, dispatch
 from paged_kv.hf.arguments import read_options
 from paged_kv.hf.batch_engine import BatchCache, BatchProcessor, BatchScheduler
 from paged_kv.hf.batch_ledger import Ledger
@@ -120,8 +121,10 @@ def _cache(
 def _processor(
     model: Any, cache: BatchCache, chosen: Any, max_requests: int
 ) -> Iterator[BatchProcessor]:
-    """transformers' part. At the end all pages are free and the model is as it was."""
-    config = model.config.get_text_config()
+    """transformers' part. At the end all pages are free."""
+    dispatch.install()
+    config = copy.deepcopy(model.config.get_text_config())
+    config._attn_implementation = "eager"  # one for which transformers prepares no masks
     settings = ContinuousBatchingConfig(
         max_batch_tokens=cache.max_batch_tokens,
         max_requests_per_batch=min(max_requests, cache.max_batch_tokens),
@@ -131,30 +134,29 @@ def _processor(
         use_cuda_graph=False,
     )
     processors = batch_requests.logits_processors(model, chosen)
-    with seams.attention_by(cache, seams.attention_configs(model)):
-        try:
-            yield BatchProcessor(
-                cache=cache,
-                config=config,
-                generation_config=chosen,
-                continuous_batching_config=resolve_continuous_batching_config(
-                    config, settings, None, processors.do_processing
-                ),
-                logit_processor=processors,
-                input_queue=None,
-                cancel_queue=None,
-                output_router=OutputRouter(),
-                background_thread_status=BackgroundThreadStatus(),
-                model_device=model.device,
-                model_dtype=model.dtype,
-                scheduler=BatchScheduler(
-                    cache, settings.safety_margin, settings.max_requests_per_batch
-                ),
-                distributed_helper=DistributedHelper(None, None),
-            )
-        finally:
-            for part in cache.parts:
-                part.release()
+    try:
+        yield BatchProcessor(
+            cache=cache,
+            config=config,
+            generation_config=chosen,
+            continuous_batching_config=resolve_continuous_batching_config(
+                config, settings, None, processors.do_processing
+            ),
+            logit_processor=processors,
+            input_queue=None,
+            cancel_queue=None,
+            output_router=OutputRouter(),
+            background_thread_status=BackgroundThreadStatus(),
+            model_device=model.device,
+            model_dtype=model.dtype,
+            scheduler=BatchScheduler(
+                cache, settings.safety_margin, settings.max_requests_per_batch
+            ),
+            distributed_helper=DistributedHelper(None, None),
+        )
+    finally:
+        for part in cache.parts:
+            part.release()
 
 
 def _run(processor: BatchProcessor, model: Any, count: int, progress_bar: bool) -> list[Tokens]:

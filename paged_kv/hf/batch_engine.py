@@ -24,12 +24,13 @@ from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 from paged_kv.hf.arena import Geometry
 from paged_kv.hf.batch_ledger import Ledger
 from paged_kv.hf.paged_attention import Bias, Terms
+from paged_kv.hf.seams import Attends
 from paged_kv.hf.sequences import Sequences
 
 Tensor = torch.Tensor
 
 
-class BatchCache:
+class BatchCache(Attends):
     """Stands in for transformers' PagedAttentionCache, of which it allocates nothing.
 
     Args:
@@ -244,4 +245,17 @@ class BatchProcessor(ContinuousBatchProcessor):
 
     def _generation_step(self, model: Any) -> None:
         with self.cache.step(self.inputs_and_outputs.requests_in_batch):
-            super()._generation_step(model)
+            super()._generation_step(_Unmasked(model))
+
+
+class _Unmasked:
+    """A model that makes no masks: transformers takes one of four dimensions as it is."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self._model(**inputs | {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool)})

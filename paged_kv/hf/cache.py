@@ -13,7 +13,7 @@ from transformers.cache_utils import (
 )
 
 from paged_kv.config import CompressionConfig
-from paged_kv.hf import implementation, providers, seams
+from paged_kv.hf import dispatch, providers, seams
 from paged_kv.hf.arena import Geometry
 from paged_kv.hf.arguments import check_page_format, read_options, read_pool
 from paged_kv.hf.attention_function import Handle
@@ -37,8 +37,8 @@ class PagedCache(Copyable, Saveable, RowOperations):
 
     For `model.generate(**inputs, past_key_values=PagedCache(model.config, ...))`. Positions stay
     true: `get_seq_length` counts processed tokens. Padding is not stored. Layers with a sliding
-    window or linear attention keep transformers' own caches. While a cache lives, the model's
-    attention implementation is "paged_kv", which without such a cache computes what sdpa does.
+    window or linear attention keep transformers' own caches. The model and its attention
+    implementation stay as they are: other calls of it compute what they always do.
 
     What is not given comes from the environment (PAGED_KV_POLICY, PAGED_KV_BUDGET,
     PAGED_KV_POLICY_CONFIG), then from CompressionConfig's defaults.
@@ -107,9 +107,10 @@ class PagedCache(Copyable, Saveable, RowOperations):
                 for kind, more in zip(types, arguments, strict=True)
             ]
         )
-        restore = implementation.use(decoder)
-        self._close = weakref.finalize(self, _close, self.sequences, restore)
+        dispatch.install()
+        self._close = weakref.finalize(self, self.sequences.release)
 
+    @torch.compiler.disable
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
@@ -224,7 +225,7 @@ class PagedCache(Copyable, Saveable, RowOperations):
         return self.sequences.stats()
 
     def close(self) -> None:
-        """Gives all pages back; the model gets its attention implementation back."""
+        """Gives all pages back."""
         self._close()
         self.progress[0] = 0
 
@@ -242,8 +243,3 @@ class PagedCache(Copyable, Saveable, RowOperations):
         self.progress[0] = self._padded_at = 0
         for layer in self._others():
             layer.reset()
-
-
-def _close(sequences: Sequences, restore: Any) -> None:
-    sequences.release()
-    restore()

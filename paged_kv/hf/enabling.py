@@ -1,10 +1,16 @@
-"""enable: generate() of a model uses a PagedCache by itself, for as long as a context lasts."""
+"""enable: generate() of a model uses a PagedCache by itself, for as long as a context lasts.
+
+Which models do is known here, not in them: a copy of a model is not enabled, and generate() of all
+others makes the cache that it always makes.
+"""
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 from transformers import GenerationMixin
@@ -15,6 +21,9 @@ from paged_kv.hf.sequences import Sequences
 from paged_kv.hf.stats import CacheStats, snapshot
 
 _HOOK = "_prepare_cache_for_generation"  # generate() calls it once, for the cache that it will use
+_lock = threading.Lock()
+_enabled: weakref.WeakKeyDictionary[Any, list[Enabled]] = weakref.WeakKeyDictionary()  # by model
+_is_installed = False
 
 
 class Enabled:
@@ -27,6 +36,7 @@ class Enabled:
 
     def __init__(self, model: Any, options: dict[str, Any]) -> None:
         self._model, self._options = model, options
+        self._default = model.generation_config.cache_implementation
         self._sequences: weakref.ref[Sequences] | None = None
         self._stats: CacheStats | None = None
 
@@ -35,6 +45,11 @@ class Enabled:
         if self._model.config.is_encoder_decoder:
             return PagedEncoderDecoderCache(self._model, **self._options)
         return PagedCache(self._model.config, **self._options)
+
+    def is_meant(self, config: Any, inputs: dict[str, Any]) -> bool:
+        """Whether a call of generate() with this generation config leaves its cache to us."""
+        given = inputs.get("past_key_values") is not None or config.use_cache is False
+        return not given and config.cache_implementation in (None, self._default)
 
     def make_and_watch(self) -> PagedCache | PagedEncoderDecoderCache:
         """The same; stats() is about this one from now on."""
@@ -68,7 +83,7 @@ def enable(model: Any, **options: Any) -> Iterator[Enabled]:
 
     Calls with past_key_values, with use_cache=False, or with a cache_implementation that is not the
     model's default, get what they ask for. What is sampled, searched or streamed makes no
-    difference. Contexts can be nested; the innermost counts.
+    difference. Contexts can be nested, and overlap in threads; the last that began counts.
 
     Args:
         model: with generate(); an encoder-decoder gets PagedEncoderDecoderCache.
@@ -77,30 +92,44 @@ def enable(model: Any, **options: Any) -> Iterator[Enabled]:
     Raises:
         ValueError: as PagedCache does, before the context begins.
     """
-    if getattr(type(model), _HOOK, None) is not getattr(GenerationMixin, _HOOK):
+    _install()
+    hook = getattr(getattr(model, _HOOK, None), "__func__", None)
+    if hook is None or hook is not getattr(GenerationMixin, _HOOK):
         raise ValueError(
             f"{type(model).__name__} does not make its cache as transformers' generate() does: "
             "give PagedCache(model.config, ...) as past_key_values"
         )
     enabled = Enabled(model, options)
     enabled.make().close()  # wrong options show now
-    before, is_nested = getattr(model, _HOOK), _HOOK in vars(model)
-    default = model.generation_config.cache_implementation
+    with _lock:
+        _enabled.setdefault(model, []).append(enabled)
+    try:
+        yield enabled
+    finally:
+        with _lock:
+            _enabled[model].remove(enabled)
 
-    def prepare(config: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        given = inputs.get("past_key_values") is not None or config.use_cache is False
-        if given or config.cache_implementation not in (None, default):
-            return before(config, inputs, *args, **kwargs)
+
+def _install() -> None:
+    """Puts our hook in front of generate()'s; once per process, never undone."""
+    global _is_installed
+    with _lock:
+        if not _is_installed:
+            setattr(GenerationMixin, _HOOK, _in_front_of(getattr(GenerationMixin, _HOOK)))
+            _is_installed = True
+
+
+def _in_front_of(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def prepare(model: Any, config: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        with _lock:
+            active = _enabled.get(model)
+            enabled = active[-1] if active else None
+        if enabled is None or not enabled.is_meant(config, inputs):
+            return original(model, config, inputs, *args, **kwargs)
         inputs["past_key_values"] = cache = enabled.make_and_watch()
         if config.is_assistant:
             cache.activate_past_recording()
         return None
 
-    setattr(model, _HOOK, prepare)
-    try:
-        yield enabled
-    finally:
-        if is_nested:
-            setattr(model, _HOOK, before)
-        else:
-            delattr(model, _HOOK)
+    return prepare

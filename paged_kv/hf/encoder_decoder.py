@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import weakref
 from typing import Any, NoReturn
 
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from paged_kv.hf import implementation, seams
 from paged_kv.hf.cache import PagedCache
 from paged_kv.hf.copies import Copyable
 from paged_kv.hf.stats import CacheStats
@@ -35,22 +33,16 @@ class PagedEncoderDecoderCache(Copyable, EncoderDecoderCache):
         decoder = model.get_decoder()
         own = copy.deepcopy(decoder.config.get_text_config(decoder=True))
         own.is_encoder_decoder = False
-        cross = DynamicCache(config=own)
-        self._hold(own, seams.attention_configs(decoder), PagedCache(own, *args, **options), cross)
-
-    def _hold(self, config: Any, configs: list[Any], own: PagedCache, cross: DynamicCache) -> None:
-        """Args: its own config, those of the model's attention layers, and the two caches."""
-        super().__init__(own, cross)
-        self._config, self._configs = config, configs
-        restore = [implementation.use(config) for config in configs]
-        self._close = weakref.finalize(self, _undo, restore)
+        self._config = own
+        super().__init__(PagedCache(own, *args, **options), DynamicCache(config=own))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedEncoderDecoderCache:
         """Pages are shared until one of the two writes. Raises ValueError: it has been closed."""
         own = copy.deepcopy(self.self_attention_cache, memo)
         other = type(self).__new__(type(self))
         cross = copy.deepcopy(self.cross_attention_cache, memo)
-        other._hold(self._config, self._configs, own, cross)
+        EncoderDecoderCache.__init__(other, own, cross)
+        other._config = self._config
         return other
 
     def save(self, path: Any) -> NoReturn:
@@ -75,17 +67,11 @@ class PagedEncoderDecoderCache(Copyable, EncoderDecoderCache):
             self.is_updated[layer] = False
 
     def close(self) -> None:
-        """Gives all pages back; the model gets its attention implementation back."""
+        """Gives all pages back."""
         self.self_attention_cache.close()
-        self._close()
 
     def __enter__(self) -> PagedEncoderDecoderCache:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _undo(restore: list[Any]) -> None:
-    for one in restore:
-        one()

@@ -1,7 +1,7 @@
 """Masks of transformers, kept as what they are made of until a layer knows its entries.
 
 transformers makes one mask for all layers before the first of them; what a layer of ours holds
-differs by row and KV head. So the mask function that we register only notes its arguments.
+differs by row and KV head. So our mask function only notes its arguments.
 
 Tokens of a row are counted without padding ("token"), those of a batch with it ("stream").
 """
@@ -15,14 +15,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AttentionMaskInterface
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import causal_mask_function
 
 from paged_kv.hf.allocator import Int64s
 from paged_kv.hf.paged_attention import Bias
 
-NAME = "paged_kv"
 Tensor = torch.Tensor
+
+
+class PagedLength(int):
+    """Keys that a mask covers, as a PagedLayer says it: transformers hands it to mask functions."""
 
 
 @dataclass
@@ -30,9 +32,11 @@ class MaskSpec:
     """A mask that has not been made.
 
     Args:
-        arguments: of transformers' mask function.
+        make: transformers' mask function.
+        arguments: of it.
     """
 
+    make: Callable[..., Any]
     arguments: dict[str, Any]
     made: dict[str, Any] = field(default_factory=dict)
 
@@ -43,9 +47,9 @@ class MaskSpec:
         return mask
 
     def dense(self) -> Tensor | None:
-        """What sdpa would get."""
+        """What transformers would have made, for a layer that is not paged."""
         if "dense" not in self.made:
-            self.made["dense"] = sdpa_mask(**self.arguments)
+            self.made["dense"] = self.make(**self.arguments)
         mask: Tensor | None = self.made["dense"]
         return mask
 
@@ -84,11 +88,10 @@ class MaskSpec:
         return self.padding[row].nonzero()[:, 0]
 
 
-def _note(**arguments: Any) -> MaskSpec:
-    return MaskSpec(arguments)
-
-
-AttentionMaskInterface.register(NAME, _note)
+@torch.compiler.disable
+def note(make: Callable[..., Any], arguments: dict[str, Any]) -> MaskSpec:
+    """The mask that transformers' function would make of these arguments."""
+    return MaskSpec(make, arguments)
 
 
 def counts_of(mask: MaskSpec | Tensor | None, num_rows: int, num_queries: int) -> Int64s:

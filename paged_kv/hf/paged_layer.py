@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from paged_kv.hf.masks import PagedLength
+
 Tensor = torch.Tensor
 
 
@@ -33,10 +35,12 @@ class PagedLayer(CacheLayerMixin):
         """Never called: PagedCache.update answers."""
         raise NotImplementedError("call PagedCache.update")
 
+    @torch.compiler.disable
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(length, offset) of a mask over all tokens so far and the new ones, dropped or not."""
-        return self.progress[0] + query_length, 0
+        return PagedLength(self.progress[0] + query_length), 0
 
+    @torch.compiler.disable
     def get_seq_length(self) -> int:
         """Processed tokens, padding included."""
         return self.progress[0]

@@ -20,7 +20,7 @@ import torch
 from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig
 from paged_kv.core.page_formats import NATIVE, layer_formats
 from paged_kv.core.schedule import Schedule
-from paged_kv.hf import paged_attention, seams
+from paged_kv.hf import dispatch, paged_attention, seams
 from paged_kv.hf.arguments import check_page_format
 from paged_kv.hf.layer_cache import LayerCache, Window
 from paged_kv.hf.packing import Packing
@@ -36,7 +36,7 @@ from paged_kv.tiers.spill_memory import SpillSpace
 Tensor = torch.Tensor
 
 
-class ReferenceEngine:
+class ReferenceEngine(seams.Attends):
     """One sequence in a model under a policy.
 
     Args:
@@ -61,11 +61,11 @@ class ReferenceEngine:
         text_config = model.config.get_text_config()
         if getattr(text_config, "num_kv_shared_layers", 0):
             raise ValueError("a model whose layers share their KV cache is not supported")
+        dispatch.install()
         self.model = model
         self.page_size = page_size
         self.prompt_len = prompt_len
         self.num_tokens = 0
-        self._configs = seams.attention_configs(model)
         self._num_layers = text_config.num_hidden_layers
         self._set_policy(config)
         self._observed = max(observe, self.policy.observation_window if self.policy else 0)
@@ -136,8 +136,8 @@ class ReferenceEngine:
         end = self.num_tokens + len(tokens)
         positions = torch.arange(self.num_tokens, end, device=device)[None]
         before = self.num_kept
-        with seams.attention_by(self, self._configs):
-            output = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
+        inputs = {"input_ids": ids, "position_ids": positions}
+        output = self.model.base_model(**inputs, use_cache=False, cache=self)
         if self.num_kept != [size + len(tokens) for size in before]:
             raise ValueError(
                 f"{type(self.model).__name__} does not compute its attention through "

@@ -1,26 +1,23 @@
 """How a model of transformers is entered: its attention function, its head, its RoPE.
 
-The attention function is registered under one name and finds its engine by a context variable.
-Nothing of a model stays changed: the name is set for the time of a forward pass only.
+An engine is given to the model's forward pass as the argument "cache", as transformers' continuous
+batching does; models hand it on to the attention function.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
-from transformers import AttentionInterface
 from transformers.modeling_outputs import MoEModelOutputWithPastAndCrossAttentions
 
 from paged_kv.kernels.rotary import Rotary
 
-NAME = "paged_kv_reference"
 Tensor = torch.Tensor
 
 
@@ -33,61 +30,42 @@ class Terms(NamedTuple):
     sliding_window: int | None = None
 
 
-class Attends(Protocol):
-    """What takes over the attention of a model."""
+class Attends(ABC):
+    """What takes over the attention of a model, if it is the forward pass's argument "cache"."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> Tensor:
-        """[heads, n, head_dim] from query of that shape and [kv_heads, n, head_dim] key, value."""
+    @abstractmethod
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, terms: Any) -> Tensor:
+        """[heads, n, head_dim] from query of that shape and [kv_heads, n, head_dim] key, value.
+
+        Args:
+            layer: index in the model.
+            query: after RoPE.
+            key: the new keys.
+            value: the new values.
+            terms: Terms of the layer.
+        """
 
 
-_active: ContextVar[Attends] = ContextVar("paged_kv_reference_engine")
-
-
-def _attention(
+def engine_attention(
     module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None = None,
-    dropout: float = 0.0,
     scaling: float | None = None,
     softcap: float | None = None,
     sliding_window: int | None = None,
     s_aux: Tensor | None = None,
+    *,
+    cache: Attends,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """[1, n, heads, head_dim], of query [1, heads, n, head_dim]."""
+    """[1, n, heads, head_dim], of query [1, heads, n, head_dim]; the engine knows its masks."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     sinks = None if s_aux is None else s_aux.float()
     terms = Terms(scale, softcap or 0.0, sinks, sliding_window)
-    output = _active.get().attend(module.layer_idx, query[0], key[0], value[0], terms)
+    output = cache.attend(module.layer_idx, query[0], key[0], value[0], terms)
     return output.transpose(0, 1)[None].contiguous(), None
-
-
-AttentionInterface.register(NAME, _attention)
-
-
-@contextmanager
-def attention_by(engine: Attends, configs: list[Any]) -> Iterator[None]:
-    """The engine computes the attention of the models that have these configs."""
-    before = [config._attn_implementation for config in configs]
-    token = _active.set(engine)
-    try:
-        for config in configs:
-            config._attn_implementation = NAME
-        yield
-    finally:
-        for config, name in zip(configs, before, strict=True):
-            config._attn_implementation = name
-        _active.reset(token)
-
-
-def attention_configs(model: Any) -> list[Any]:
-    """The config objects that the model's attention layers read."""
-    layers = [module for module in model.modules() if hasattr(module, "layer_idx")]
-    found = {id(layer.config): layer.config for layer in layers if hasattr(layer, "config")}
-    found[id(model.base_model.config)] = model.base_model.config  # decides on the mask
-    return list(found.values())
 
 
 def full_attention_layers(config: Any) -> list[int]:

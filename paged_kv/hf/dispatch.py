@@ -1,0 +1,69 @@
+"""Puts our attention and mask functions in front of those that models look up.
+
+What decides is what a call is given, never the model or its config: keys that are Handles, a
+length that a PagedLayer gave, an engine. Everything else goes to the function that transformers
+would have called, with the same arguments. So nothing of a model changes, whatever its attention
+implementation is, and nothing has to be undone.
+
+Models with "eager" bring a function of their own, which is in no registry: therefore lookups are
+changed, and not what is registered.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any
+
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from paged_kv.hf.attention_function import Handle, paged_attention
+from paged_kv.hf.masks import MaskSpec, PagedLength, note
+from paged_kv.hf.seams import Attends, engine_attention
+
+_lock = threading.Lock()
+_is_installed = False
+
+
+def install() -> None:
+    """Makes models call our functions where a call is ours; once per process, never undone."""
+    global _is_installed
+    with _lock:
+        if _is_installed:
+            return
+        interface: Any = AttentionInterface
+        interface.__getitem__ = _lookup(interface.__getitem__, attention)
+        interface.get_interface = _lookup(interface.get_interface, attention)
+        interface = AttentionMaskInterface
+        interface.__getitem__ = _lookup(interface.__getitem__, mask)
+        _is_installed = True
+
+
+def _lookup(find: Callable[..., Any], front: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(find)
+    def look_up(*args: Any, **kwargs: Any) -> Any:
+        found = find(*args, **kwargs)
+        if isinstance(found, partial) and found.func is front:
+            return found
+        return partial(front, found)
+
+    return look_up
+
+
+def attention(original: Any, module: Any, query: Any, key: Any, *args: Any, **kwargs: Any) -> Any:
+    """Ours for keys in pages and for an engine's forward pass; else the original function."""
+    if isinstance(key, Handle):
+        return paged_attention(module, query, key, *args, **kwargs)
+    if isinstance(kwargs.get("cache"), Attends):
+        return engine_attention(module, query, key, *args, **kwargs)
+    if any(isinstance(argument, MaskSpec) for argument in args):  # made for the paged layers
+        args = tuple(one.dense() if isinstance(one, MaskSpec) else one for one in args)
+    return original(module, query, key, *args, **kwargs)
+
+
+def mask(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """A MaskSpec for layers of a PagedCache; else what the original function makes."""
+    if isinstance(kwargs.get("kv_length"), PagedLength):
+        return note(original, kwargs)
+    return original(*args, **kwargs)
