@@ -120,10 +120,12 @@ def test_no_mask_is_made():
     assert [mask.shape for mask in masks] == [(1, 1, 1, 1)] * 3
 
 
-def test_the_cache_is_handed_on_to_the_attention_function():
-    """As the argument "cache": this is how our attention function finds it."""
+def test_the_model_is_called_with_a_cache():
+    """In its place we give our engine, under another name."""
     source = inspect.getsource(input_outputs.ContinuousBatchingIOs.get_model_kwargs)
     assert "cache=self.cache," in source
+    source = inspect.getsource(model_runner.ModelRunner._forward_process_and_sample)
+    assert "model(**batch_data)" in source
 
 
 def test_logits_processors_say_what_they_can():

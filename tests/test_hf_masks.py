@@ -7,7 +7,7 @@ from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama import modeling_llama
 
-from paged_kv.hf import PagedCache
+from paged_kv.hf import PagedCache, dispatch
 
 PAGES = {"page_size": 16}
 STREAMING = {"policy": "streaming", "budget": 80, **PAGES}
@@ -160,3 +160,45 @@ def test_a_mask_that_is_too_short(model):
         logits(model, cache, two_rows(), [20])
         with pytest.raises(ValueError, match="attention_mask has 5 columns"):
             model(torch.tensor([[3], [4]]), attention_mask=mask, past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda mask: mask[:, :, -1:],
+        lambda mask: mask + 1,
+        lambda mask: mask.shape,
+        lambda mask: torch.where(mask, 0.0, 1.0),
+    ],
+    ids=["cut", "add", "shape", "where"],
+)
+def test_a_model_that_computes_with_masks_itself(model, monkeypatch, change):
+    """There is none to compute with."""
+
+    def create(**arguments):
+        return change(create_causal_mask(**arguments))
+
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", create)
+    with PagedCache(model.config) as cache, pytest.raises(ValueError, match="no mask is made"):
+        model(torch.tensor([prompt(20)]), past_key_values=cache)
+
+
+def test_a_layer_that_is_not_paged_gets_the_mask_that_transformers_makes(model):
+    """Where it comes with the mask of layers that are paged."""
+    ids = torch.tensor([prompt(20)])
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    seen = []
+
+    def computes(module, query, key, value, attention_mask, **kwargs):
+        seen.append(attention_mask)
+        return query.transpose(1, 2), None
+
+    with PagedCache(model.config) as cache:
+        embeds = model.get_input_embeddings()(ids)
+        spec = create_causal_mask(model.config, embeds, mask, cache)
+        made = create_causal_mask(model.config, embeds, mask, None)
+    tensor = torch.zeros(1, 4, 20, 16)
+    dispatch.attention(computes, model, tensor, tensor, tensor, spec)
+    dispatch.attention(computes, model, tensor, tensor, tensor, attention_mask=spec)
+    assert all(torch.equal(one, made) for one in seen)

@@ -5,12 +5,13 @@ There, Cache.update has returned a Handle instead of tensors; see dispatch for a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from paged_kv.hf.masks import MaskSpec, bias_of
+from paged_kv.hf.opaque import Opaque
 from paged_kv.hf.paged_attention import Terms
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 Tensor = torch.Tensor
 
 
-class Handle:
+class Handle(Opaque):
     """Stands for the keys, or the values, of a layer: [rows, kv_heads, tokens so far, size].
 
     Args:
@@ -42,37 +43,6 @@ class Handle:
     def size(self, dim: int | None = None) -> Any:
         """Like a tensor's."""
         return self.shape if dim is None else self.shape[dim]
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> NoReturn:
-        raise _not_replaceable(getattr(func, "__name__", str(func)))
-
-    def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise _not_replaceable(name)
-
-
-def _not_replaceable(operation: str) -> ValueError:
-    return ValueError(
-        f"a PagedCache has no {operation}: its keys and values are in pages. Either it was made "
-        "with another model's config, or this model computes with its cached keys itself "
-        "instead of calling transformers' AttentionInterface (under this attn_implementation): "
-        "try attn_implementation='sdpa', or use DynamicCache"
-    )
-
-
-def _refuse(name: str) -> Any:
-    def refuse(*_: Any) -> NoReturn:
-        raise _not_replaceable(name)
-
-    return refuse
-
-
-for _name in ("getitem", "matmul", "rmatmul", "add", "radd", "mul", "rmul", "sub", "truediv"):
-    setattr(Handle, f"__{_name}__", _refuse(f"__{_name}__"))
 
 
 @torch.compiler.disable

@@ -24,7 +24,7 @@ from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 from paged_kv.hf.arena import Geometry
 from paged_kv.hf.batch_ledger import Ledger
 from paged_kv.hf.paged_attention import Bias, Terms
-from paged_kv.hf.seams import Attends
+from paged_kv.hf.seams import ENGINE, Attends
 from paged_kv.hf.sequences import Sequences
 
 Tensor = torch.Tensor
@@ -245,17 +245,21 @@ class BatchProcessor(ContinuousBatchProcessor):
 
     def _generation_step(self, model: Any) -> None:
         with self.cache.step(self.inputs_and_outputs.requests_in_batch):
-            super()._generation_step(_Unmasked(model))
+            super()._generation_step(_Attended(model, self.cache))
 
 
-class _Unmasked:
-    """A model that makes no masks: transformers takes one of four dimensions as it is."""
+class _Attended:
+    """A model whose attention an engine computes, from what transformers prepared for its own."""
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    def __init__(self, model: Any, engine: Attends) -> None:
+        self._model, self._engine = model, engine
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
     def __call__(self, **inputs: Any) -> Any:
-        return self._model(**inputs | {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool)})
+        del inputs["cache"]
+        inputs[ENGINE] = self._engine
+        # Of four dimensions, it is taken as it is: the model makes none.
+        inputs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+        return self._model(**inputs)

@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from paged_kv.hf.attention_function import Handle, paged_attention
 from paged_kv.hf.masks import MaskSpec, PagedLength, note
-from paged_kv.hf.seams import Attends, engine_attention
+from paged_kv.hf.seams import ENGINE, engine_attention
 
 _lock = threading.Lock()
 _is_installed = False
@@ -55,11 +55,16 @@ def attention(original: Any, module: Any, query: Any, key: Any, *args: Any, **kw
     """Ours for keys in pages and for an engine's forward pass; else the original function."""
     if isinstance(key, Handle):
         return paged_attention(module, query, key, *args, **kwargs)
-    if isinstance(kwargs.get("cache"), Attends):
+    if ENGINE in kwargs:
         return engine_attention(module, query, key, *args, **kwargs)
-    if any(isinstance(argument, MaskSpec) for argument in args):  # made for the paged layers
-        args = tuple(one.dense() if isinstance(one, MaskSpec) else one for one in args)
+    if any(isinstance(one, MaskSpec) for one in (*args, *kwargs.values())):  # of paged layers
+        args = tuple(map(_dense, args))
+        kwargs = {name: _dense(one) for name, one in kwargs.items()}
     return original(module, query, key, *args, **kwargs)
+
+
+def _dense(argument: Any) -> Any:
+    return argument.dense() if isinstance(argument, MaskSpec) else argument
 
 
 def mask(original: Any, *args: Any, **kwargs: Any) -> Any:

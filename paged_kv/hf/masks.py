@@ -18,6 +18,7 @@ import torch
 from transformers.masking_utils import causal_mask_function
 
 from paged_kv.hf.allocator import Int64s
+from paged_kv.hf.opaque import Opaque
 from paged_kv.hf.paged_attention import Bias
 
 Tensor = torch.Tensor
@@ -28,7 +29,7 @@ class PagedLength(int):
 
 
 @dataclass
-class MaskSpec:
+class MaskSpec(Opaque):
     """A mask that has not been made.
 
     Args:

@@ -136,8 +136,8 @@ class ReferenceEngine(seams.Attends):
         end = self.num_tokens + len(tokens)
         positions = torch.arange(self.num_tokens, end, device=device)[None]
         before = self.num_kept
-        inputs = {"input_ids": ids, "position_ids": positions}
-        output = self.model.base_model(**inputs, use_cache=False, cache=self)
+        inputs = {"input_ids": ids, "position_ids": positions, seams.ENGINE: self}
+        output = self.model.base_model(**inputs, use_cache=False)
         if self.num_kept != [size + len(tokens) for size in before]:
             raise ValueError(
                 f"{type(self.model).__name__} does not compute its attention through "

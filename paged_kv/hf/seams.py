@@ -1,7 +1,7 @@
 """How a model of transformers is entered: its attention function, its head, its RoPE.
 
-An engine is given to the model's forward pass as the argument "cache", as transformers' continuous
-batching does; models hand it on to the attention function.
+An engine is given to the model's forward pass as one more argument: models hand on those that they
+do not know to the attention function.
 """
 
 from __future__ import annotations
@@ -30,8 +30,11 @@ class Terms(NamedTuple):
     sliding_window: int | None = None
 
 
+ENGINE = "paged_kv_engine"  # the argument
+
+
 class Attends(ABC):
-    """What takes over the attention of a model, if it is the forward pass's argument "cache"."""
+    """What takes over the attention of a model in a forward pass with it as argument ENGINE."""
 
     @abstractmethod
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, terms: Any) -> Tensor:
@@ -56,15 +59,14 @@ def engine_attention(
     softcap: float | None = None,
     sliding_window: int | None = None,
     s_aux: Tensor | None = None,
-    *,
-    cache: Attends,
-    **_: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """[1, n, heads, head_dim], of query [1, heads, n, head_dim]; the engine knows its masks."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     sinks = None if s_aux is None else s_aux.float()
     terms = Terms(scale, softcap or 0.0, sinks, sliding_window)
-    output = cache.attend(module.layer_idx, query[0], key[0], value[0], terms)
+    engine: Attends = options[ENGINE]
+    output = engine.attend(module.layer_idx, query[0], key[0], value[0], terms)
     return output.transpose(0, 1)[None].contiguous(), None
 
 
