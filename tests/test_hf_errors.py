@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import hf_models
@@ -63,18 +64,24 @@ def test_another_batch_size_or_model_or_nothing_at_all(model, tmp_path):
         generate(model, tokens(3, 40), cache, 2)
     other = load_model(tiny_models.saved("llama-one-kv-head", tmp_path))
     before = cache.stats()
-    with pytest.raises(ValueError, match="another model's config"):
-        generate(other, tokens(2, 40), cache, 2)
-    other_cache = PagedCache(other.config)
     with pytest.raises(ValueError, match="holds entries of another model"):
         generate(other, tokens(2, 40), cache, 2)
-    other_cache.close()
     assert cache.stats() == before
     cache.close()
     cache.close()
     for use in (cache.stats, cache.reset, lambda: generate(model, tokens(1, 4), cache)):
         with pytest.raises(ValueError, match="closed: make a new one"):
             use()
+
+
+def test_a_cache_with_fewer_layers_than_the_model(model):
+    own = copy.deepcopy(model.config)
+    own.num_hidden_layers, own.layer_types = 4, None
+    with (
+        PagedCache(own) as cache,
+        pytest.raises(ValueError, match="made with another model's config"),
+    ):
+        generate(model, tokens(1, 20), cache, 2)
 
 
 def test_a_batch_that_was_refused_leaves_nothing_behind(model):

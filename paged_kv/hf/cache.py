@@ -116,6 +116,11 @@ class PagedCache(Copyable, Saveable, RowOperations):
     ) -> tuple[Any, Any]:
         """Handles of a paged layer, for our attention function; tensors of any other."""
         self._check_open()
+        if layer_idx >= len(self.layers):
+            raise ValueError(
+                f"this cache has {len(self.layers)} layers, and the model more: it was made with "
+                "another model's config"
+            )
         if not isinstance(self.layers[layer_idx], PagedLayer):
             self._check_length(layer_idx, key_states.shape[2])
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
