@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 from collections import defaultdict
 from collections.abc import Iterator
@@ -42,6 +43,24 @@ def engine(model: str, paged_kv: dict[str, Any] | None = None, **kwargs: Any) ->
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def kv_cache_planning() -> Any:
+    """The module with vLLM's functions that make KV cache groups: vLLM 0.33 gave it a name."""
+    try:
+        return importlib.import_module("vllm.v1.core.kv_cache_planning")
+    except ModuleNotFoundError:
+        return importlib.import_module("vllm.v1.core.kv_cache_utils")
+
+
+def kv_cache_configs(vllm_config: Any, specs: list[Any], memory: list[int]) -> list[Any]:
+    """What an engine makes of the specs of its ranks, before it allocates anything."""
+    planning = kv_cache_planning()
+    groups = []
+    if hasattr(planning, "get_global_kv_cache_groups"):  # from vLLM 0.33 on a step of its own
+        groups = [planning.get_global_kv_cache_groups(vllm_config, specs)]
+    configs: list[Any] = planning.get_kv_cache_configs(vllm_config, specs, memory, *groups)
+    return configs
 
 
 def engine_core(llm: Any) -> Any:

@@ -2,6 +2,7 @@ from fractions import Fraction
 from itertools import pairwise
 from types import SimpleNamespace
 
+import engines
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -141,7 +142,6 @@ def test_saturated_tiers_pass_the_rest_on():
 def vllm_groups(bucket_sizes: list[int]) -> list[int]:
     """Groups that vLLM makes of each bucket of layers with equal specs; bucket 0 keeps all."""
     import torch
-    from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 
     from paged_kv.vllm.spec import PagedSpec
@@ -157,7 +157,7 @@ def vllm_groups(bucket_sizes: list[int]) -> list[int]:
         attention_config=None,
         speculative_config=None,
     )
-    groups = get_kv_cache_groups(config, specs)
+    groups = engines.kv_cache_planning().get_kv_cache_groups(config, specs)
     found = [0] * len(bucket_sizes)
     for group in groups:
         (bucket,) = {int(name.split(".")[1]) for name in group.layer_names}

@@ -28,7 +28,7 @@ LEVELS = {
 }
 # Modules beside the folders: policies' names, options and budgets, which the engines read.
 LEVELS |= {"registry": 3, "config": 3, "plan": 3, "sampling": 3}
-LEVELS |= {"models": 0, "directory_cache": 0, "__init__": 0}  # not part of the chain
+LEVELS |= {"models": 0, "directory_cache": 0, "versions": 0, "__init__": 0}  # not part of the chain
 SAME_LEVEL = {
     ("config", "registry"),
     ("plan", "config"),

@@ -29,6 +29,7 @@ def cpu_pages(dtype, page_size, cache_dtype, head_size=64) -> tuple:
     return layer, cache, Pages(cache.flatten(2)[None], head_size, key, value, elements)
 
 
+@pytest.mark.vllm_ops
 @pytest.mark.parametrize("cache_dtype", ["auto", "fp8_e4m3", "fp8_e5m2"])
 @pytest.mark.parametrize("page_size", [32, 128])
 def test_read_what_the_kernel_wrote(page_size, cache_dtype):
@@ -41,6 +42,7 @@ def test_read_what_the_kernel_wrote(page_size, cache_dtype):
     assert torch.equal(pages.values.decode(pages.values.read(index)), values)
 
 
+@pytest.mark.vllm_ops
 @pytest.mark.parametrize("cache_dtype", ["auto", "fp8_e4m3", "fp8_e5m2"])
 def test_written_like_the_kernel_would(cache_dtype):
     layer, cache, pages = cpu_pages(torch.bfloat16, 32, cache_dtype)

@@ -40,11 +40,13 @@ def test_vllms_names_without_a_policy(model, kernels, dtype, name):
     """vLLM's own scheduler, page size and cache dtype; its arguments can be used again."""
     from vllm import EngineArgs
 
+    plain = EngineArgs(model, skip_tokenizer_init=True).create_engine_config().cache_config
     args = EngineArgs(model, skip_tokenizer_init=True, kv_cache_dtype=dtype)
     for config in (args.create_engine_config(), args.create_engine_config()):
         assert config.parallel_config.worker_cls == "paged_kv.vllm.worker.PagedCPUWorker"
         assert config.scheduler_config.scheduler_cls is None
-        assert (config.cache_config.cache_dtype, config.cache_config.block_size) == ("auto", 128)
+        assert config.cache_config.cache_dtype == plain.cache_dtype == "auto"
+        assert config.cache_config.block_size == plain.block_size
         assert plan_of(config)["formats"] == [name] * LAYERS
         assert plan_of(config)["budgets"] == {}
         json.dumps(config.additional_config)

@@ -41,6 +41,7 @@ NOT_REACHED = {
 NOT_REACHED_OF_ALLOCATORS = {
     "blocks_per_sector": "swap is off",
     "bytes_per_block": "swap is off",
+    "layer_type": "only warm-up, which needs CUDA graphs or compilation",
     "tokens_per_page": "use_prefix_sharing is False",
     "_copy_view": "swap is off",
 }

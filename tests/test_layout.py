@@ -189,6 +189,7 @@ def as_numbers(cache: torch.Tensor, cache_dtype: str) -> torch.Tensor:
     return (cache.view(FP8[cache_dtype]) if cache_dtype in FP8 else cache).float()
 
 
+@pytest.mark.vllm_ops
 @pytest.mark.parametrize("cache_dtype", ["auto", *FP8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("page_size", [32, 64, 128])
@@ -204,6 +205,7 @@ def test_probed_elements_hold_what_the_kernel_wrote(page_size, dtype, cache_dtyp
     assert torch.equal(found.transpose(1, 2), entries.float())
 
 
+@pytest.mark.vllm_ops
 @pytest.mark.parametrize("head_size", [32, 80, 128])
 def test_probed_elements_of_other_heads(head_size):
     layer = cpu_layer(torch.float32, 32, head_size=head_size)
@@ -215,6 +217,7 @@ def test_probed_elements_of_other_heads(head_size):
     assert torch.equal(found.transpose(1, 2), entries)
 
 
+@pytest.mark.vllm_ops
 @pytest.mark.parametrize("cache_dtype", ["auto", "fp8_e4m3"])
 @pytest.mark.parametrize("page_size", [32, 128])
 def test_moving_is_what_writing_there_would_have_been(page_size, cache_dtype):

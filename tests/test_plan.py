@@ -6,7 +6,7 @@ vLLM 0.32 cannot run a pipeline on CPUs, so its own functions are given the spec
 from types import SimpleNamespace
 from typing import Any
 
-import engines  # noqa: F401  vLLM's environment
+import engines
 import pytest
 import tiny_models
 import torch
@@ -127,17 +127,14 @@ def test_a_rank_schedules_its_layers_by_their_place_in_the_model(vllm_config, ra
 
 def test_groups_are_the_same_on_every_rank(vllm_config, ranks):
     """A group's number means the same budget everywhere, also where it has no layer."""
-    from vllm.v1.core import kv_cache_utils
-
     from paged_kv.vllm import spec
 
     spec.register()
     by_rank = [rank.get_kv_cache_spec() for rank in ranks]
     together = by_rank[0] | by_rank[1]
-    groups = kv_cache_utils.get_kv_cache_groups(vllm_config, together)
-    projected = [
-        kv_cache_utils._project_kv_cache_groups_to_worker(groups, specs) for specs in by_rank
-    ]
+    planning = engines.kv_cache_planning()
+    groups = planning.get_kv_cache_groups(vllm_config, together)
+    projected = [planning._project_kv_cache_groups_to_worker(groups, specs) for specs in by_rank]
     assert len(groups) == 3
     for rank in projected:
         assert [group.kv_cache_spec for group in rank] == [g.kv_cache_spec for g in groups]
@@ -151,12 +148,10 @@ def test_groups_are_the_same_on_every_rank(vllm_config, ranks):
 
 
 def test_vllm_makes_one_pool_for_both_ranks(vllm_config, ranks):
-    from vllm.v1.core import kv_cache_utils
-
     from paged_kv.vllm import spec
 
     spec.register()
-    configs = kv_cache_utils.get_kv_cache_configs(
+    configs = engines.kv_cache_configs(
         vllm_config, [rank.get_kv_cache_spec() for rank in ranks], [1 << 28, 1 << 28]
     )
     assert configs[0].num_blocks == configs[1].num_blocks > 0

@@ -62,6 +62,7 @@ def test_without_a_policy(model: str) -> None:
     """Pages and cache dtype stay vLLM's; asked again, the arguments say the same."""
     from vllm import EngineArgs
 
+    plain = EngineArgs(model, skip_tokenizer_init=True).create_engine_config().cache_config
     args = EngineArgs(
         model,
         skip_tokenizer_init=True,
@@ -71,7 +72,8 @@ def test_without_a_policy(model: str) -> None:
         assert config.scheduler_config.scheduler_cls == "paged_kv.vllm.swap.scheduler.SwapScheduler"
         assert config.parallel_config.worker_cls == "paged_kv.vllm.worker.PagedCPUWorker"
         assert config.kv_transfer_config.kv_connector == "SwapConnector"
-        assert config.cache_config.block_size == 128
+        assert config.cache_config.block_size == plain.block_size
+        assert config.cache_config.cache_dtype == plain.cache_dtype
         assert not config.scheduler_config.disable_hybrid_kv_cache_manager
 
 

@@ -8,6 +8,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from paged_kv.hf import compat
+
+compat.check_version()  # before anything of transformers is imported that may have moved
+
 _HOME = {
     "CacheStats": "stats",
     "PagedCache": "cache",

@@ -19,12 +19,9 @@ from transformers.generation.continuous_batching.continuous_api import (
     OutputRouter,
 )
 from transformers.generation.continuous_batching.distributed import DistributedHelper
-from transformers.generation.continuous_batching.initialization import (
-    resolve_continuous_batching_config,
-)
 
 from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig
-from paged_kv.hf import batch_layers, batch_requests, dispatch
+from paged_kv.hf import batch_layers, batch_requests, compat, dispatch
 from paged_kv.hf.arguments import read_options
 from paged_kv.hf.batch_engine import BatchCache, BatchProcessor, BatchScheduler
 from paged_kv.hf.batch_ledger import Ledger
@@ -139,8 +136,8 @@ def _processor(
             cache=cache,
             config=config,
             generation_config=chosen,
-            continuous_batching_config=resolve_continuous_batching_config(
-                config, settings, None, processors.do_processing
+            continuous_batching_config=compat.resolve_batching(
+                config, settings, processors.do_processing, model.device
             ),
             logit_processor=processors,
             input_queue=None,

@@ -131,6 +131,16 @@ class BatchCache(Attends):
     def extend_read_and_write_indices(self, *_: Any) -> None:
         """Sequences knows where entries are."""
 
+    # ---- what models ask, from transformers 5.24 on
+
+    def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """The new ones as they are: the attention function stores them, see attend."""
+        return key, value
+
+    def get_seq_length(self) -> int:
+        """For models that would count positions themselves: all of them are given."""
+        return 0
+
     # ---- steps
 
     @contextmanager

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from paged_kv.hf import compat
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -62,7 +64,7 @@ class Decoder:
 
     def _forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits of the last token of each row, [rows, 1, vocabulary]."""
-        used = {} if self.cache is None else {"past_key_values": self.cache}
+        used = {} if self.cache is None else {compat.cache_argument(): self.cache}
         logits: torch.Tensor = self.model(
             tokens, use_cache=self.cache is not None, logits_to_keep=1, **used
         ).logits

@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import GenerationMixin
 
+from paged_kv.hf import compat
 from paged_kv.hf.cache import PagedCache
 from paged_kv.hf.encoder_decoder import PagedEncoderDecoderCache
 from paged_kv.hf.sequences import Sequences
@@ -48,7 +49,7 @@ class Enabled:
 
     def is_meant(self, config: Any, inputs: dict[str, Any]) -> bool:
         """Whether a call of generate() with this generation config leaves its cache to us."""
-        given = inputs.get("past_key_values") is not None or config.use_cache is False
+        given = inputs.get(compat.cache_argument()) is not None or config.use_cache is False
         return not given and config.cache_implementation in (None, self._default)
 
     def make_and_watch(self) -> PagedCache | PagedEncoderDecoderCache:
@@ -127,7 +128,7 @@ def _in_front_of(original: Callable[..., Any]) -> Callable[..., Any]:
             enabled = active[-1] if active else None
         if enabled is None or not enabled.is_meant(config, inputs):
             return original(model, config, inputs, *args, **kwargs)
-        inputs["past_key_values"] = cache = enabled.make_and_watch()
+        inputs[compat.cache_argument()] = cache = enabled.make_and_watch()
         if config.is_assistant:
             cache.activate_past_recording()
         return None

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from paged_kv.config import CompressionConfig
+from paged_kv.hf import compat
 from paged_kv.hf.cache import PagedCache
 from paged_kv.sampling import Sampling
 
@@ -65,7 +66,7 @@ class TextGenerator:
         output = self.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=self.cache,
+            **{compat.cache_argument(): self.cache},
             streamer=None if beams else streamer,
             **self._options(),
         )[0].tolist()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import vllm
+from vllm.logger import init_logger
 
-TESTED = "0.32"
+from paged_kv import versions
+
+logger = init_logger(f"vllm.{__name__}")
+
+TESTED = ("0.32", "0.33")
 
 
 def check_version() -> None:
-    """Raises RuntimeError outside the tested range: our seams are internal to vLLM and move."""
-    version = vllm.__version__
-    if not version.startswith(f"{TESTED}."):
-        raise RuntimeError(
-            f"paged_kv works with vLLM {TESTED}.x, this is {version}. Uninstall paged-kv, or keep "
-            "vLLM from loading it with VLLM_PLUGINS="
-        )
+    """Raises ValueError for any other, unless the user allows it: our seams are internal to vLLM."""
+    hint = "; to use vLLM without paged_kv, uninstall paged-kv or set VLLM_PLUGINS="
+    versions.check("vLLM", vllm.__version__, TESTED, logger, hint)

@@ -10,7 +10,8 @@ import dataclasses
 from typing import Any
 
 from vllm.platforms import current_platform
-from vllm.utils.torch_utils import is_quantized_kv_cache, kv_cache_dtype_str_to_dtype
+from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from paged_kv.config import CompressionConfig
 from paged_kv.core.page_formats import NATIVE, layer_formats

@@ -91,13 +91,16 @@ class _PagedMixin(SwapMixin):
         for manager in self.paged_managers:
             manager.end(request.request_id)
 
-    def _get_local_prefix_cache_hit(self, request: Request) -> Any:
+    def _get_local_prefix_cache_hit(self, request: Request, *longest: int | None) -> Any:
+        # longest: nothing up to vLLM 0.32; the most tokens that may be hit, or None, from 0.33 on.
         self._held_back = None
         restored = self.restorable_tokens(request)
         evicted = [m.restore(request.request_id, restored) for m in self.paged_managers]
         if any(evicted):  # what comes back is compressed; cached pages are not
             return self.kv_cache_manager.empty_kv_cache_blocks, 0, 0, False
-        blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(
+            request, *longest
+        )
         while num_tokens > (limit := self._usable_hit(request, blocks)):
             found, num_tokens, _ = self.kv_cache_manager.coordinator.find_longest_cache_hit(
                 request.block_hashes, limit
@@ -106,6 +109,9 @@ class _PagedMixin(SwapMixin):
             boundary = 0
         pages = num_tokens // self.paged_managers[0].block_size
         soon = min(manager.pages_soon(request, pages) for manager in self.paged_managers)
+        for most in longest:
+            if most is not None:
+                soon = min(soon, most // self.paged_managers[0].block_size - pages)
         if soon >= PAGES_WORTH_A_STEP and not restored:
             self._held_back = request
         return blocks, num_tokens, boundary, diverged
