@@ -1,13 +1,14 @@
 # make setup   .venv with everything pinned in requirements/cpu.lock, and the test model in the user's cache
 # make demo    a real model with a compressed cache, on this CPU
-# make test    lint, types and all tests: what CI runs
+# make test    lint, types and all tests
 # make lint    ruff and mypy only
+# make test-versions   with vLLM 0.33 what needs no engine, with transformers 5.24 paged_kv.hf; CI runs this, too
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := setup
-.PHONY: setup venv model demo test lint
+.PHONY: setup venv model demo test lint overlays test-versions
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -15,8 +16,8 @@ BIN := .venv/bin
 INPUTS := requirements/cpu.lock pyproject.toml $(wildcard paged_kv/kernels/cpu/*.cpp paged_kv/kernels/cpu/*.h)
 
 # Nothing here may reach for a hub, nor vLLM report its use.
-demo test model: export HF_HUB_OFFLINE := 1
-demo test: export VLLM_NO_USAGE_STATS := 1
+demo test model test-versions: export HF_HUB_OFFLINE := 1
+demo test test-versions: export VLLM_NO_USAGE_STATS := 1
 
 setup: venv model
 
@@ -65,3 +66,38 @@ lint: venv
 
 test: setup lint
 	@$(BIN)/python -m pytest -n 2 --dist loadfile # engines mostly start, on one core
+
+# Other versions than those of .venv lie in folders of their own, of packages that come before the installed ones. As
+# above, a folder's key is written last.
+VLLM := vllm-0.33
+TRANSFORMERS := transformers-5.24
+OVERLAYS := .venv/overlays
+
+overlays: venv
+	@for name in $(VLLM) $(TRANSFORMERS); do
+	    folder=$(OVERLAYS)/$$name
+	    key="$$(cat .venv/.setup-key) $$(sha256sum < requirements/$$name.lock | cut -d' ' -f1)"
+	    if [ "$$(cat $$folder/.setup-key 2>/dev/null || true)" = "$$key" ]; then continue; fi
+	    echo "setup: installing requirements/$$name.lock beside .venv"
+	    rm -f $$folder/.setup-key
+	    rm -rf $$folder
+	    export PIP_DISABLE_PIP_VERSION_CHECK=1
+	    $(BIN)/python -m pip install -qq --no-deps --target $$folder -r requirements/$$name.lock
+	    echo "$$key" > $$folder/.setup-key
+	done
+
+# By rule: the files that import what is tested, and of them what needs no engine, no compiled operators of vLLM (there
+# are none for CPUs in 0.33) and no real model.
+USES_VLLM := (from|import) +(vllm|paged_kv\.vllm|worlds|random_worlds)\b
+USES_TRANSFORMERS := (from|import) +(transformers|paged_kv\.hf|hf_models|reference_loop)\b
+test-versions: export OVERLAY_TESTS := not vllm and not vllm_ops and not model and not slow and not exhaustive
+
+test-versions: setup overlays
+	@run() { # name of the lock, what files import
+	    files=$$(grep -lE "$$2" tests/test_*.py)
+	    export PYTHONPATH=$(CURDIR)/$(OVERLAYS)/$$1
+	    $(BIN)/python tests/overlay_versions.py requirements/$$1.lock
+	    $(BIN)/python -m pytest -n 2 --dist loadfile -m "$$OVERLAY_TESTS" $$files
+	}
+	VLLM_TARGET_DEVICE=cpu run $(VLLM) '$(USES_VLLM)'
+	run $(TRANSFORMERS) '$(USES_TRANSFORMERS)'

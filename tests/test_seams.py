@@ -1,4 +1,4 @@
-"""What we rely on inside vLLM 0.32 and 0.33, name by name: what fails here has moved and needs new code.
+"""What we rely on inside vLLM, name by name: what fails here has moved and needs new code.
 
 Where vLLM carries one of our source patches, the hook it adds is used and these still hold.
 """

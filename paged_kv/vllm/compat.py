@@ -13,6 +13,6 @@ TESTED = ("0.32", "0.33")
 
 
 def check_version() -> None:
-    """Raises ValueError for any other, unless the user allows it: our seams are internal to vLLM."""
+    """Raises ValueError for any other, unless the user allows it: our seams are internal."""
     hint = "; to use vLLM without paged_kv, uninstall paged-kv or set VLLM_PLUGINS="
     versions.check("vLLM", vllm.__version__, TESTED, logger, hint)
