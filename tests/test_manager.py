@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+
 import engines  # noqa: F401, sets vLLM's environment before it is imported
 import pytest
 from random_worlds import random_world
+from vllm.v1.core.sched.scheduler import Scheduler
 from world_rules import Rules
 from world_worker import next_token
 from worlds import World
@@ -73,6 +76,28 @@ def test_a_page_is_not_worth_a_step():
     w.step()
     assert w.hits[second] == 16
     w.run(30)
+    w.check_empty()
+
+
+LIMITED = "max_cache_hit_length" in inspect.signature(Scheduler._get_local_prefix_cache_hit).parameters
+
+
+@pytest.mark.skipif(not LIMITED, reason="vLLM 0.32 has no limit")
+@pytest.mark.parametrize(
+    ("limit", "hit", "at_once"), [(None, 28, 0), (28, 28, 0), (27, 24, 30), (9, 8, 18), (7, 4, 14)]
+)
+def test_a_hit_is_as_long_as_vllm_allows(limit, hit, at_once):
+    """Nor does a request wait for pages that it may not hit; of 40 tokens a step 10 are left."""
+    w = world()
+    find = w.scheduler._get_local_prefix_cache_hit
+    w.scheduler._get_local_prefix_cache_hit = lambda request, _: find(request, limit)
+    first, second = w.add(PROMPT, 10), w.add(PROMPT, 10)
+    w.step()
+    assert w.requests[first].num_computed_tokens == 30
+    assert w.requests[second].num_computed_tokens == at_once
+    third = w.add(PROMPT, 1)
+    w.run(30)
+    assert w.hits[third] == hit
     w.check_empty()
 
 
