@@ -89,7 +89,7 @@ overlays: venv
 # By rule: the files that import what is tested, and of them what needs no engine, no compiled operators of vLLM (there
 # are none for CPUs in 0.33) and no real model.
 USES_VLLM := (from|import) +(vllm|paged_kv\.vllm|worlds|random_worlds)\b
-USES_TRANSFORMERS := (from|import) +(transformers|paged_kv\.hf|hf_models|reference_loop)\b
+USES_TRANSFORMERS := (from|import) +(transformers|paged_kv\.hf|hf_models)\b
 test-versions: export OVERLAY_TESTS := not vllm and not vllm_ops and not model and not slow and not exhaustive
 
 test-versions: setup overlays

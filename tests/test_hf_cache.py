@@ -111,6 +111,7 @@ def test_memory_during_a_long_prompt(compress_prefill, model):
         assert cache.pool.capacity_bytes <= 6 * (256 + 4 * 32) * (2 * 2 * 32 * 4 + 2 * 4)
 
 
+@pytest.mark.slow
 def test_memory_of_8192_tokens(model):
     """Budget 2,048: within one page per layer at each step, within a chunk more in the prompt."""
     page = 2 * 2 * 32 * 32 * 4 * 6  # bytes of a page in all layers
@@ -134,6 +135,7 @@ def test_memory_of_8192_tokens(model):
             assert cache.stats().peak_bytes == 8192 // 32 * page
 
 
+@pytest.mark.slow
 def test_nothing_is_lost(model):
     """100 calls on one pool: some end, some fail in the middle, some are abandoned."""
     pool = PagePool(num_pages=400)

