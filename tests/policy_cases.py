@@ -6,6 +6,7 @@ A new policy needs one line in CASES: the options to test it with.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import policy_definitions as definitions
 import pytest
 import torch
@@ -178,10 +179,15 @@ def _queries(policy, shape, tokens, noise) -> Queries | None:
 
 
 def _rotary(shape: Shape) -> Rotary:
-    """Tables of 700 positions, with a scale as YaRN has."""
+    """With a scale as YaRN has."""
     half = shape.rotary_dim // 2
-    angles = torch.arange(700)[:, None] * 100.0 ** (-torch.arange(half) / half)
-    return Rotary(1.2 * angles.cos(), 1.2 * angles.sin(), shape.neox)
+    return Rotary(100.0 ** (-torch.arange(half) / half), 1.2, shape.neox)
+
+
+def _tables(rotary: Rotary) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin at more positions than any case has."""
+    angles = np.arange(2000)[:, None] * rotary.frequencies.double().numpy()
+    return rotary.scale * np.cos(angles), rotary.scale * np.sin(angles)
 
 
 def select(region: Region, layers: list[int], event: int, heads: list[int]) -> Region:
@@ -220,6 +226,7 @@ def heads_of(
     """The region's content for the definitions: the KV heads of one layer and event."""
     alone = select(region, [layer], event, list(range(len(region.heads))))
     queries, rotary = alone.queries, region.rotary
+    cos, sin = _tables(rotary) if rotary else (None, None)
 
     def one(x, head):
         return None if x is None else x[0, 0, head].double().numpy()
@@ -242,8 +249,8 @@ def heads_of(
             scale=queries.scale if queries else 1.0,
             softcap=queries.softcap if queries else 0.0,
             sinks=one(queries.sinks, head) if queries and queries.sinks is not None else None,
-            cos=rotary.cos.double().numpy() if rotary else None,
-            sin=rotary.sin.double().numpy() if rotary else None,
+            cos=cos,
+            sin=sin,
             neox=rotary.neox if rotary else True,
         )
         for head in range(len(region.heads))

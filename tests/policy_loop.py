@@ -126,7 +126,7 @@ class PolicySequence(Sequence_):
         config = self.model.config
         module = self.model.model.layers[layer].self_attn
         queries = torch.cat(self.queries[layer], 1).unflatten(0, (self.num_heads, -1))[head]
-        everywhere = torch.arange(config.max_position_embeddings)[None]
+        everywhere = torch.arange(2 * config.max_position_embeddings)[None]  # and the next ones
         cos, sin = self.model.model.rotary_emb(queries, everywhere)
         half = config.head_dim // 2
         return Head(

@@ -53,12 +53,11 @@ def expected_attention(head: Head, options: dict) -> np.ndarray:
 
 def rotation(head: Head, position: int, size: int) -> np.ndarray:
     """RoPE at a position as a matrix [d, d]."""
-    index = min(position, len(head.cos) - 1)
     half = head.cos.shape[1]
     matrix = np.eye(size)
     for i in range(half):
         a, b = (i, i + half) if head.neox else (2 * i, 2 * i + 1)
-        cos, sin = head.cos[index, i], head.sin[index, i]
+        cos, sin = head.cos[position, i], head.sin[position, i]
         matrix[a, a], matrix[a, b], matrix[b, a], matrix[b, b] = cos, -sin, sin, cos
     return matrix
 

@@ -130,8 +130,7 @@ def test_pair_moves_is_pairing(at_the_head, rows):
 
 
 def rotary(neox: bool, scale: float = 1.0, half: int = 3) -> Rotary:
-    angles = torch.arange(50)[:, None] * 10.0 ** (-torch.arange(half) / half)
-    return Rotary(scale * angles.cos(), scale * angles.sin(), neox)
+    return Rotary(10.0 ** (-torch.arange(half) / half), scale, neox)
 
 
 @pytest.mark.parametrize("neox", [True, False])
@@ -157,8 +156,9 @@ def test_rotate_by_hand(neox):
 
 def test_mean_rotation_is_the_mean_of_rotations():
     turn, x = rotary(True), torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
-    cos, sin = turn.mean(torch.tensor([3, 45]), 10)  # the second runs past the table: its last row
-    for event, start in enumerate([3, 45]):
+    cos, sin = turn.mean(torch.tensor([3, 4500]), 10)
+    for event, start in enumerate([3, 4500]):
         positions = torch.arange(start, start + 10)
         expected = turn.rotate(x[event].expand(10, 8), positions).mean(0)
-        torch.testing.assert_close(turn.turn(x, cos, sin)[event], expected)
+        # float32 angles of 4500 radians are good to 2e-4, of each position and of the middle
+        torch.testing.assert_close(turn.turn(x, cos, sin)[event], expected, atol=2e-4, rtol=0)

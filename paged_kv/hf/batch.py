@@ -109,6 +109,7 @@ def _cache(
         prompt_len = len(request.initial_tokens)
         lengths.append((prompt_len + request.max_new_tokens - 1, prompt_len))
         ledger.check(index, *lengths[-1])
+    batch_layers.check_rope(parts[0], max((length for length, _ in lengths), default=1))
     if pool.num_pages is None:  # memory that grows would be copied each time
         pool.num_pages = ledger.enough(lengths, limits["max_requests"])
     return BatchCache(parts, ledger, prompt_lens, limits["max_batch_tokens"])

@@ -7,7 +7,6 @@ hides.
 
 from __future__ import annotations
 
-from functools import cache, partial
 from typing import Any
 
 from transformers.cache_utils import get_layer_types_and_kwargs
@@ -52,10 +51,22 @@ def make_parts(model: Any, compression: CompressionConfig, pool: PagePool) -> li
         )
         for window, layers in by_kind.items()
     ]
-    parts[0].rotary = rotary = cache(partial(seams.rotary_of, model))
-    if parts[0].policy is not None and "rotary" in parts[0].policy.reads:
-        rotary()  # it may refuse
+    parts[0].rotary = seams.rotary_of(model)
     return parts
+
+
+def check_rope(part: Sequences, length: int) -> None:
+    """Requests of all lengths share forward passes, whose longest decides what turns the keys.
+
+    Args:
+        part: whose policy may read RoPE.
+        length: of the longest request.
+
+    Raises:
+        ValueError: see Rope.after.
+    """
+    for longest in (1, length):
+        part.rotary = part.rope_after(longest)
 
 
 def _keeping(window: int, page_size: int) -> CompressionConfig:

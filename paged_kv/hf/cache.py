@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,21 +12,20 @@ from transformers.cache_utils import (
 )
 
 from paged_kv.config import CompressionConfig
-from paged_kv.hf import dispatch, providers, seams
+from paged_kv.hf import dispatch, given, providers, seams
 from paged_kv.hf.arena import Geometry
 from paged_kv.hf.arguments import check_page_format, read_options, read_pool
 from paged_kv.hf.attention_function import Handle
 from paged_kv.hf.copies import Copyable
 from paged_kv.hf.masks import MaskSpec, counts_of
-from paged_kv.hf.modes import keeps
 from paged_kv.hf.paged_attention import Terms
 from paged_kv.hf.paged_layer import PagedLayer
 from paged_kv.hf.pool import PagePool
+from paged_kv.hf.rope import Rope, drops_caches
 from paged_kv.hf.rows import RowOperations
 from paged_kv.hf.saving import Saveable, recognizes
 from paged_kv.hf.sequences import Sequences, interrupted
 from paged_kv.hf.stats import CacheStats
-from paged_kv.kernels.rotary import Rotary
 
 Tensor = torch.Tensor
 
@@ -97,6 +95,8 @@ class PagedCache(Copyable, Saveable, RowOperations):
         self.progress = [0]
         self._paged = paged
         self._is_broken = False
+        self._is_dropped_if_true = drops_caches(decoder)
+        self.is_used = False  # by a forward pass, since somebody last looked: see given.py
         self._owner: Any = None  # config of the model whose entries these are
         self._padded_at = 0  # stream index behind the last padding
         super().__init__(
@@ -108,7 +108,15 @@ class PagedCache(Copyable, Saveable, RowOperations):
             ]
         )
         dispatch.install()
+        given.watch()
         self._close = weakref.finalize(self, self.sequences.release)
+
+    def __bool__(self) -> bool:
+        """Whether there is a cache: True; False for models that drop true ones: see rope.py.
+
+        Where that would be right, when frequencies change, Rope refuses.
+        """
+        return not self._is_dropped_if_true
 
     @torch.compiler.disable
     def update(
@@ -176,7 +184,9 @@ class PagedCache(Copyable, Saveable, RowOperations):
         if self.progress[0] == 0 and self.sequences.step is None:  # nothing is held
             self._start(rows, owner, seams.rotary_of_layer(module))
         elif self._owner is None and recognizes(self, owner):
-            self._owner, self.sequences.rotary = owner, seams.rotary_of_layer(module)
+            assert self.sequences.rotary is not None, "nothing is held"
+            rope = seams.rotary_of_layer(module).holding(self.sequences.rotary)
+            self._owner, self.sequences.rotary = owner, rope
         if owner is not self._owner:
             raise ValueError(
                 "this cache holds entries of another model: use a cache for each model, or call "
@@ -191,19 +201,18 @@ class PagedCache(Copyable, Saveable, RowOperations):
             key.shape[1], key.shape[3], value.shape[3], key.dtype, value.dtype, key.device
         )
         try:
-            self.sequences.begin(counts_of(mask, rows, query.shape[2]), geometry)
+            counts = counts_of(mask, rows, query.shape[2])
+            rope = self.sequences.rope_after(int((self.sequences.num_tokens + counts).max()))
+            self.sequences.begin(counts, geometry)  # compacts what was there before
         except ValueError:
             self._is_broken = any(self.is_linear[: self._paged[0]])  # their states have moved on
             raise
+        self.sequences.rotary = rope
 
-    @keeps
-    def _start(self, rows: int, owner: Any, rotary: Callable[[], Rotary]) -> None:
-        """A batch begins. Raises ValueError: the policy needs RoPE, and the model has none."""
-        policy = self.sequences.policy
-        if policy is not None and "rotary" in policy.reads:
-            rotary()
+    def _start(self, rows: int, owner: Any, rope: Rope) -> None:
+        """A batch begins."""
         self.sequences.release()  # rows of a batch that was refused
-        self._owner, self.sequences.rotary = owner, rotary
+        self._owner, self.sequences.rotary = owner, rope
         self.sequences.add_rows(rows)
 
     def _check_length(self, layer: int, num_queries: int) -> None:
@@ -214,6 +223,7 @@ class PagedCache(Copyable, Saveable, RowOperations):
 
     def _end(self, num_queries: int, has_padding: bool) -> None:
         self.sequences.end()
+        self.is_used = True
         self.progress[0] += num_queries
         if has_padding:
             self._padded_at = self.progress[0]

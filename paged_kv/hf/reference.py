@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from copy import copy
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,7 +25,6 @@ from paged_kv.hf.layer_cache import LayerCache, Window
 from paged_kv.hf.packing import Packing
 from paged_kv.hf.regions import Alike, Layer, apply, make_region
 from paged_kv.hf.seams import Terms
-from paged_kv.kernels.rotary import Rotary
 from paged_kv.plan import make_plan
 from paged_kv.policies.base import Policy
 from paged_kv.policies.region import Region
@@ -66,6 +64,7 @@ class ReferenceEngine(seams.Attends):
         self.page_size = page_size
         self.prompt_len = prompt_len
         self.num_tokens = 0
+        self._rope = seams.rotary_of(model)
         self._num_layers = text_config.num_hidden_layers
         self._set_policy(config)
         self._observed = max(observe, self.policy.observation_window if self.policy else 0)
@@ -83,6 +82,7 @@ class ReferenceEngine(seams.Attends):
 
     def _set_policy(self, config: CompressionConfig) -> None:
         self.policy: Policy | None = None
+        self._reader: str | None = None  # the policy's name, if it reads RoPE
         self._space: SpillSpace | None = None
         if config.spill:
             own = config.spill_budget, config.spill_host_budget, config.spill_dir
@@ -90,6 +90,7 @@ class ReferenceEngine(seams.Attends):
         self.schedules: list[Schedule | None] = [None] * self._num_layers
         if config.enabled:
             self.policy = config.create_policy()
+            self._reader = config.policy if "rotary" in self.policy.reads else None
             full = seams.full_attention_layers(self.model.config.get_text_config())
             plan = make_plan(config, self.page_size, self._num_layers, full)
             self.schedules = [plan.schedule(layer) for layer in range(self._num_layers)]
@@ -135,7 +136,7 @@ class ReferenceEngine(seams.Attends):
         ids = torch.tensor([list(tokens)], dtype=torch.int64, device=device)
         end = self.num_tokens + len(tokens)
         positions = torch.arange(self.num_tokens, end, device=device)[None]
-        before = self.num_kept
+        before, rope = self.num_kept, self._rope.after(end, self._reader)
         inputs = {"input_ids": ids, "position_ids": positions, seams.ENGINE: self}
         output = self.model.base_model(**inputs, use_cache=False)
         if self.num_kept != [size + len(tokens) for size in before]:
@@ -143,7 +144,7 @@ class ReferenceEngine(seams.Attends):
                 f"{type(self.model).__name__} does not compute its attention through "
                 "transformers' AttentionInterface"
             )
-        self.num_tokens = end
+        self.num_tokens, self._rope = end, rope
         if compact:
             self.compact()
         return output.last_hidden_state[0]
@@ -244,11 +245,7 @@ class ReferenceEngine(seams.Attends):
         self, layers: Sequence[Layer], num_losers: int, reads: frozenset[str], window: int = 0
     ) -> Region:
         """What these layers, which are alike, hold; see make_region."""
-        return make_region(layers, self.num_tokens, num_losers, reads, window, lambda: self._rotary)
-
-    @cached_property
-    def _rotary(self) -> Rotary:
-        return seams.rotary_of(self.model)
+        return make_region(layers, self.num_tokens, num_losers, reads, window, self._rope)
 
 
 def _same_scores(old: Policy | None, new: Policy) -> bool:

@@ -13,6 +13,7 @@ from paged_kv.hf import fingerprint, layer_state, page_state, state_file
 from paged_kv.hf.arena import Geometry
 from paged_kv.hf.modes import keeps
 from paged_kv.hf.paged_attention import Terms
+from paged_kv.hf.rope import of_file
 from paged_kv.hf.sequences import Sequences, interrupted
 from paged_kv.hf.spilled import part_of
 from paged_kv.hf.stats import Counters
@@ -154,7 +155,8 @@ def state_of(sequences: Sequences) -> tuple[dict[str, Tensor], dict[str, Any]]:
         },
     }
     tensors = {key + name: held for key, part in parts.items() for name, held in part.items()}
-    counters = sequences.counters
+    counters, rope = sequences.counters, sequences.rotary
+    assert rope is not None, "no model has used this cache"
     about = {
         "geometry": _described(sequences.geometry),
         "formats": sequences.formats,
@@ -166,6 +168,7 @@ def state_of(sequences: Sequences) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "merged": counters.num_merged,
             "fetched": counters.num_fetched,
         },
+        "rope": (rope.is_past, rope.is_mixed),
         **{name: getattr(sequences, name) for name in _FLAGS},
     }
     return tensors, about
@@ -197,6 +200,7 @@ def restore(
     sequences.spilled.restore(part_of(tensors, "spilled."), geometry)
     for name in _FLAGS:
         setattr(sequences, name, about[name])
+    sequences.rotary = of_file(*about["rope"])
     sinks = part_of(tensors, "sinks.")
     for at, (scale, softcap) in enumerate(about["terms"]):  # the next compaction needs them
         own = sinks[str(at)].clone().to(geometry.device) if str(at) in sinks else None

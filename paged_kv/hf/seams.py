@@ -6,17 +6,15 @@ do not know to the attention function.
 
 from __future__ import annotations
 
-import inspect
+import copy
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from transformers.modeling_outputs import MoEModelOutputWithPastAndCrossAttentions
 
-from paged_kv.kernels.rotary import Rotary
+from paged_kv.hf.rope import Rope, of_embedding
 
 Tensor = torch.Tensor
 
@@ -96,53 +94,28 @@ def logits_of(model: Any, hidden: Tensor) -> Tensor:
         del base.forward  # the class's again
 
 
-def rotary_of(model: Any) -> Rotary:
-    """RoPE tables of a model for all of its positions.
+def rotary_of(model: Any) -> Rope:
+    """RoPE of a model; see Rope, whose tables it makes when they are asked for."""
 
-    Raises:
-        ValueError: the model has no RoPE, or one of an unknown form.
-    """
-    embedding = getattr(model.base_model, "rotary_emb", None)
-    return _tables(embedding, model.config.get_text_config(), model.device)
+    def find() -> Any:
+        return copy.deepcopy(getattr(model.base_model, "rotary_emb", None))
+
+    return of_embedding(find, model.config.get_text_config(), model.device)
 
 
-def rotary_of_layer(module: Any) -> Callable[[], Rotary]:
-    """Makes the RoPE tables for an attention layer, from the classes in its own file.
-
-    The maker raises ValueError: the model has no RoPE, or one of an unknown form.
-    """
+def rotary_of_layer(module: Any) -> Rope:
+    """RoPE of an attention layer, from the classes in its own file; see rotary_of."""
     modeling = sys.modules[type(module).__module__]
     config = getattr(module, "config", None)
     device = next(module.parameters()).device
 
-    @cache
-    def make() -> Rotary:
+    def find() -> Any:
         names = [name for name in vars(modeling) if name.endswith("RotaryEmbedding")]
         if config is None or len(names) != 1:
             raise ValueError(
                 f"this policy needs the model's rotary position embeddings, and "
                 f"{type(module).__name__} has none that we know"
             )
-        embedding = getattr(modeling, names[0])(config=config).to(device)
-        return _tables(embedding, config, device)
+        return getattr(modeling, names[0])(config=config)
 
-    return make
-
-
-def _tables(embedding: Any, config: Any, device: torch.device) -> Rotary:
-    name = type(embedding).__name__
-    turn = getattr(sys.modules[type(embedding).__module__], "rotate_half", None)
-    if embedding is None or turn is None:
-        raise ValueError(f"{name} is no rotary position embedding that we know")
-    turned = turn(torch.arange(1.0, 5.0)).tolist()
-    if turned not in ([-3, -4, 1, 2], [-2, 1, -4, 3]):
-        raise ValueError(f"{name} turns dimensions in an unknown order")
-    neox = turned[0] == -3
-    positions = torch.arange(config.max_position_embeddings, device=device)[None]
-    by_type = "layer_type" in inspect.signature(embedding.forward).parameters
-    like = torch.zeros(1, device=device)
-    with torch.no_grad():
-        cos, sin = embedding(like, positions, *(["full_attention"] if by_type else []))
-    half = cos.shape[-1] // 2
-    place = slice(0, half) if neox else slice(0, None, 2)
-    return Rotary(cos[0, :, place].contiguous(), sin[0, :, place].contiguous(), neox)
+    return of_embedding(find, config, device)

@@ -12,7 +12,7 @@ has changed, except scores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -33,11 +33,11 @@ from paged_kv.hf.paged_attention import Terms
 from paged_kv.hf.pool import PagePool
 from paged_kv.hf.providers import Provider
 from paged_kv.hf.residual import Residual
+from paged_kv.hf.rope import Rope
 from paged_kv.hf.spilled import SpilledRows
 from paged_kv.hf.stats import CacheStats, Counters, snapshot
 from paged_kv.hf.step import Step
 from paged_kv.hf.tables import PageTables
-from paged_kv.kernels.rotary import Rotary
 
 Tensor = torch.Tensor
 NEVER = 1 << 60  # a prompt's length while its end is not known
@@ -83,7 +83,7 @@ class Sequences:
         self.groups = layer_groups(
             compression, pool.page_size, self.layers, num_layers, self.formats
         )
-        self.rotary: Callable[[], Rotary] | None = None  # makes the model's RoPE tables
+        self.rotary: Rope | None = None  # the model's, for what the rows hold
         self.waits_for_crop = False  # tokens of a step are not final before crop
         self.num_passes = 0  # since the last crop
         self.clear()
@@ -152,6 +152,12 @@ class Sequences:
         self.clear()
         if self.is_private and not self.pool.num_held:  # copies may hold some
             self.pool.free_memory()
+
+    def rope_after(self, length: int) -> Rope | None:
+        """What rows hold keys of after a forward pass over so many tokens; see Rope.after."""
+        reads = self.policy is not None and "rotary" in self.policy.reads
+        reader = self.compression.policy if reads else None
+        return None if self.rotary is None else self.rotary.after(length, reader)
 
     @keeps
     def begin(self, counts: Int64s, geometry: Geometry) -> None:

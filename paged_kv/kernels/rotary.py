@@ -9,17 +9,17 @@ import torch
 
 @dataclass(frozen=True)
 class Rotary:
-    """A model's RoPE.
+    """A model's RoPE, at any position: `scale` times a turn by position * frequency.
 
     Args:
-        cos: float32 [positions, rotary_dim / 2].
-        sin: float32 [positions, rotary_dim / 2].
+        frequencies: float32 [rotary_dim / 2], radians per position.
+        scale: of cos and sin, not 1 in YaRN and LongRoPE.
         neox: whether dimension i turns with i + rotary_dim / 2 (Llama), or with its neighbour
             (GPT-J). Dimensions from rotary_dim on do not turn.
     """
 
-    cos: torch.Tensor
-    sin: torch.Tensor
+    frequencies: torch.Tensor
+    scale: float = 1.0
     neox: bool = True
 
     def rotate(self, x: torch.Tensor, positions: torch.Tensor, back: bool = False) -> torch.Tensor:
@@ -28,22 +28,25 @@ class Rotary:
 
     def at(self, positions: torch.Tensor, back: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin at positions [...]: [..., rotary_dim / 2] each; back: of the inverse."""
-        index = positions.clamp(0, len(self.cos) - 1)
-        cos, sin = self.cos[index], self.sin[index]
+        angles = positions[..., None].float() * self.frequencies
         if back:
-            squared = cos**2 + sin**2  # not 1 where RoPE also scales (YaRN)
-            cos, sin = cos / squared, -sin / squared
-        return cos, sin
+            return angles.cos() / self.scale, -angles.sin() / self.scale
+        return angles.cos() * self.scale, angles.sin() * self.scale
 
     def mean(self, start: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean cos and sin over `count` positions from start [...]: [..., rotary_dim / 2] each."""
-        index = start[..., None] + torch.arange(count, device=start.device)
-        index = index.clamp(0, len(self.cos) - 1)
-        return self.cos[index].mean(-2), self.sin[index].mean(-2)
+        """Mean cos and sin over `count` positions from start [...]: [..., rotary_dim / 2] each.
+
+        The geometric series of exp(i * frequency * position): a turn to the middle, and shorter.
+        """
+        half = self.frequencies.double() / 2
+        still = half == 0  # a dimension that does not turn
+        length = torch.where(still, 1.0, (count * half).sin() / (count * half.sin()))
+        cos, sin = self.at(start + (count - 1) / 2)
+        return cos * length.float(), sin * length.float()
 
     def turn(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """x [..., head_dim] turned by cos and sin [..., rotary_dim / 2]."""
-        half = self.cos.shape[-1]
+        half = len(self.frequencies)
         turning, rest = x[..., : 2 * half], x[..., 2 * half :]
         if self.neox:
             first, second = turning[..., :half], turning[..., half:]
@@ -53,6 +56,41 @@ class Rotary:
         if self.neox:
             return torch.cat([*turned, rest], -1)
         return torch.cat([torch.stack(turned, -1).flatten(-2), rest], -1)
+
+
+def from_tables(
+    positions: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, neox: bool = True
+) -> Rotary:
+    """The Rotary that has these values, as every RoPE has whose frequencies are constant.
+
+    Each frequency follows from the angles at 0, 1, 2, 4, 8, ...: every one doubles the precision,
+    until it is float32's. All other rows are compared.
+
+    Args:
+        positions: int64 [rows]: 0, 1, powers of two, and any others; on the CPU.
+        cos: float32 [rows, rotary_dim / 2], not rounded to the model's dtype; on the CPU.
+        sin: like cos.
+        neox: see Rotary.
+
+    Raises:
+        ValueError: these are no turns by constant frequencies.
+    """
+    rows = {position: row for row, position in enumerate(positions.tolist())}
+    scale = float(cos[rows[0]].max())
+    angles = torch.atan2(sin.double(), cos.double())
+    frequencies = angles[rows[1]]
+    power = 2
+    while power in rows:
+        turns = ((frequencies * power - angles[rows[power]]) / (2 * torch.pi)).round()
+        frequencies = (angles[rows[power]] + 2 * torch.pi * turns) / power
+        power *= 2
+    rotary = Rotary(frequencies.float(), scale, neox)
+    # float32 angles are rounded, here and there: an error in proportion to the angle.
+    bound = scale * (1e-5 + 5e-7 * positions[:, None] * rotary.frequencies.abs())
+    for ours, theirs in zip(rotary.at(positions), (cos, sin), strict=True):
+        if not bool(((ours - theirs).abs() <= bound).all()):
+            raise ValueError("these rotary position embeddings are no turns by fixed frequencies")
+    return rotary
 
 
 def compose(

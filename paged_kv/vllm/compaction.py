@@ -25,9 +25,10 @@ from paged_kv.kernels.rotary import Rotary
 from paged_kv.policies.base import Events, Int64s, Policy, PositionalPolicy
 from paged_kv.vllm import observation, regions
 from paged_kv.vllm.block_table import physical, skip
-from paged_kv.vllm.layer_group import Stack, find_rotary, make_stacks, movers, row_bytes
+from paged_kv.vllm.layer_group import Stack, make_stacks, movers, row_bytes
 from paged_kv.vllm.observation import StepRows
 from paged_kv.vllm.requests import RequestRows
+from paged_kv.vllm.rope import find_rotary
 from paged_kv.vllm.spec import PagedSpec
 from paged_kv.vllm.spilled import Spilled, SpillStats
 
@@ -86,7 +87,7 @@ class Compactor:
         self.requests = RequestRows(runner, policy.observation_window)
         self.rotary: Rotary | None = None
         if "rotary" in policy.reads:
-            self.rotary = find_rotary(runner.get_model(), next(iter(layers)))
+            self.rotary = find_rotary(runner.get_model(), list(layers))
         self._in_step = False
         self._pending: list[_Pending] = []
         self._observed: dict[str, _Observed] = {}  # by layer name

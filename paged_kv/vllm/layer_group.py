@@ -17,7 +17,6 @@ from paged_kv.kernels.packed_pages import PackedPages
 from paged_kv.kernels.page_layout import PageLayout
 from paged_kv.kernels.pages import Number, Pages
 from paged_kv.kernels.reference import move_entries
-from paged_kv.kernels.rotary import Rotary
 from paged_kv.policies.base import Policy
 from paged_kv.vllm.layout import probe_elements, stack_layers
 from paged_kv.vllm.side_data import SideData
@@ -145,24 +144,6 @@ def row_bytes(layers: list[Any], policy: Policy) -> int:
     """Memory of one row of the query ring in these layers."""
     numbers = (layer.num_heads * layer.head_size * layer.dtype.itemsize for layer in layers)
     return policy.observation_window * sum(numbers)
-
-
-def find_rotary(model: torch.nn.Module, name: str) -> Rotary:
-    """The RoPE of an attention layer.
-
-    Raises:
-        ValueError: the model's attention has no rotary embedding of the plain kind.
-    """
-    module = model.get_submodule(name.rpartition(".")[0])
-    rope: Any = getattr(module, "rotary_emb", None)
-    table = getattr(rope, "cos_sin_cache", None)
-    if table is None or hasattr(rope, "mrope_section"):
-        raise ValueError(
-            f"this kv-policy needs to undo RoPE, but layer {name} has no plain rotary embedding "
-            f"({type(rope).__name__})"
-        )
-    cos, sin = table.float().chunk(2, -1)
-    return Rotary(cos, sin, bool(rope.is_neox_style))
 
 
 def _number(layer: Any, scale: str) -> Number:

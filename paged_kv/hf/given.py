@@ -1,0 +1,74 @@
+"""A cache that generate() was given is used, or generate() ends with an error.
+
+Models may put a cache aside, or another one in its place: in prepare_inputs_for_generation, under
+gradient checkpointing, in code of their own. generate() goes on without it and says nothing. So
+after each forward pass, where generate() takes up what the model returns, ours are asked whether
+they were used. That is in GenerationMixin, and is put there with the first PagedCache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any
+
+from transformers import GenerationMixin
+
+_NAME = "past_key_values"
+
+
+@cache
+def watch() -> None:
+    """From now on, generate() checks the caches of ours that it was given."""
+    mixin: Any = GenerationMixin
+    mixin._prefill = _after_prefill(mixin._prefill)
+    mixin._update_model_kwargs_for_generation = _after_each(
+        mixin._update_model_kwargs_for_generation
+    )
+
+
+def _after_prefill(prefill: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(prefill)
+    def watched(
+        model: Any, input_ids: Any, config: Any, inputs: dict[str, Any], *args: Any, **more: Any
+    ) -> Any:
+        given = inputs.get(_NAME)  # prefill in chunks replaces it
+        _forget(given)
+        outputs = prefill(model, input_ids, config, inputs, *args, **more)
+        _check(model, given)
+        return outputs
+
+    return watched
+
+
+def _after_each(update: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(update)
+    def watched(model: Any, outputs: Any, inputs: dict[str, Any], *args: Any, **more: Any) -> Any:
+        _check(model, inputs.get(_NAME))
+        _forget(inputs.get(_NAME))
+        return update(model, outputs, inputs, *args, **more)
+
+    return watched
+
+
+def _own(given: Any) -> Any:
+    """The PagedCache in what generate() was given; None: there is none."""
+    own = getattr(given, "self_attention_cache", given)
+    return own if hasattr(own, "is_used") else None
+
+
+def _forget(given: Any) -> None:
+    if (own := _own(given)) is not None:
+        own.is_used = False
+
+
+def _check(model: Any, given: Any) -> None:
+    """Raises ValueError: the PagedCache in what generate() was given has not been used."""
+    own = _own(given)
+    if own is not None and not own.is_used:
+        raise ValueError(
+            f"{type(model).__name__} was given a PagedCache and did not use it: the model put it "
+            "aside or replaced it, so nothing would be compressed. Known causes: gradient "
+            "checkpointing in training mode (call model.eval()), and a model whose "
+            "prepare_inputs_for_generation drops its cache: such a model needs its own cache"
+        )
