@@ -14,7 +14,7 @@ import torch
 
 from paged_kv.kernels.rotary import Rotary, from_tables
 
-_EACH = 1024  # the first rows of a table are read, and of the rest one in so many
+_EACH = 1024  # a power of two: the first rows of a table are read, and of the rest one in so many
 
 
 def find_rotary(model: torch.nn.Module, names: list[str]) -> Rotary:
@@ -49,7 +49,7 @@ def _rope_of(model: torch.nn.Module, name: str) -> Any:
     """The rotary embedding of a layer. Raises ValueError: none, or none that a layer uses."""
     module: Any = model.get_submodule(name.rpartition(".")[0])
     rope: Any = getattr(module, "rotary_emb", None)
-    if _table(rope) is None or hasattr(rope, "mrope_section") or not _is_used(module, model):
+    if _table(rope) is None or hasattr(rope, "mrope_section") or not _is_used(module):
         raise ValueError(
             f"this kv-policy needs to undo RoPE, but layer {name} has no plain rotary embedding "
             f"({type(rope).__name__}): take a policy that reads no RoPE (snapkv, streaming, ...)"
@@ -57,7 +57,7 @@ def _rope_of(model: torch.nn.Module, name: str) -> Any:
     return rope
 
 
-def _is_used(module: Any, model: torch.nn.Module) -> bool:
+def _is_used(module: Any) -> bool:
     """Whether the layer turns anything: some models do only in layers with a sliding window."""
     if getattr(module, "is_local_attention", True) is False:  # Afmoe
         return False
@@ -88,15 +88,12 @@ def _read(rope: Any, name: str) -> Rotary:
     else:
         table = rope._compute_cos_sin_cache()
     table = table.float().cpu()
-    rows = sorted({*range(min(len(table), _EACH)), *range(0, len(table), _EACH)})
-    rows += [2**power for power in range(_EACH.bit_length(), 24) if 2**power < len(table)]
-    positions = torch.tensor(sorted(set(rows)), device="cpu")
+    rows = {*range(min(len(table), _EACH)), *range(0, len(table), _EACH)}
+    positions = torch.tensor(sorted(rows), device="cpu")
     # Once, when the model is loaded: later nothing is read back from a device. On a GPU the last
     # digits of frequencies differ, which far from 0 is much, so only the first rows are compared.
     given, begin = used[:_EACH].float().cpu(), table[:_EACH].to(used.dtype).float()
-    if used.shape != table.shape or not torch.allclose(
-        used[:_EACH].float().cpu(), begin, atol=2e-2
-    ):
+    if used.shape != table.shape or not torch.allclose(given, begin, atol=2e-2):
         raise ValueError(f"this kv-policy needs to undo RoPE, and {name} has a table of its own")
     cos, sin = table[positions].chunk(2, -1)
     try:
