@@ -224,3 +224,14 @@ def test_models_that_cannot():
             pytest.fail("the context began")
     with pytest.raises(ValueError, match="does not make its cache"), enable(torch.nn.Linear(1, 1)):
         pytest.fail("the context began")
+
+
+def test_transformers_own_continuous_batching_is_refused():
+    """It would compress nothing, and take 90 % of a CPU's free memory for its own cache."""
+    model, ids = load("llama"), torch.tensor([prompt(20)])
+    with enable(model, policy="streaming", budget=96):
+        with pytest.raises(ValueError, match=r"cache_implementation 'paged' .* is ours"):
+            model.generate(ids, max_new_tokens=3, cache_implementation="paged")
+        with pytest.raises(ValueError, match=r"paged_kv\.hf\.generate_batch"):
+            model.generate_batch([prompt(20)])
+        assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 23)

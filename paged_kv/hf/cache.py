@@ -184,9 +184,8 @@ class PagedCache(Copyable, Saveable, RowOperations):
         if self.progress[0] == 0 and self.sequences.step is None:  # nothing is held
             self._start(rows, owner, seams.rotary_of_layer(module))
         elif self._owner is None and recognizes(self, owner):
-            assert self.sequences.rotary is not None, "nothing is held"
-            rope = seams.rotary_of_layer(module).holding(self.sequences.rotary)
-            self._owner, self.sequences.rotary = owner, rope
+            self._owner = owner
+            self.sequences.rotary = seams.rotary_of_layer(module).holding(self.sequences.rotary)
         if owner is not self._owner:
             raise ValueError(
                 "this cache holds entries of another model: use a cache for each model, or call "

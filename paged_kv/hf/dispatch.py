@@ -11,7 +11,6 @@ changed, and not what is registered.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
@@ -20,24 +19,18 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from paged_kv.hf.attention_function import Handle, paged_attention
 from paged_kv.hf.masks import MaskSpec, PagedLength, note
+from paged_kv.hf.once import once
 from paged_kv.hf.seams import ENGINE, engine_attention
 
-_lock = threading.Lock()
-_is_installed = False
 
-
+@once
 def install() -> None:
-    """Makes models call our functions where a call is ours; once per process, never undone."""
-    global _is_installed
-    with _lock:
-        if _is_installed:
-            return
-        interface: Any = AttentionInterface
-        interface.__getitem__ = _lookup(interface.__getitem__, attention)
-        interface.get_interface = _lookup(interface.get_interface, attention)
-        interface = AttentionMaskInterface
-        interface.__getitem__ = _lookup(interface.__getitem__, mask)
-        _is_installed = True
+    """Makes models call our functions where a call is ours; never undone."""
+    interface: Any = AttentionInterface
+    interface.__getitem__ = _lookup(interface.__getitem__, attention)
+    interface.get_interface = _lookup(interface.get_interface, attention)
+    interface = AttentionMaskInterface
+    interface.__getitem__ = _lookup(interface.__getitem__, mask)
 
 
 def _lookup(find: Callable[..., Any], front: Callable[..., Any]) -> Callable[..., Any]:

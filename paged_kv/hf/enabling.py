@@ -18,13 +18,13 @@ from transformers import GenerationMixin
 from paged_kv.hf import compat
 from paged_kv.hf.cache import PagedCache
 from paged_kv.hf.encoder_decoder import PagedEncoderDecoderCache
+from paged_kv.hf.once import once
 from paged_kv.hf.sequences import Sequences
 from paged_kv.hf.stats import CacheStats, snapshot
 
 _HOOK = "_prepare_cache_for_generation"  # generate() calls it once, for the cache that it will use
 _lock = threading.Lock()
 _enabled: weakref.WeakKeyDictionary[Any, list[Enabled]] = weakref.WeakKeyDictionary()  # by model
-_is_installed = False
 
 
 class Enabled:
@@ -83,8 +83,9 @@ def enable(model: Any, **options: Any) -> Iterator[Enabled]:
     """Within, model.generate() uses a new PagedCache in each call, and so does what calls it.
 
     Calls with past_key_values, with use_cache=False, or with a cache_implementation that is not the
-    model's default, get what they ask for. What is sampled, searched or streamed makes no
-    difference. Contexts can be nested, and overlap in threads; the last that began counts.
+    model's default, get what they ask for, except "paged", a ValueError. What is sampled, searched
+    or streamed makes no difference. Contexts can be nested, and overlap in threads; the last that
+    began counts.
 
     Args:
         model: with generate(); an encoder-decoder gets PagedEncoderDecoderCache.
@@ -111,21 +112,38 @@ def enable(model: Any, **options: Any) -> Iterator[Enabled]:
             _enabled[model].remove(enabled)
 
 
+@once
 def _install() -> None:
-    """Puts our hook in front of generate()'s; once per process, never undone."""
-    global _is_installed
+    """Puts our hooks in front of generate()'s; never undone."""
+    mixin: Any = GenerationMixin
+    setattr(mixin, _HOOK, _in_front_of(getattr(mixin, _HOOK)))
+    mixin.init_continuous_batching = _refusing(mixin.init_continuous_batching)
+
+
+def _enabled_for(model: Any) -> Enabled | None:
     with _lock:
-        if not _is_installed:
-            setattr(GenerationMixin, _HOOK, _in_front_of(getattr(GenerationMixin, _HOOK)))
-            _is_installed = True
+        active = _enabled.get(model)
+        return active[-1] if active else None
+
+
+def _refusing(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def init(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if _enabled_for(model) is not None:
+            raise ValueError(
+                "cache_implementation 'paged' and model.generate_batch() are transformers' own "
+                "continuous batching: it has no PagedCache, and on a CPU takes nearly all memory. "
+                "paged_kv.hf.generate_batch(model, prompts, policy, budget) is ours"
+            )
+        return original(model, *args, **kwargs)
+
+    return init
 
 
 def _in_front_of(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def prepare(model: Any, config: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        with _lock:
-            active = _enabled.get(model)
-            enabled = active[-1] if active else None
+        enabled = _enabled_for(model)
         if enabled is None or not enabled.is_meant(config, inputs):
             return original(model, config, inputs, *args, **kwargs)
         inputs[compat.cache_argument()] = cache = enabled.make_and_watch()

@@ -9,15 +9,16 @@ they were used. That is in GenerationMixin, and is put there with the first Page
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import wraps
 from typing import Any
 
 from transformers import GenerationMixin
 
-_NAME = "past_key_values"
+from paged_kv.hf import compat
+from paged_kv.hf.once import once
 
 
-@cache
+@once
 def watch() -> None:
     """From now on, generate() checks the caches of ours that it was given."""
     mixin: Any = GenerationMixin
@@ -32,7 +33,7 @@ def _after_prefill(prefill: Callable[..., Any]) -> Callable[..., Any]:
     def watched(
         model: Any, input_ids: Any, config: Any, inputs: dict[str, Any], *args: Any, **more: Any
     ) -> Any:
-        given = inputs.get(_NAME)  # prefill in chunks replaces it
+        given = inputs.get(compat.cache_argument())  # prefill in chunks replaces it
         _forget(given)
         outputs = prefill(model, input_ids, config, inputs, *args, **more)
         _check(model, given)
@@ -44,8 +45,8 @@ def _after_prefill(prefill: Callable[..., Any]) -> Callable[..., Any]:
 def _after_each(update: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(update)
     def watched(model: Any, outputs: Any, inputs: dict[str, Any], *args: Any, **more: Any) -> Any:
-        _check(model, inputs.get(_NAME))
-        _forget(inputs.get(_NAME))
+        _check(model, inputs.get(compat.cache_argument()))
+        _forget(inputs.get(compat.cache_argument()))
         return update(model, outputs, inputs, *args, **more)
 
     return watched

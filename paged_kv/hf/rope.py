@@ -65,8 +65,9 @@ class Rope:
             found(f"kv-policy {reader!r}")
         return found
 
-    def holding(self, other: Rope) -> Rope:
-        """This one, for what is held by a cache whose model was not known (it comes from a file)."""
+    def holding(self, other: Rope | None) -> Rope:
+        """This one, for what a cache holds whose model was not known: it comes from a file."""
+        assert other is not None, "nothing is held"
         return replace(self, is_past=other.is_past, is_mixed=other.is_mixed)
 
     def __call__(self, reader: str = "this kv-policy") -> Rotary:
