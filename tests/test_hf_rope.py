@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import hf_models
@@ -191,3 +192,24 @@ def test_phi_without_longrope_goes_past_the_length():
         tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], 1)
     with PagedCache(model.config, policy="full") as cache:
         assert torch.equal(generate(model, 50, cache, 40), tokens[0, 50:])
+
+
+@pytest.mark.parametrize(("prompt", "count"), [(40, 10), (70, 10)])
+def test_a_saved_cache_knows_its_side_of_the_switch(prompt, count, tmp_path):
+    """Of frequencies: a cache from a file, and a copy of it, refuse to mix them, too."""
+    model = make(LONGROPE)
+    with PagedCache(model.config, **PAST_FUTURE) as cache:
+        new = generate(model, prompt, cache, count)
+        text = torch.cat([ids(prompt)[0], new])[None]
+        cache.save(tmp_path / "context.safetensors")
+        expected = model.generate(text, past_key_values=cache, max_new_tokens=10, do_sample=False)
+    loaded = PagedCache.load(tmp_path / "context.safetensors", model.config)
+    loaded.save(tmp_path / "again.safetensors")  # before any model has used it
+    again = PagedCache.load(tmp_path / "again.safetensors", model.config)
+    for cache in (loaded, again, copy.deepcopy(again)):
+        settings = {"max_new_tokens": 10, "do_sample": False}
+        assert torch.equal(model.generate(text, past_key_values=cache, **settings), expected)
+        assert cache.sequences.rotary.is_past == (prompt > 64)
+        if prompt < 64:
+            with pytest.raises(ValueError, match="rope_type 'longrope'"):
+                model(ids(20), past_key_values=cache)
