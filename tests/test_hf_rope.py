@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from paged_kv.hf import PagedCache, generate_batch, seams
+from paged_kv.hf import PagedCache, enable, generate_batch, seams
 from paged_kv.hf.reference import ReferenceEngine
 
 LONGROPE = {
@@ -165,6 +165,17 @@ def test_phi_is_compressed_on_both_sides_of_the_switch(kind, prompt, count):
     with PagedCache(model.config, **small) as cache:
         generate(model, prompt, cache, count)
         assert (cache.stats().evicted > 0) == (count > 1)
+
+
+def test_phi_under_enable():
+    model = phi3()
+    with enable(model, policy="streaming", budget=64, page_size=16) as enabled:
+        generate(model, 300, None, 40)
+        assert enabled.stats().tokens == 339
+        assert enabled.stats().evicted > 0
+        with pytest.raises(ValueError, match="original_max_position_embeddings=64"):
+            generate(model, 60, None, 40)
+        generate(model, 30, None, 30)
 
 
 def phimoe() -> Any:

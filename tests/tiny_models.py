@@ -53,6 +53,37 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("llama", "LlamaForCausalLM", _LLAMA),
     "llama-one-kv-head": ("llama", "LlamaForCausalLM", {**_LLAMA, "num_key_value_heads": 1}),
     "llama-30-layers": ("llama", "LlamaForCausalLM", {**_LLAMA, "num_hidden_layers": 30}),
+    "llama-yarn": (
+        "llama",
+        "LlamaForCausalLM",
+        {
+            **_LLAMA,
+            "max_position_embeddings": 256,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
+    "phi3-longrope": (
+        "phi3",
+        "Phi3ForCausalLM",
+        {
+            **{key: value for key, value in _LLAMA.items() if key != "head_dim"},
+            "pad_token_id": 0,
+            "sliding_window": None,
+            "original_max_position_embeddings": 128,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0 + i / 8 for i in range(16)],
+                "long_factor": [4.0 + i for i in range(16)],
+                "original_max_position_embeddings": 128,
+            },
+        },
+    ),
     "qwen2": ("qwen2", "Qwen2ForCausalLM", _LLAMA),
     "qwen3": ("qwen3", "Qwen3ForCausalLM", _LLAMA),
     "gemma3": (
