@@ -148,4 +148,4 @@ def test_longrope_as_max_model_len_says(tmp_path, max_model_len):
         assert rope.use_long_rope == (max_model_len == 512)
         check_rotation(rope, engines.worker(llm).compactor.rotary, max_model_len, 1e-3)
         (output,) = engines.complete(llm, [[5] * 100], 28)
-        assert len(output.outputs[0].token_ids) == 28
+        assert len(output.token_ids) == 28

@@ -38,11 +38,11 @@ class Rotary:
 
         The geometric series of exp(i * frequency * position): a turn to the middle, and shorter.
         """
-        half = self.frequencies.double() / 2
+        half = self.frequencies / 2
         still = half == 0  # a dimension that does not turn
         length = torch.where(still, 1.0, (count * half).sin() / (count * half.sin()))
         cos, sin = self.at(start + (count - 1) / 2)
-        return cos * length.float(), sin * length.float()
+        return cos * length, sin * length
 
     def turn(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """x [..., head_dim] turned by cos and sin [..., rotary_dim / 2]."""
