@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import tiny_models
-from engines import block_pool, engine, engine_core, generate, scheduler, worker
+from engines import (
+    block_pool,
+    engine,
+    engine_core,
+    generate,
+    recorded_chunks,
+    scheduler,
+    worker,
+)
 
 from paged_kv.core.schedule import Schedule, cdiv
 
@@ -188,24 +197,58 @@ def test_request_longer_than_the_pool_with_compress_prefill(tiny):
         assert_all_back(llm)
 
 
+@pytest.mark.parametrize(
+    ("settings", "chunk"),
+    [
+        ({}, 512),  # not vLLM's 2,048, of which a request would hold all
+        ({"long_prefill_token_threshold": 96}, 96),
+        ({"long_prefill_token_threshold": 1024}, 1024),
+        ({"max_num_batched_tokens": 200}, 200),
+    ],
+)
+def test_pieces_of_a_prompt_that_is_compressed_meanwhile(tiny, settings, chunk):
+    """Also of a request that is alone, where vLLM would forget the threshold; it says so."""
+    kv = {**STREAMING, "compress_prefill": True}
+    settings = {"max_num_batched_tokens": 2048, "num_gpu_blocks_override": 100, **settings}
+    with capacity_line() as lines, engine(tiny, kv, **settings) as llm:
+        with recorded_chunks(llm) as chunks:
+            generate(llm, [[token % 250 + 3 for token in range(1500)]], 4)
+        (found,) = chunks.values()
+        sizes = [end - start for start, end in found if end <= 1500]
+        assert sizes == [chunk] * (1500 // chunk) + [1500 % chunk] * (1500 % chunk > 0)
+        (manager,) = scheduler(llm).paged_managers
+        pages = cdiv(BUDGET + 31 + chunk, 32)
+        assert manager.peak_pages(2000, 1500) == pages
+        assert_all_back(llm)
+    assert f"in pieces of {chunk:,} tokens, meanwhile {99 / pages:.2f} sequences" in lines[0]
+    assert "--long-prefill-token-threshold" in lines[0]
+
+
+@contextmanager
+def capacity_line() -> Iterator[list[str]]:
+    """What the scheduler logs of its capacity."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("vllm.paged_kv.vllm.scheduler")
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        log.removeHandler(handler)
+
+
 @pytest.mark.model
 @pytest.mark.parametrize(("compress_prefill", "capacity"), [(True, 135_540), (False, 23_296)])
 def test_reported_capacity(smollm2_dir, compress_prefill, capacity):
     """Plain vLLM reports 23,296 tokens."""
-    records: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    handler.emit = records.append  # type: ignore[method-assign]
-    log = logging.getLogger("vllm.paged_kv.vllm.scheduler")
-    log.setLevel(logging.INFO)
-    log.addHandler(handler)
     kv = {"policy": "streaming", "budget": 128, "compress_prefill": compress_prefill}
-    try:
-        with engine(str(smollm2_dir), kv, max_model_len=4096, kv_cache_memory_bytes=1 << 30) as llm:
-            cache_config = llm.llm_engine.vllm_config.cache_config
-            assert cache_config.kv_cache_size_tokens == capacity
-    finally:
-        log.removeHandler(handler)
-    line = next(r.getMessage() for r in records if "decode capacity" in r.getMessage())
+    settings = {"max_model_len": 4096, "kv_cache_memory_bytes": 1 << 30}
+    with capacity_line() as lines, engine(str(smollm2_dir), kv, **settings) as llm:
+        cache_config = llm.llm_engine.vllm_config.cache_config
+        assert cache_config.kv_cache_size_tokens == capacity
+    (line,) = lines
     # 728 pages in all, one of them vLLM's own; a sequence decodes in (128 + 32) / 32 = 5.
     assert "145.40 sequences of 4,096 tokens" in line
-    assert "longest prompt: any" in line
+    assert "Longest prompt: any" in line

@@ -8,11 +8,27 @@ from paged_kv.core.schedule import cdiv
 from paged_kv.plan import Plan
 
 PLAN_KEY = "paged_kv_plan"
+LEAST_CHUNK = 512  # tokens of a prompt's piece under compress_prefill, if the user says nothing
 
 
 def get_plan(vllm_config: Any) -> Plan:
     """The plan that options.apply left in the config."""
     return Plan.from_json(vllm_config.additional_config[PLAN_KEY])
+
+
+def prompt_chunk(vllm_config: Any) -> int:
+    """Most tokens of one prompt in a step under compress_prefill: it holds them beside its budget.
+
+    vLLM's own setting for it is long_prefill_token_threshold, which we keep to also where a request
+    is alone. Where it is not set: the largest budget, which at most doubles what a request holds.
+    """
+    scheduler, plan = vllm_config.scheduler_config, get_plan(vllm_config)
+    chunk = scheduler.long_prefill_token_threshold
+    if chunk == 0:
+        schedules = (plan.schedule(layer) for layer in plan.budgets)
+        max_len = vllm_config.model_config.max_model_len
+        chunk = max([LEAST_CHUNK, *(one.budget(max_len) for one in schedules if one is not None)])
+    return int(min(chunk, scheduler.max_num_batched_tokens))
 
 
 def max_prompt_len(vllm_config: Any, num_pages: int) -> int | None:

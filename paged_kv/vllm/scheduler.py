@@ -30,6 +30,7 @@ class _PagedMixin(SwapMixin):
     """Overrides shared by the synchronous and the asynchronous scheduler."""
 
     need_mamba_block_aligned_split: bool
+    _prompt_chunk: int | None  # most tokens of a prompt in a step; None: as many as vLLM likes
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -47,12 +48,13 @@ class _PagedMixin(SwapMixin):
         # vLLM's one hook where a chunk's length can be cut before pages are allocated for it,
         # unless it carries our source patch (see patches/), which has _clip_chunk.
         self.need_mamba_block_aligned_split = not hasattr(Scheduler, "_clip_chunk")
-        self._resume_chunk = self._max_resume_chunk()
-        batches = self.vllm_config.max_concurrent_batches
+        self._resume_chunk, self._prompt_chunk = self._max_resume_chunk(), None
+        if limits.get_plan(self.vllm_config).compress_prefill:
+            self._prompt_chunk = limits.prompt_chunk(self.vllm_config)
+            self._resume_chunk = min(self._resume_chunk, self._prompt_chunk)
+        chunk = self._prompt_chunk or self._resume_chunk
         for manager in self.paged_managers:
-            compress = manager.schedule.compress_prefill
-            in_flight = self.vllm_config.max_in_flight_tokens
-            manager.max_chunk = in_flight if compress else self._resume_chunk * batches
+            manager.max_chunk = chunk * self.vllm_config.max_concurrent_batches
             manager.num_groups = len(self.paged_managers)
         self._held_back: Request | None = None
         self._log_capacity()
@@ -148,7 +150,9 @@ class _PagedMixin(SwapMixin):
         num_new_local_computed_tokens: int = 0,
         num_external_computed_tokens: int = 0,
     ) -> int:
-        """Ends a chunk at the prompt's end; cuts what a resumed request recomputes after it.
+        """Ends a chunk at the prompt's end; bounds those of a prompt that is compressed meanwhile.
+
+        Cuts what a resumed request recomputes after its prompt.
 
         Nothing of a request that can hit more of its prompt when this step is done.
         """
@@ -157,7 +161,8 @@ class _PagedMixin(SwapMixin):
         hits = num_new_local_computed_tokens + num_external_computed_tokens
         start = request.num_computed_tokens + hits
         left = request.num_prompt_tokens - start
-        num_tokens = min(num_new_tokens, left if left > 0 else self._resume_chunk)
+        most = min(left, self._prompt_chunk or left) if left > 0 else self._resume_chunk
+        num_tokens = min(num_new_tokens, most)
         return 0 if self._awaits_pages(request, start + num_tokens) else num_tokens
 
     _mamba_block_aligned_split = _clip_chunk
@@ -186,13 +191,10 @@ class _PagedMixin(SwapMixin):
         )
         return needed > self.kv_cache_manager.block_pool.get_num_free_blocks()
 
-    def pages_per_sequence(self) -> int:
-        """Pages of a sequence of max_model_len between two compactions, in all groups."""
+    def pages_per_sequence(self, chunk: int = 1) -> int:
+        """Pages of a sequence of max_model_len, in all groups, in steps of so many tokens."""
         return self._num_other_pages + sum(
-            cdiv(
-                min(m.schedule.budget(self.max_model_len) + m.block_size, self.max_model_len),
-                m.block_size,
-            )
+            cdiv(m.schedule.max_retained(self.max_model_len, 0, chunk), m.block_size)
             for m in self.paged_managers
         )
 
@@ -218,16 +220,25 @@ class _PagedMixin(SwapMixin):
         return next((chunk for chunk in range(budget, 0, -page_size) if fits(chunk)), 1)
 
     def _log_capacity(self) -> None:
-        pages = self.pages_per_sequence()
-        sequences = (self.kv_cache_config.num_blocks - 1) / pages
-        longest = limits.max_prompt_len(self.vllm_config, self.kv_cache_config.num_blocks)
+        """The last word on it: vLLM has counted prompts that are held whole."""
+        num_pages, pages = self.kv_cache_config.num_blocks - 1, self.pages_per_sequence()
+        longest = limits.max_prompt_len(self.vllm_config, num_pages + 1)
+        prompts = "any" if longest is None else f"{longest:,} tokens"
+        if self._prompt_chunk is not None:
+            own = self.pages_per_sequence(self._prompt_chunk)
+            prompts += (
+                f", in pieces of {self._prompt_chunk:,} tokens, meanwhile {num_pages / own:.2f} "
+                f"sequences ({own} pages each): smaller pieces hold less, larger ones are computed "
+                "faster (--long-prefill-token-threshold, at most --max-num-batched-tokens)"
+            )
         logger.info(
             "paged_kv decode capacity: %.2f sequences of %s tokens once their prompts are done "
-            "(%d pages each); longest prompt: %s",
-            sequences,
+            "(%d pages each). This, not vLLM's maximum concurrency, is how many can decode at "
+            "once. Longest prompt: %s",
+            num_pages / pages,
             f"{self.max_model_len:,}",
             pages,
-            "any" if longest is None else f"{longest:,} tokens",
+            prompts,
         )
 
 

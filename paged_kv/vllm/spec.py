@@ -11,6 +11,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCache
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from paged_kv.core.schedule import Schedule, cdiv
+from paged_kv.vllm import limits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +48,9 @@ class PagedSpec(AttentionSpec):
         """What one request can hold: vLLM's start-up check and its reported concurrency."""
         max_len = vllm_config.model_config.max_model_len
         whole = cdiv(max_len, self.block_size)
-        in_flight = vllm_config.max_in_flight_tokens
-        chunk = in_flight if self.schedule.compress_prefill else vllm_config.max_concurrent_batches
-        compressed = cdiv(self.schedule.max_retained(max_len, 0, chunk), self.block_size) + 1
+        chunk = limits.prompt_chunk(vllm_config) if self.schedule.compress_prefill else 1
+        in_flight = chunk * vllm_config.max_concurrent_batches
+        compressed = cdiv(self.schedule.max_retained(max_len, 0, in_flight), self.block_size) + 1
         if self.schedule.compress_prefill:
             pages = min(compressed, whole)
         else:
