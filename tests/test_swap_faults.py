@@ -112,8 +112,8 @@ def test_a_damaged_file_is_computed_again(two_tiers, expected, directory, damage
         one = scheduler(two_tiers).connector.ledger.swapped[waiting[0]]
         place = one.file[1] * tiers.host.shape[1] + 5
         tiers.wait(range(len(tiers.host)))  # for what is on its way
-        [file] = directory.iterdir()
-        with file.open("r+b") as opened:
+        assert not list(directory.iterdir())
+        with open(f"/proc/self/fd/{tiers._file.fd}", "r+b") as opened:
             opened.seek(place)
             byte = opened.read(1)[0]
             opened.seek(place)

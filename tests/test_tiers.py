@@ -20,7 +20,6 @@ from paged_kv.tiers.host import available_bytes
 from paged_kv.tiers.swap_tiers import SwapTiers
 
 SLOT = 5000  # no power of two, and no multiple of a disk's block
-STALE = f"paged_kv-4194305-0-{'0' * 16}.swap"  # above the largest process id of Linux
 
 
 @pytest.fixture
@@ -52,9 +51,9 @@ def fill(tiers: SwapTiers, slots: Any, seed: int) -> torch.Tensor:
     return data
 
 
-def only_file(directory: Path) -> Path:
-    (file,) = directory.iterdir()
-    return file
+def opened(tiers: SwapTiers) -> Path:
+    """Its file, which has no name, by the descriptor: it can be opened once more."""
+    return Path(f"/proc/self/fd/{tiers._file.fd}")
 
 
 def test_there_and_back(tiers, tmp_path):
@@ -69,7 +68,10 @@ def test_there_and_back(tiers, tmp_path):
     assert torch.equal(tiers.host[[7, 8, 15, 2]], data)
     assert tiers.take_finished() == ({"a"}, set())
     assert tiers.take_finished() == (set(), set())
-    file = only_file(tmp_path).stat()
+    assert not list(tmp_path.iterdir())  # nobody else can open it, and nothing is ever left
+    file = opened(tiers).stat()
+    assert file.st_dev == tmp_path.stat().st_dev
+    assert file.st_nlink == 0
     assert file.st_size == 32 * SLOT
     assert file.st_blocks * 512 >= 32 * SLOT  # all of it has been given room
     assert file.st_mode & 0o777 == 0o600  # what others asked a model is nobody's business
@@ -143,7 +145,7 @@ def test_a_damaged_file(damage, tiers, tmp_path, caplog):
     tiers.demote("whole", [0, 1], [0, 1])
     tiers.demote("damaged", [2, 3], [2, 3])
     tiers.wait(range(4))
-    damage(only_file(tmp_path))
+    damage(opened(tiers))
     tiers.promote("damaged", [3], [5])
     tiers.wait([5])
     tiers.promote("damaged", [2], [4])
@@ -323,34 +325,17 @@ def test_memory_is_what_was_asked_for(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_only_our_own_files_are_removed(tmp_path):
-    target = tmp_path / "something.bin"
-    target.write_bytes(b"a user's")
-    strangers = [
-        target,
-        tmp_path / STALE.replace("swap", "swap.bak"),
-        tmp_path / f"x{STALE}",
-        tmp_path / STALE.replace("0000.", "zzzz."),
-    ]
-    for file in strangers[1:]:
-        file.write_bytes(b"a user's")
-    link = tmp_path / STALE.replace("0000.", "0001.")
-    link.symlink_to(target)
-    folder = tmp_path / STALE.replace("0000.", "0002.")
-    folder.mkdir()
-    (tmp_path / STALE).write_bytes(b"ours")
-    SwapTiers(SLOT, 1, 1, str(tmp_path)).close()
-    assert set(tmp_path.iterdir()) == {*strangers, link, folder}
-    assert all(file.read_bytes() == b"a user's" for file in (*strangers, link))
-
-
 def test_a_forked_child_leaves_the_file_to_its_parent(tiers, tmp_path):
     child = os.fork()
     if not child:
         tiers.close()
         os._exit(0)
     assert os.waitpid(child, 0) == (child, 0)
-    assert only_file(tmp_path).exists()
+    data = fill(tiers, [0], seed=4)
+    tiers.demote("a", [0], [0])
+    tiers.promote("a", [0], [1])
+    tiers.wait([1])
+    assert torch.equal(tiers.host[1], data[0])
 
 
 SERVER = """
@@ -398,9 +383,6 @@ class Server:
         self.process.stdin.flush()
         return self.answer()
 
-    def files(self, directory: Path) -> list[Path]:
-        return list(directory.glob(f"paged_kv-{self.process.pid}-*"))
-
     def end(self) -> None:
         self.process.stdin.close()
         self.process.wait(30)
@@ -416,20 +398,46 @@ def test_several_servers_in_one_directory(tmp_path):
         assert killed.ask("busy") == "[] [] 42"
         killed.process.send_signal(signal.SIGKILL)
         killed.process.wait(30)
-        assert len(killed.files(tmp_path)) == 1
+        assert not list(tmp_path.iterdir())
         tiers = SwapTiers(SLOT, 4, 4, str(tmp_path))
-        assert not killed.files(tmp_path)
-        assert len(living.files(tmp_path)) == 1
         assert living.ask("back") == "['a'] [] 42"
         assert living.ask("limit") == "[] [] 42"
         assert living.ask("away") == "[] ['a'] 0"
         assert living.ask("back") == "[] [] 0"
         living.end()
         assert living.process.returncode == 0
-        assert not living.files(tmp_path)
         tiers.close()
         assert not list(tmp_path.iterdir())
     finally:
         for server in (living, killed):
             server.process.kill()
             server.end()
+
+
+def free_bytes(directory: Path) -> int:
+    found = os.statvfs(directory)
+    return found.f_bavail * found.f_frsize
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_any_time_nothing_is_left(seed, small_disk):
+    """Neither a name nor room on the disk: its process starts, runs, is killed."""
+    rng = random.Random(seed)
+    subprocess.run(["mount", "-o", "remount,size=32m", str(small_disk)], check=True)
+    before = free_bytes(small_disk)
+    for _ in range(3):
+        server = Server(small_disk)
+        try:
+            if rng.random() < 0.7:
+                assert server.answer() == "made"
+                assert free_bytes(small_disk) <= before - 4000 * SLOT
+                server.process.stdin.write("busy\n")
+                server.process.stdin.flush()
+            time.sleep(rng.random() * (1.5 if rng.random() < 0.5 else 0.05))
+            server.process.send_signal(signal.SIGKILL)
+            server.process.wait(30)
+        finally:
+            server.process.kill()
+            server.end()
+        assert not list(small_disk.iterdir())
+        assert free_bytes(small_disk) == before

@@ -3,21 +3,20 @@
     slots   0             host entries                  budget
             | host memory | file | file | file ... |
 
-A file loses its name as soon as it is mapped: nothing is left of it after a crash, and nobody can
-shorten it. Its blocks are reserved before that, so that a full disk is noticed here, and not in the
-middle of a write.
+A file has no name: nothing is left of it after a crash, and nobody can shorten it. Its blocks are
+reserved, so that a full disk is noticed here, and not in the middle of a write.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from paged_kv.tiers.files import unnamed_file
 
 Tensor = torch.Tensor
 logger = logging.getLogger(__name__)
@@ -146,12 +145,8 @@ class SpillMemory:
         numbers = [
             self.shape[0] * self.shape[1] * num_entries * size for size in self.sizes.values()
         ]
-        handle, path = tempfile.mkstemp(prefix="paged_kv_spill_", dir=self.space.directory)
-        try:
-            os.posix_fallocate(handle, 0, sum(numbers) * self.dtype.itemsize)
+        with unnamed_file(self.space.directory, sum(numbers) * self.dtype.itemsize) as file:
+            path = f"/proc/self/fd/{file.fileno()}"  # the mapping outlives the descriptor
             mapped = torch.from_file(path, shared=True, size=sum(numbers), dtype=self.dtype)
-        finally:
-            os.close(handle)
-            os.unlink(path)
         parts = zip(self.sizes.items(), mapped.split(numbers), strict=True)
         return {name: part.view(*self.shape, num_entries, size) for (name, size), part in parts}

@@ -45,7 +45,6 @@ class SwapTiers:
         host_slots: slots in host memory.
         file_slots: slots in the file; 0 for no file.
         directory: where the file is.
-        rank: of the process among those that share a model; in the file's name.
         pin: whether host memory is page-locked, for copies from a GPU.
 
     Raises:
@@ -59,10 +58,9 @@ class SwapTiers:
         host_slots: int,
         file_slots: int = 0,
         directory: str = "",
-        rank: int = 0,
         pin: bool = False,
     ) -> None:
-        self._file = SwapFile(directory, file_slots, slot_bytes, rank) if file_slots else None
+        self._file = SwapFile(directory, file_slots, slot_bytes) if file_slots else None
         try:
             self.host = allocate(host_slots, slot_bytes, pin)
         except ValueError:

@@ -81,7 +81,8 @@ def _add_swap_args(group: Any) -> None:
     group.add_argument(
         "--kv-swap-dir",
         metavar="DIR",
-        help="Directory for what the host memory cannot hold; files there are removed at the end.",
+        help="Directory for what the host memory cannot hold, in a file without a name: nothing is "
+        "left there, however the server ends.",
     )
     group.add_argument(
         "--kv-swap-dir-space", metavar="GIB", help="What the files there may take, in GiB."

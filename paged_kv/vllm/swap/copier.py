@@ -72,7 +72,7 @@ class Copier:
         self.states = States(rings_of(compactor, residual), slot_bytes)
         self.is_gpu = runner.device.type != "cpu"
         parallel = vllm_config.parallel_config
-        self.tiers = self._make_tiers(slot_bytes, parallel.world_size, parallel.rank)
+        self.tiers = self._make_tiers(slot_bytes, parallel.world_size)
         self._loads: list[Load] = []
         self._saved = self._loaded = _nothing
 
@@ -176,7 +176,7 @@ class Copier:
         """[layers, pages, ...], whatever the kernel takes for a page."""
         return tensor.unflatten(1, (self.num_pages, -1))
 
-    def _make_tiers(self, slot_bytes: int, num_ranks: int, rank: int) -> SwapTiers:
+    def _make_tiers(self, slot_bytes: int, num_ranks: int) -> SwapTiers:
         config = self.config
         slot_bytes = aligned(slot_bytes)
         host, file = (
@@ -197,7 +197,7 @@ class Copier:
             file,
             config.swap_dir or "files",
         )
-        return SwapTiers(slot_bytes, host, file, config.swap_dir, rank, pin=self.is_gpu)
+        return SwapTiers(slot_bytes, host, file, config.swap_dir, pin=self.is_gpu)
 
 
 def _nothing() -> None:
