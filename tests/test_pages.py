@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from engines import (
 )
 
 from paged_kv.core.schedule import Schedule, cdiv
+from paged_kv.vllm import intake
 
 pytestmark = pytest.mark.vllm
 
@@ -186,6 +188,50 @@ def test_resumable_requests_are_refused(small):
             "session", {"prompt_token_ids": [3, 4]}, SamplingParams(), ("generate",), resumable=True
         )
     assert not engine_core(small).scheduler.requests
+
+
+def test_what_a_front_end_let_pass_ends_with_an_error(small, monkeypatch):
+    """As where the engines have pools of different sizes: only this one knows its own."""
+    monkeypatch.setattr(intake, "_pages_of_an_engine", lambda vllm_config: 1000)
+    add(small, "long", [5] * 321, 1)
+    (alone,) = drain(small).values()
+    assert alone.outputs[0].finish_reason == "error"
+    add(small, "first", PROMPT, 50)
+    add(small, "long", [5] * 321, 1)
+    outputs = drain(small)
+    assert outputs["long"].outputs[0].finish_reason == "error"
+    assert len(outputs["first"].outputs[0].token_ids) == 50
+    assert num_free(small) == 10
+
+
+@pytest.mark.parametrize(
+    ("parallel", "pages"),
+    [
+        ({}, 120),
+        ({"data_parallel_size": 3, "data_parallel_size_local": 3}, 40),
+        ({"data_parallel_size": 3}, 40),  # on several machines, this front end sends to all
+        # Whoever balances outside has one front end for each engine, or for those of a machine.
+        ({"data_parallel_size": 3, "data_parallel_external_lb": True}, 120),
+        ({"data_parallel_size": 6, "data_parallel_size_local": 3, "hybrid": True}, 40),
+        ({"data_parallel_size": 3, "data_parallel_rank_local": 1}, 120),
+    ],
+)
+def test_pages_of_one_engine(parallel, pages):
+    """The sum of those that a process talks to, by their number."""
+    from vllm.config import ParallelConfig
+
+    config = ParallelConfig()
+    config.data_parallel_rank_local = None  # vLLM sets it for a single engine, and offline
+    parallel["data_parallel_hybrid_lb"] = parallel.pop("hybrid", False)
+    for name, value in parallel.items():
+        assert hasattr(config, name)
+        setattr(config, name, value)
+    vllm_config = SimpleNamespace(
+        parallel_config=config, cache_config=SimpleNamespace(num_gpu_blocks=120)
+    )
+    assert intake._pages_of_an_engine(vllm_config) == pages
+    vllm_config.cache_config.num_gpu_blocks = None
+    assert intake._pages_of_an_engine(vllm_config) is None
 
 
 def test_request_longer_than_the_pool_with_compress_prefill(tiny):

@@ -72,9 +72,7 @@ def test_engine_args():
     from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
     assert isinstance(inspect.getattr_static(EngineArgs, "add_cli_args"), staticmethod)
-    assert isinstance(inspect.getattr_static(EngineArgs, "from_cli_args"), classmethod)
     begins_with(EngineArgs.add_cli_args, "parser")
-    begins_with(EngineArgs.from_cli_args, "args")
     begins_with(EngineArgs.create_engine_config, "self", "usage_context", "headless")
     assert "EngineArgs.add_cli_args(" in inspect.getsource(AsyncEngineArgs.add_cli_args)
     assert AsyncEngineArgs.create_engine_config is EngineArgs.create_engine_config
@@ -99,6 +97,33 @@ def test_requests_are_checked_in_the_front_end():
         EngineCoreRequest.__struct_fields__
     )
     assert "self.vllm_config = vllm_config" in inspect.getsource(InputProcessor.__init__)
+
+
+def test_every_front_end_knows_the_pages_of_its_engines():
+    """intake._pages_of_an_engine: their sum, and how many they are."""
+    from vllm.v1.engine.core_client import MPClient
+
+    ready = inspect.getsource(MPClient._apply_ready_response)
+    assert "num_gpu_blocks += response.num_gpu_blocks" in ready
+    source = " ".join(inspect.getsource(MPClient.__init__).split())
+    assert "offline_mode = parallel_config.data_parallel_rank_local is not None" in source
+    assert "dp_local_size if parallel_config.local_engines_only else dp_size" in source
+    assert "[dp_rank] if offline_mode else list(range(dp_rank, dp_rank + num_ranks))" in source
+
+
+def test_an_error_can_be_sent_in_place_of_an_answer():
+    """RefusingMixin."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.request import Request, RequestStatus
+
+    assert "self.has_finished_requests()" in inspect.getsource(Scheduler.has_requests)
+    assert "self.scheduler.has_requests()" in inspect.getsource(EngineCore.step)
+    assert RequestStatus.get_finished_reason(RequestStatus.FINISHED_ERROR) == FinishReason.ERROR
+    takes(Request.__init__, "client_index", "request_id")
+    assert EngineCoreOutput.__struct_fields__[:2] == ("request_id", "new_token_ids")
+    assert {"outputs", "finished_requests"} <= set(EngineCoreOutputs.__struct_fields__)
 
 
 # ---- scheduler

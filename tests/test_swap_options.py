@@ -114,9 +114,9 @@ def test_flags(model: str, tmp_path: Path) -> None:
     parser = options.add_cli_args(argparse.ArgumentParser())
     line = ["--kv-swap-space", "1.5", "--kv-swap-format", "int8"]
     line += ["--kv-swap-dir", str(tmp_path), "--kv-swap-dir-space", "0.25"]
-    additional: dict[str, Any] = {}
-    options._read_flags(_parse(parser, line, model), additional)
-    config = CompressionConfig.from_dict(additional["paged_kv"])
+    parsed = _parse(parser, line, model)
+    config = CompressionConfig.from_dict(parsed.additional_config["paged_kv"])
+    assert parsed.kv_swap_space is None  # what further API servers get says it once
     assert (config.policy, config.swap_space, config.swap_format) == ("full", 1.5, "int8")
     assert (config.swap_dir, config.swap_dir_space) == (str(tmp_path), 0.25)
 
@@ -124,6 +124,7 @@ def test_flags(model: str, tmp_path: Path) -> None:
 def _parse(parser: argparse.ArgumentParser, line: list[str], model: str = "") -> argparse.Namespace:
     parser.add_argument("--model", default=model)
     parser.add_argument("--load-format", default="dummy")
+    parser.add_argument("--additional-config", default=None)
     return parser.parse_args(line)
 
 

@@ -45,6 +45,7 @@ class World:
         self.restored: dict[str, int] = {}  # tokens that the swap gave back; 0: began anew
         self.num_steps = 0
         self.chunks: dict[str, list[tuple[int, int]]] = {}
+        self.outputs: dict[int, Any] = {}  # of the last step that was processed, by client
         self._hasher = get_request_block_hasher(rules.page_size, sha256)
         self._hashed: dict[Any, list[Label]] = {}
         self._num_noted: dict[str, int] = {}
@@ -98,7 +99,7 @@ class World:
     def process(self) -> None:
         """Processes the output of the oldest step in flight."""
         if self._in_flight:
-            self.scheduler.update_from_output(*self._in_flight.popleft())
+            self.outputs = self.scheduler.update_from_output(*self._in_flight.popleft())
         if not self._in_flight:
             self._check_hashed()
 

@@ -37,16 +37,18 @@ def install() -> None:
 def _check(vllm_config: Any, request: Any) -> None:
     if limits.PLAN_KEY not in (vllm_config.additional_config or {}):
         return
-    plan = limits.get_plan(vllm_config)
-    if not (plan.budgets or plan.residual_pages):
-        return
-    num_pages = vllm_config.cache_config.num_gpu_blocks  # of all engines, under data parallelism
-    engines = max(1, vllm_config.parallel_config.data_parallel_size)
     try:
-        limits.check_resumable(request.resumable)
-        if num_pages and plan.budgets:
-            prompt = request.prompt_token_ids
-            num_tokens = len(prompt if prompt is not None else request.prompt_embeds)
-            limits.check_prompt(vllm_config, num_tokens, num_pages // engines)
+        limits.check_request(vllm_config, request, _pages_of_an_engine(vllm_config))
     except ValueError as error:
         raise VLLMValidationError(str(error)) from None
+
+
+def _pages_of_an_engine(vllm_config: Any) -> int | None:
+    """vLLM adds up what the engines report that this process talks to (MPClient)."""
+    num_pages, parallel = vllm_config.cache_config.num_gpu_blocks, vllm_config.parallel_config
+    engines = parallel.data_parallel_size
+    if parallel.local_engines_only:
+        engines = parallel.data_parallel_size_local
+    if parallel.data_parallel_rank_local is not None:  # one engine in each process
+        engines = 1
+    return num_pages and num_pages // max(1, engines)

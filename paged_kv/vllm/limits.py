@@ -46,6 +46,30 @@ def max_prompt_len(vllm_config: Any, num_pages: int) -> int | None:
     return limit if limit < max_len else None
 
 
+def check_request(vllm_config: Any, request: Any, num_pages: int | None) -> None:
+    """Refuses a request that can never run.
+
+    Args:
+        vllm_config: with a plan.
+        request: an EngineCoreRequest or a Request.
+        num_pages: of an engine's pool, vLLM's null page included; None where nobody knows.
+
+    Raises:
+        ValueError: says why, and what would help.
+    """
+    plan = get_plan(vllm_config)
+    if not (plan.budgets or plan.residual_pages):
+        return
+    if request.resumable:  # its prompt, hence its schedule, grows
+        raise ValueError(
+            "streaming-input (resumable) requests do not work with a kv-policy or residual_pages"
+        )
+    if num_pages and plan.budgets:
+        prompt = request.prompt_token_ids
+        num_tokens = len(prompt if prompt is not None else request.prompt_embeds)
+        check_prompt(vllm_config, num_tokens, num_pages)
+
+
 def check_prompt(vllm_config: Any, prompt_len: int, num_pages: int) -> None:
     """Raises ValueError for a prompt that would wait for pages for ever."""
     limit = max_prompt_len(vllm_config, num_pages)
@@ -54,12 +78,4 @@ def check_prompt(vllm_config: Any, prompt_len: int, num_pages: int) -> None:
             f"the prompt has {prompt_len} tokens, but the KV cache holds prompts of at most "
             f"{limit} ({num_pages - 1} pages): a prompt is kept whole until its end. Set "
             "compress_prefill to true in kv-policy-config, or give the KV cache more memory"
-        )
-
-
-def check_resumable(resumable: bool) -> None:
-    """Raises ValueError for a streaming-input request: its prompt, hence its schedule, grows."""
-    if resumable:
-        raise ValueError(
-            "streaming-input (resumable) requests do not work with a kv-policy or residual_pages"
         )

@@ -17,12 +17,13 @@ from typing import Any
 from paged_kv import registry
 from paged_kv.config import DEFAULT_BUDGET, DEFAULT_PAGE_SIZE, CompressionConfig, parse_json
 from paged_kv.core.page_formats import NATIVE
-from paged_kv.vllm import formats, support
+from paged_kv.vllm import formats, intake, support
 from paged_kv.vllm.limits import PLAN_KEY
 from paged_kv.vllm.swap import options as swap
 
 CONFIG_KEY = "paged_kv"
 SWAP_OPTIONS = ("swap_space", "swap_dir", "swap_dir_space", "swap_format")
+FLAGS = ("kv_policy", "kv_budget", "kv_policy_config", *(f"kv_{name}" for name in SWAP_OPTIONS))
 
 
 class _CommandLine(dict[str, Any]):
@@ -67,7 +68,7 @@ def add_cli_args(parser: Any) -> Any:
         "spill_host_budget, and what the policy declares.",
     )
     _add_swap_args(group)
-    _check_when_parsed(parser)
+    _fold_when_parsed(parser)
     return parser
 
 
@@ -95,36 +96,35 @@ def _add_swap_args(group: Any) -> None:
     )
 
 
-def _check_when_parsed(parser: Any) -> None:
-    """`vllm bench throughput` loads the tokenizer first, and would fail there with a traceback."""
+def _fold_when_parsed(parser: Any) -> None:
+    """Has parsed arguments carry our options in additional_config, validated.
+
+    As early as that: vLLM sends what it parsed to further API servers, which make EngineArgs of it
+    before they load any plugin. And `vllm bench throughput` loads the tokenizer before it makes
+    EngineArgs, and would fail there with a traceback.
+    """
     parse_known_args = parser.parse_known_args
 
     @functools.wraps(parse_known_args)
-    def checked(*args: Any, **kwargs: Any) -> Any:
+    def folding(*args: Any, **kwargs: Any) -> Any:
         namespace, rest = parse_known_args(*args, **kwargs)
-        additional = _CommandLine()
+        additional = _CommandLine(namespace.additional_config or {})
         with _errors_of(additional):
-            _read_flags(namespace, additional)
+            _take_flags(namespace, additional)
             config = CompressionConfig.from_dict(additional.get(CONFIG_KEY, {}))
             swap.check(config)
             if _is_active(config):
                 model = getattr(namespace, "model_tag", None) or namespace.model
                 support.check_model_directory(model, namespace.load_format)
+        if CONFIG_KEY in additional:
+            namespace.additional_config = additional
         return namespace, rest
 
-    parser.parse_known_args = checked
+    parser.parse_known_args = folding
 
 
-def from_cli_args(engine_args: Any, args: argparse.Namespace) -> None:
-    """Puts our options into engine_args.additional_config, validated."""
-    additional = _CommandLine(engine_args.additional_config or {})
-    with _errors_of(additional):
-        _read_flags(args, additional)
-    if CONFIG_KEY in additional:
-        engine_args.additional_config = additional
-
-
-def _read_flags(args: argparse.Namespace, additional: dict[str, Any]) -> None:
+def _take_flags(args: argparse.Namespace, additional: dict[str, Any]) -> None:
+    """Moves our flags into additional. Raises ValueError: they contradict it or each other."""
     policy, budget = getattr(args, "kv_policy", None), getattr(args, "kv_budget", None)
     more = getattr(args, "kv_policy_config", None)
     swapping = {name: getattr(args, f"kv_{name}", None) for name in SWAP_OPTIONS}
@@ -143,6 +143,8 @@ def _read_flags(args: argparse.Namespace, additional: dict[str, Any]) -> None:
         name: _gib(name, text) if "space" in name else text for name, text in given.items()
     }
     additional[CONFIG_KEY] = CompressionConfig.from_dict(settings).to_dict()
+    for name in FLAGS:
+        setattr(args, name, None)
 
 
 def _gib(name: str, text: str) -> float:
@@ -188,6 +190,7 @@ def after_engine_config(engine_args: Any, vllm_config: Any, config: CompressionC
     json.dumps(additional)  # vLLM hashes it
     vllm_config.additional_config = additional
     _install_worker(vllm_config)
+    intake.install()
     if config.enabled or config.swap_space:
         _install_scheduler(vllm_config, config)
 
@@ -215,15 +218,12 @@ def _install_worker(vllm_config: Any) -> None:
 
 
 def _install_scheduler(vllm_config: Any, config: CompressionConfig) -> None:
-    from paged_kv.vllm import intake
-
     scheduler = vllm_config.scheduler_config
     kind = "AsyncScheduler" if scheduler.async_scheduling else "Scheduler"
     if not config.enabled:
         scheduler.scheduler_cls = f"paged_kv.vllm.swap.scheduler.Swap{kind}"
         return
     scheduler.scheduler_cls = f"paged_kv.vllm.scheduler.Paged{kind}"
-    intake.install()
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """vLLM's entry point: adds the options. Nothing else is replaced until a policy is asked for.
 
 vLLM calls register() in every process before any config exists. vLLM has no hook for options, so
-three functions of EngineArgs are wrapped, unless vLLM carries our source patch (see patches/),
+two functions of EngineArgs are wrapped, unless vLLM carries our source patch (see patches/),
 which has the hook. The page spec is registered here too: the engine's process gets specs from the
 workers' and looks them up before it has loaded anything else of ours.
 """
@@ -30,18 +30,11 @@ def register() -> None:
         return
     setattr(EngineArgs, _MARK, True)
     add_cli_args: Any = EngineArgs.add_cli_args
-    from_cli_args: Any = EngineArgs.from_cli_args.__func__
     create_engine_config: Any = EngineArgs.create_engine_config
 
     @functools.wraps(add_cli_args)
     def wrapped_add_cli_args(parser: Any) -> Any:
         return options.add_cli_args(add_cli_args(parser))
-
-    @functools.wraps(from_cli_args)
-    def wrapped_from_cli_args(cls: type[EngineArgs], args: Any) -> EngineArgs:
-        engine_args: EngineArgs = from_cli_args(cls, args)
-        options.from_cli_args(engine_args, args)
-        return engine_args
 
     @functools.wraps(create_engine_config)
     def wrapped_create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
@@ -51,5 +44,4 @@ def register() -> None:
         return vllm_config
 
     EngineArgs.add_cli_args = staticmethod(wrapped_add_cli_args)
-    EngineArgs.from_cli_args = classmethod(wrapped_from_cli_args)
     EngineArgs.create_engine_config = wrapped_create_engine_config

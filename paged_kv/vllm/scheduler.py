@@ -18,6 +18,7 @@ from vllm.v1.request import Request, RequestStatus
 from paged_kv.core.schedule import cdiv
 from paged_kv.vllm import limits
 from paged_kv.vllm.manager import PagedManager
+from paged_kv.vllm.refusing import RefusingMixin
 from paged_kv.vllm.swap.scheduler import SwapMixin
 
 logger = init_logger(f"vllm.{__name__}")
@@ -26,7 +27,7 @@ PAGES_WORTH_A_STEP = 2
 """Computing as much again takes longer than waiting for the step that is being scheduled."""
 
 
-class _PagedMixin(SwapMixin):
+class _PagedMixin(RefusingMixin, SwapMixin):
     """Overrides shared by the synchronous and the asynchronous scheduler."""
 
     need_mamba_block_aligned_split: bool
@@ -75,14 +76,16 @@ class _PagedMixin(SwapMixin):
         return super().update_from_output(*args, **kwargs)
 
     def add_request(self, request: Request) -> None:
-        """Registers the request with the managers.
+        """Registers the request with the managers; refuses one that can never run.
 
-        Raises:
-            ValueError: it can never run (limits.check_prompt); the front end has checked before.
+        The front end has refused it before, but where it takes the engines for larger than this
+        one is. Nothing may raise here: it would end the engine.
         """
-        limits.check_resumable(request.resumable)
-        num_pages = self.kv_cache_config.num_blocks
-        limits.check_prompt(self.vllm_config, request.num_prompt_tokens, num_pages)
+        try:
+            limits.check_request(self.vllm_config, request, self.kv_cache_config.num_blocks)
+        except ValueError as error:
+            self.refuse(request, error)
+            return
         max_len = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
         for manager in self.paged_managers:
             manager.begin(request.request_id, request.num_prompt_tokens, max_len)
