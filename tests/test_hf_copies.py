@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from hf_models import load, padded, prompt
+from hf_questions import CONTEXT, QUESTIONS, ask, read
 
 from paged_kv.hf import PagedCache, PagedEncoderDecoderCache, PagePool, PoolFull
 
@@ -38,24 +39,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "compress_prefill": True,
     },
 }
-CONTEXT = prompt(203)
-QUESTIONS = [prompt(9 + 20 * seed, seed + 1) for seed in range(3)]
-
-
-def read(model: Any, cache: Any, *rows: list[int]) -> None:
-    """The context: in two chunks, so that a policy drops some of it if it may."""
-    ids = torch.tensor(rows or [CONTEXT])
-    with torch.no_grad():
-        model(ids[:, :150], past_key_values=cache)
-        model(ids[:, 150:], past_key_values=cache)
-
-
-def ask(model: Any, cache: Any, question: list[int], count: int = 45) -> list[int]:
-    """A greedy answer."""
-    ids = torch.tensor([CONTEXT + question])
-    options = {"attention_mask": torch.ones_like(ids), "do_sample": False}
-    found = model.generate(ids, past_key_values=cache, max_new_tokens=count, **options)
-    return found[0, ids.shape[1] :].tolist()
 
 
 def logits(model: Any, cache: Any, tokens: list[int]) -> torch.Tensor:

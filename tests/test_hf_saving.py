@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from hf_models import load, padded, prompt
+from hf_questions import QUESTIONS as ALL_QUESTIONS
+from hf_questions import ask, read
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -38,24 +40,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "int4": {"policy": "snapkv", "page_format": "int4", "residual_pages": 1, **EARLY},
     "int4 full": {"page_format": "int4", "residual_pages": 2, "recent_window": 64},
 }
-CONTEXT = prompt(203)
-QUESTIONS = [prompt(9 + 20 * seed, seed + 1) for seed in range(2)]
-
-
-def read(model: Any, cache: Any) -> None:
-    """The context: in two chunks, so that a policy drops some of it if it may."""
-    ids = torch.tensor([CONTEXT])
-    with torch.no_grad():
-        model(ids[:, :150], past_key_values=cache)
-        model(ids[:, 150:], past_key_values=cache)
-
-
-def ask(model: Any, cache: Any, question: list[int], count: int = 45) -> list[int]:
-    """A greedy answer."""
-    ids = torch.tensor([CONTEXT + question])
-    options = {"attention_mask": torch.ones_like(ids), "do_sample": False}
-    found = model.generate(ids, past_key_values=cache, max_new_tokens=count, **options)
-    return found[0, ids.shape[1] :].tolist()
+QUESTIONS = ALL_QUESTIONS[:2]
 
 
 def held(cache: PagedCache) -> Any:

@@ -228,7 +228,7 @@ class _PagedMixin(RefusingMixin, SwapMixin):
         longest = limits.max_prompt_len(self.vllm_config, num_pages + 1)
         prompts = "any" if longest is None else f"{longest:,} tokens"
         if self._prompt_chunk is not None:
-            own = self.pages_per_sequence(self._prompt_chunk)
+            own = self.pages_per_sequence(self.paged_managers[0].max_chunk)
             prompts += (
                 f", in pieces of {self._prompt_chunk:,} tokens, meanwhile {num_pages / own:.2f} "
                 f"sequences ({own} pages each): smaller pieces hold less, larger ones are computed "
