@@ -263,7 +263,7 @@ def test_a_compiled_model(name, compiled):
         plain = decoded(fast, DynamicCache(config=model.config))
         torch.testing.assert_close(plain, decoded(model, DynamicCache(config=model.config)))
         with PagedCache(model.config, **STREAMING) as cache:
-            torch.testing.assert_close(decoded(fast, cache), expected)
+            torch.testing.assert_close(decoded(fast, cache), expected, atol=1e-4, rtol=1e-4)
             assert cache.stats().evicted > 0
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaForCausalLM, T5ForConditionalGeneration
 
-from paged_kv.hf import PagedCache, PagedEncoderDecoderCache, enable
+from paged_kv.hf import PagedCache, PagedEncoderDecoderCache, compat, enable
 
 SETTINGS = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
 STREAMING = {"policy": "streaming", "budget": 64, "page_size": 16}
@@ -22,13 +22,11 @@ class Drops(LlamaForCausalLM):
     at = 0
     replacement: Any = None
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **more):
-        self.steps = 0 if more.get("is_first_iteration") else self.steps + 1
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+        self.steps = 0 if kwargs.get("is_first_iteration") else self.steps + 1
         if self.steps == self.at:
-            past_key_values = self.replacement and self.replacement()
-        return super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, **more
-        )
+            kwargs[compat.cache_argument()] = self.replacement and self.replacement()
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
 
 
 def drops(at: int, replacement: Any = None) -> Any:
@@ -68,16 +66,18 @@ def test_gradient_checkpointing():
     model.gradient_checkpointing_enable()
     model.train()
     with PagedCache(model.config, **STREAMING) as cache:
-        with pytest.raises(ValueError, match=f"{MESSAGE}.*call model.eval"):
-            model.generate(inputs(), past_key_values=cache, **SETTINGS)
-        model.eval()
+        if compat.cache_argument() == "past_key_values":  # from transformers 5.24 on it is kept
+            with pytest.raises(ValueError, match=f"{MESSAGE}.*call model.eval"):
+                model.generate(inputs(), past_key_values=cache, **SETTINGS)
+            model.eval()
         model.generate(inputs(), past_key_values=cache, **SETTINGS)
         assert cache.stats().tokens == 91
 
 
 class DropsT5(T5ForConditionalGeneration):
-    def prepare_inputs_for_generation(self, *args, past_key_values=None, **more):
-        return super().prepare_inputs_for_generation(*args, **more)
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        del kwargs[compat.cache_argument()]
+        return super().prepare_inputs_for_generation(*args, **kwargs)
 
 
 def test_an_encoder_decoder():
