@@ -99,7 +99,8 @@ def vllms(size: Size, tokens: int) -> tuple[Run, Run]:
     num_pages = size.sequences * size.pages
     cache = torch.zeros(num_pages, size.kv_heads, 2 * PAGE_SIZE, size.head_dim, dtype=DTYPE)
     stored = cache.chunk(2, dim=2)
-    isa = "amx" if torch.cpu._is_amx_tile_supported() else "vec"
+    # What a process must ask for before it may use tiles; vLLM's workers do.
+    isa = "amx" if torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx() else "vec"
     slots = torch.arange(num_pages * PAGE_SIZE)
     keys, values = size.entries_of(len(slots)), size.entries_of(len(slots))
     vllm_ops.cpu_attn_reshape_and_cache(keys, values, *stored, slots, isa)

@@ -345,7 +345,10 @@ def test_vllm_writes_and_counts(tiny):
 def test_chat_with_a_real_model(smollm2_dir, engine):
     lines = "What is the capital of France?\nAnd of Italy? Answer briefly.\n"
     result = run(
-        *("--model", smollm2_dir, "--chat", "--engine", engine, "--max-new-tokens", 32), input=lines
+        *("--model", smollm2_dir, "--chat", "--engine", engine, "--max-new-tokens", 32),
+        # Attention by our kernels: on some CPUs with AMX vLLM 0.32's own babbles in bfloat16.
+        *("--policy", "streaming", "--budget", "512"),
+        input=lines,
     )
     assert result.returncode == 0, result.stderr
     assert "Paris" in result.stdout
