@@ -261,9 +261,10 @@ def test_a_compiled_model(name, compiled):
     fast = compiled(model)
     for _ in range(2):
         plain = decoded(fast, DynamicCache(config=model.config))
-        torch.testing.assert_close(plain, decoded(model, DynamicCache(config=model.config)))
+        near = {"atol": 1e-4, "rtol": 1e-4}  # a compiled model's tensors lie otherwise: other sums
+        torch.testing.assert_close(plain, decoded(model, DynamicCache(config=model.config)), **near)
         with PagedCache(model.config, **STREAMING) as cache:
-            torch.testing.assert_close(decoded(fast, cache), expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(decoded(fast, cache), expected, **near)
             assert cache.stats().evicted > 0
 
 
