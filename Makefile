@@ -96,7 +96,7 @@ test-versions: setup overlays
 	@run() { # name of the lock, what files import
 	    files=$$(grep -lE "$$2" tests/test_*.py)
 	    export PYTHONPATH=$(CURDIR)/$(OVERLAYS)/$$1
-	    $(BIN)/python tests/overlay_versions.py requirements/$$1.lock
+	    $(BIN)/python tests/support/overlay_versions.py requirements/$$1.lock
 	    $(BIN)/python -m pytest -n 2 --dist loadfile -m "$$OVERLAY_TESTS" $$files
 	}
 	VLLM_TARGET_DEVICE=cpu run $(VLLM) '$(USES_VLLM)'

@@ -14,10 +14,10 @@ from typing import Any
 from paged_kv.bench import script
 from paged_kv.bench.settings import kv_bytes_per_token, random_prompts
 from paged_kv.config import DEFAULT_PAGE_SIZE
-from paged_kv.vllm.engine import Engine, engine_environment
-from paged_kv.vllm.workload import EngineSettings, Workload
+from paged_kv.vllm.driver.engine import Engine, engine_environment
+from paged_kv.vllm.driver.workload import EngineSettings, Workload
 
-PARTS = {"shift": "shift", "compact": "_compact"}  # methods of paged_kv.vllm.compaction.Compactor
+PARTS = {"shift": "shift", "compact": "_compact"}  # methods of paged_kv.vllm.worker.step.Compactor
 
 
 class Stopwatch:

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer, DynamicCache
 
 from paged_kv.bench import script
-from paged_kv.hf.decoding import load
+from paged_kv.hf.driver.decoding import load
 from paged_kv.kernels.page_layout import rotate
 from paged_kv.quant import QUANTIZED
 

@@ -18,7 +18,7 @@ from paged_kv.bench import script
 from paged_kv.bench.settings import random_prompts
 from paged_kv.config import DEFAULT_PAGE_SIZE
 from paged_kv.hf import PagedCache
-from paged_kv.hf.decoding import DTYPES, Decoder, dynamic_cache, interleaved, load
+from paged_kv.hf.driver.decoding import DTYPES, Decoder, dynamic_cache, interleaved, load
 
 SHUFFLES = 2 * DEFAULT_PAGE_SIZE  # steps of a beam search, before anything is timed
 

@@ -18,7 +18,7 @@ import torch
 from paged_kv.bench import script
 from paged_kv.bench.settings import random_prompts
 from paged_kv.hf import generate_batch
-from paged_kv.hf.loading import load_model
+from paged_kv.hf.driver.loading import load_model
 
 PAD = 0
 PLAIN = "padded"

@@ -85,7 +85,7 @@ def options(args: argparse.Namespace, case: str) -> dict[str, Any]:
 def in_transformers(args: argparse.Namespace, own: dict[str, Any]) -> tuple[Answer, Callable]:
     """A PagedCache, and chunks of 512 tokens."""
     from paged_kv.hf import PagedCache
-    from paged_kv.hf.decoding import Decoder, load
+    from paged_kv.hf.driver.decoding import Decoder, load
 
     model = load(args.model, "float32")
     cache = PagedCache(model.config, **own)
@@ -104,8 +104,8 @@ def in_transformers(args: argparse.Namespace, own: dict[str, Any]) -> tuple[Answ
 
 def in_vllm(args: argparse.Namespace, own: dict[str, Any]) -> tuple[Answer, Callable]:
     """An engine with room for one prompt."""
-    from paged_kv.vllm.engine import Engine, engine_environment
-    from paged_kv.vllm.workload import EngineSettings, Workload
+    from paged_kv.vllm.driver.engine import Engine, engine_environment
+    from paged_kv.vllm.driver.workload import EngineSettings, Workload
 
     os.environ.update(engine_environment())
     longest = args.tokens + 2 * DEFAULT_PAGE_SIZE

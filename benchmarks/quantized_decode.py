@@ -18,8 +18,8 @@ from paged_kv.bench import script
 from paged_kv.bench.settings import kv_bytes_per_token, random_prompts
 from paged_kv.config import DEFAULT_PAGE_SIZE
 from paged_kv.core.schedule import cdiv
-from paged_kv.vllm.engine import MAX_BATCHED_TOKENS, Engine, engine_environment
-from paged_kv.vllm.workload import EngineSettings, Workload
+from paged_kv.vllm.driver.engine import MAX_BATCHED_TOKENS, Engine, engine_environment
+from paged_kv.vllm.driver.workload import EngineSettings, Workload
 
 PARTS = {"attention": "forward", "write": "do_kv_cache_update"}  # methods of a layer's impl
 

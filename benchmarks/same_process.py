@@ -11,8 +11,8 @@ from statistics import median
 
 from paged_kv.bench import script
 from paged_kv.bench.settings import kv_bytes_per_token, random_prompts
-from paged_kv.vllm.engine import Engine, engine_environment
-from paged_kv.vllm.workload import EngineSettings, RunResult, Workload
+from paged_kv.vllm.driver.engine import Engine, engine_environment
+from paged_kv.vllm.driver.workload import EngineSettings, RunResult, Workload
 
 
 def main(args: argparse.Namespace) -> None:

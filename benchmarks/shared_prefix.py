@@ -9,7 +9,7 @@ import argparse
 from paged_kv.bench import script
 from paged_kv.bench.script import PLAIN
 from paged_kv.bench.settings import random_prompts
-from paged_kv.vllm.workload import Workload
+from paged_kv.vllm.driver.workload import Workload
 
 
 def main(args: argparse.Namespace) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 from paged_kv.bench import script
 from paged_kv.bench.settings import kv_bytes_per_token, random_prompts
 from paged_kv.config import DEFAULT_PAGE_SIZE
-from paged_kv.vllm.engine import Engine, engine_environment
-from paged_kv.vllm.workload import EngineSettings, Workload
+from paged_kv.vllm.driver.engine import Engine, engine_environment
+from paged_kv.vllm.driver.workload import EngineSettings, Workload
 
 CASES = ("streaming", "snapkv", "pyramidal+snapkv", "h2o")
 

@@ -12,7 +12,7 @@ import argparse
 
 from paged_kv.bench import compare, script
 from paged_kv.bench.script import PLAIN
-from paged_kv.vllm.workload import Workload
+from paged_kv.vllm.driver.workload import Workload
 
 SWAP = "swap"
 POOL_SHARE = 0.4  # of the prompts

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from paged_kv.bench import script
 from paged_kv.bench.settings import kv_bytes_per_token, random_prompts
 from paged_kv.config import DEFAULT_PAGE_SIZE
-from paged_kv.vllm.engine import engine_environment
+from paged_kv.vllm.driver.engine import engine_environment
 
 GIB = 1 << 30
 LONGEST_PROMPT, LONGEST_OUTPUT = 320, 160

@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Generates. Raises ValueError, before a model is loaded, for what the user got wrong."""
     if args.engine == "vllm":
-        from paged_kv.vllm.engine import engine_environment
+        from paged_kv.vllm.driver.engine import engine_environment
 
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # warnings would mix with the text
         os.environ.update(engine_environment())  # before torch is imported
@@ -70,7 +70,7 @@ def main(args: argparse.Namespace) -> None:
     model = models.resolve(args.model)
     limit = model_config(model).get("max_position_embeddings", MAX_CHAT_TOKENS)
     limit = min(limit, MAX_CHAT_TOKENS) if args.chat else limit
-    from paged_kv.hf.conversation import Conversation, load_tokenizer
+    from paged_kv.hf.driver.conversation import Conversation, load_tokenizer
 
     tokenizer = load_tokenizer(model)
     if text is None:
@@ -140,10 +140,10 @@ def start(
 ) -> Any:
     """The engine with the model: has write(tokens), statistics() and close()."""
     if args.engine == "hf":
-        from paged_kv.hf import text as hf
+        from paged_kv.hf.driver import text as hf
 
         return hf.TextGenerator(model, tokenizer, config, sampling, args.page_size)
-    from paged_kv.vllm import text as vllm
+    from paged_kv.vllm.driver import text as vllm
 
     policy = {} if config == CompressionConfig() else config.to_dict()
     pool_tokens = (cdiv(max_len, args.page_size) + SLACK_PAGES) * args.page_size

@@ -68,7 +68,7 @@ def test_it_passes_the_matrix(installed):
         f"import policy_cases\npolicy_cases.CASES['{NAME}'] = [{{}}, {{'observation_window': 4}}]\n"
     )
     (installed / "one_more_case.py").write_text(line)
-    path = os.pathsep.join([str(installed), str(TESTS)])
+    path = os.pathsep.join([str(installed), str(TESTS / "support")])
     command = [
         sys.executable,
         "-m",

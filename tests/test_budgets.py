@@ -144,7 +144,7 @@ def vllm_groups(bucket_sizes: list[int]) -> list[int]:
     import torch
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 
-    from paged_kv.vllm.spec import PagedSpec
+    from paged_kv.vllm.scheduler.spec import PagedSpec
 
     full = FullAttentionSpec(block_size=32, num_kv_heads=1, head_size=32, dtype=torch.float32)
     specs = {}

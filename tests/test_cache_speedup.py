@@ -11,7 +11,7 @@ import torch
 
 from paged_kv import cli
 from paged_kv.hf import PagedCache
-from paged_kv.hf.decoding import Decoder, dynamic_cache, interleaved
+from paged_kv.hf.driver.decoding import Decoder, dynamic_cache, interleaved
 
 HF_DECODE = Path(__file__).parent.parent / "benchmarks" / "hf_decode.py"
 PNG = b"\x89PNG\r\n"

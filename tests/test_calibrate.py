@@ -59,7 +59,7 @@ def test_the_file_the_table_and_what_they_say(tiny, text, tmp_path, capsys):
 
     model = reference_loop.load_model(tiny)
     words = text.read_text().split()[: TOKENS - 1]
-    from paged_kv.hf.loading import encode
+    from paged_kv.hf.driver.loading import encode
 
     tokens = encode(tiny, text.read_text())[:TOKENS]
     assert len(words) == TOKENS - 1

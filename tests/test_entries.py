@@ -8,8 +8,8 @@ import torch
 from test_layout import as_numbers, cpu_layer, write_through_kernel
 
 from paged_kv.kernels.pages import Number, Pages, region_index, slot_index
-from paged_kv.vllm.layer_group import _number
-from paged_kv.vllm.layout import probe_elements
+from paged_kv.vllm.worker.layer_group import _number
+from paged_kv.vllm.worker.layout import probe_elements
 
 PAGES, HEADS = 5, 2
 

@@ -319,7 +319,7 @@ class Ledger:
 
     def bytes_of(self, name: str, layer: Any) -> torch.Tensor:
         """int64 [page_size, bytes]: where in a page of a head the bytes of each entry lie."""
-        from paged_kv.vllm.layout import probe_elements
+        from paged_kv.vllm.worker.layout import probe_elements
 
         if name in self.compactor.layouts:
             return self.compactor.layouts[name].elements

@@ -11,7 +11,7 @@ import pytest
 import tiny_models
 from test_support import engine_config, in_process  # noqa: F401  an autouse fixture
 
-from paged_kv.vllm import formats
+from paged_kv.vllm.frontend import formats
 
 LAYERS = 6
 STREAMING = {"policy": "streaming", "budget": 128}
@@ -43,7 +43,7 @@ def test_vllms_names_without_a_policy(model, kernels, dtype, name):
     plain = EngineArgs(model, skip_tokenizer_init=True).create_engine_config().cache_config
     args = EngineArgs(model, skip_tokenizer_init=True, kv_cache_dtype=dtype)
     for config in (args.create_engine_config(), args.create_engine_config()):
-        assert config.parallel_config.worker_cls == "paged_kv.vllm.worker.PagedCPUWorker"
+        assert config.parallel_config.worker_cls == "paged_kv.vllm.worker.worker.PagedCPUWorker"
         assert config.scheduler_config.scheduler_cls is None
         assert config.cache_config.cache_dtype == plain.cache_dtype == "auto"
         assert config.cache_config.block_size == plain.block_size
@@ -56,7 +56,9 @@ def test_vllms_names_without_a_policy(model, kernels, dtype, name):
 def test_under_a_policy(model, given):
     settings = STREAMING | ({} if given else {"page_format": "int4"})
     config = engine_config(model, settings, **given)
-    assert config.scheduler_config.scheduler_cls == "paged_kv.vllm.scheduler.PagedScheduler"
+    assert (
+        config.scheduler_config.scheduler_cls == "paged_kv.vllm.scheduler.scheduler.PagedScheduler"
+    )
     assert config.cache_config.block_size == 32
     assert plan_of(config)["formats"] == ["int4"] * LAYERS
 

@@ -15,7 +15,7 @@ import torch
 
 from paged_kv import cli
 from paged_kv.config import CompressionConfig
-from paged_kv.hf.conversation import Conversation, load_tokenizer
+from paged_kv.hf.driver.conversation import Conversation, load_tokenizer
 from paged_kv.sampling import Sampling
 
 TEMPLATE = (
@@ -276,7 +276,7 @@ def test_chat_ends_when_the_conversation_is_too_long(generate):
 
 @pytest.mark.parametrize("beams", [1, 2])
 def test_the_cache_is_used_again_between_turns(tiny, capsys, beams):
-    from paged_kv.hf.text import TextGenerator
+    from paged_kv.hf.driver.text import TextGenerator
 
     tokenizer = load_tokenizer(Path(tiny))
     conversation = Conversation(tokenizer)

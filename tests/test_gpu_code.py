@@ -16,9 +16,9 @@ import torch
 
 from paged_kv.core.schedule import Schedule
 from paged_kv.policies.streaming import Streaming
-from paged_kv.vllm.attention import wrap_backend
-from paged_kv.vllm.compaction import Compactor
-from paged_kv.vllm.spec import PagedSpec
+from paged_kv.vllm.scheduler.spec import PagedSpec
+from paged_kv.vllm.worker.attention import wrap_backend
+from paged_kv.vllm.worker.step import Compactor
 
 PAGE_SIZE, BUDGET, SINKS = 16, 48, 4
 NUM_PAGES, LAYERS = 24, ["layer.0", "layer.1", "layer.2"]
@@ -230,7 +230,7 @@ def test_graphs_stay_piecewise():
 def test_the_gpu_worker_is_vllms_with_our_mixin():
     from vllm.v1.worker.gpu_worker import Worker
 
-    from paged_kv.vllm import worker
+    from paged_kv.vllm.worker import worker
 
     assert worker.PagedGPUWorker.__mro__[1:3] == (worker.PagedWorkerMixin, Worker)
     assert worker.PagedGPUWorker is worker.PagedGPUWorker
@@ -243,8 +243,8 @@ def test_asynchronous_scheduling_gets_the_asynchronous_scheduler():
     from vllm.v1.core.sched.scheduler import Scheduler
 
     from paged_kv.config import CompressionConfig
-    from paged_kv.vllm import options
-    from paged_kv.vllm.scheduler import PagedAsyncScheduler, PagedScheduler
+    from paged_kv.vllm.frontend import options
+    from paged_kv.vllm.scheduler.scheduler import PagedAsyncScheduler, PagedScheduler
     from paged_kv.vllm.swap.scheduler import SwapAsyncScheduler
 
     def installed(asynchronous: bool, **settings: Any) -> str:
@@ -254,12 +254,12 @@ def test_asynchronous_scheduling_gets_the_asynchronous_scheduler():
         )
         options._install_worker(config)
         options._install_scheduler(config, CompressionConfig.from_dict(settings))
-        assert config.parallel_config.worker_cls == "paged_kv.vllm.worker.PagedGPUWorker"
+        assert config.parallel_config.worker_cls == "paged_kv.vllm.worker.worker.PagedGPUWorker"
         return config.scheduler_config.scheduler_cls
 
     streaming = {"policy": "streaming"}
-    assert installed(True, **streaming) == "paged_kv.vllm.scheduler.PagedAsyncScheduler"
-    assert installed(False, **streaming) == "paged_kv.vllm.scheduler.PagedScheduler"
+    assert installed(True, **streaming) == "paged_kv.vllm.scheduler.scheduler.PagedAsyncScheduler"
+    assert installed(False, **streaming) == "paged_kv.vllm.scheduler.scheduler.PagedScheduler"
     assert installed(True, swap_space=1) == "paged_kv.vllm.swap.scheduler.SwapAsyncScheduler"
     assert installed(False, swap_space=1) == "paged_kv.vllm.swap.scheduler.SwapScheduler"
     assert issubclass(SwapAsyncScheduler, AsyncScheduler)

@@ -32,9 +32,9 @@ from test_gpu_regions import output
 
 from paged_kv.policies.random import Random
 from paged_kv.policies.streaming import Streaming
-from paged_kv.vllm import layer_group
-from paged_kv.vllm.compaction import Compactor
-from paged_kv.vllm.spec import PagedSpec
+from paged_kv.vllm.scheduler.spec import PagedSpec
+from paged_kv.vllm.worker import layer_group
+from paged_kv.vllm.worker.step import Compactor
 
 HEAD_SIZE, KV_HEADS, RECENT = 32, 2, 8
 FORMATS = ["int8_per_token_head", "int4_per_token_head", "fp8_per_token_head"]

@@ -28,8 +28,8 @@ from test_gpu_code import (
 from paged_kv.policies.knorm import KNorm
 from paged_kv.policies.snapkv import SnapKV
 from paged_kv.policies.value_merge import ValueMerge
-from paged_kv.vllm import layer_group
-from paged_kv.vllm.compaction import Compactor
+from paged_kv.vllm.worker import layer_group
+from paged_kv.vllm.worker.step import Compactor
 
 RECENT, HEAD_SIZE, QUERY_HEADS, KV_HEADS = 8, 4, 4, 2
 
@@ -181,7 +181,7 @@ def test_merged_values_are_written(layout, make_compactor):
 def test_rows_are_given_back():
     """To a request whose first window begins; one that ends or is preempted leaves its row."""
     from paged_kv.core.schedule import Schedule
-    from paged_kv.vllm.requests import NOBODY, RequestRows
+    from paged_kv.vllm.worker.requests import NOBODY, RequestRows
 
     batch = SimpleNamespace(req_ids=[], req_id_to_index={})
     rows = RequestRows(SimpleNamespace(input_batch=batch), window=4)

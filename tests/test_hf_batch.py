@@ -6,8 +6,9 @@ import pytest
 import torch
 from hf_models import FAMILIES, load, prompt
 
-from paged_kv.hf import PagedCache, PagePool, PoolFull, batch, batch_engine, generate_batch
-from paged_kv.hf.loading import encode, load_model
+from paged_kv.hf import PagedCache, PagePool, PoolFull, generate_batch
+from paged_kv.hf.batch import engine, generate
+from paged_kv.hf.driver.loading import encode, load_model
 
 LENGTHS = (5, 120, 33, 200, 1, 150)
 PROMPTS = [prompt(length, seed=length) for length in LENGTHS]
@@ -46,7 +47,7 @@ def seen(monkeypatch):
             super().check(num_pages, why)
             found["peak"] = max(found["peak"], self.num_held + num_pages)
 
-    class Cache(batch_engine.BatchCache):
+    class Cache(engine.BatchCache):
         def free_blocks(self, request_id, no_cache=False):
             found["preempted"] += no_cache
             super().free_blocks(request_id, no_cache)
@@ -55,8 +56,8 @@ def seen(monkeypatch):
             found["together"] = max(found["together"], len(requests))
             return super().step(requests)
 
-    monkeypatch.setattr(batch, "PagePool", Pool)
-    monkeypatch.setattr(batch, "BatchCache", Cache)
+    monkeypatch.setattr(generate, "PagePool", Pool)
+    monkeypatch.setattr(generate, "BatchCache", Cache)
     return found
 
 

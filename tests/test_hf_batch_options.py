@@ -5,7 +5,8 @@ import torch
 from hf_models import load, prompt
 
 from paged_kv.config import CompressionConfig
-from paged_kv.hf import PagePool, PoolFull, batch, generate_batch
+from paged_kv.hf import PagePool, PoolFull, generate_batch
+from paged_kv.hf.batch import generate
 
 PROMPTS = [prompt(length, seed=length) for length in (5, 120, 33, 1)]
 PAGE = {"page_size": 16}
@@ -100,7 +101,9 @@ def test_progress_bar(model, capfd):
 )
 def test_mistakes(model, options, message, monkeypatch):
     pools = []
-    monkeypatch.setattr(batch, "PagePool", lambda *own: pools.append(PagePool(*own)) or pools[-1])
+    monkeypatch.setattr(
+        generate, "PagePool", lambda *own: pools.append(PagePool(*own)) or pools[-1]
+    )
 
     def run(*_):
         raise AssertionError("it ran")

@@ -22,9 +22,10 @@ from transformers.generation.continuous_batching import (
 from paged_kv import registry
 from paged_kv.config import CompressionConfig
 from paged_kv.core.schedule import Schedule
-from paged_kv.hf import batch_layers, batch_requests, generate_batch
-from paged_kv.hf.batch_engine import BatchCache, BatchProcessor, BatchScheduler
-from paged_kv.hf.batch_ledger import Ledger
+from paged_kv.hf import generate_batch
+from paged_kv.hf.batch import arguments, layers
+from paged_kv.hf.batch.engine import BatchCache, BatchProcessor, BatchScheduler
+from paged_kv.hf.batch.page_counts import Ledger
 from paged_kv.hf.pool import PagePool
 
 # Read where nothing is shared, swapped, forked, captured or kept for a next session.
@@ -56,7 +57,7 @@ def attributes(module, *owners):
 
 @pytest.fixture
 def cache():
-    (part,) = batch_layers.make_parts(load("llama"), CompressionConfig(), PagePool())
+    (part,) = layers.make_parts(load("llama"), CompressionConfig(), PagePool())
     return BatchCache([part], Ledger([None], 32, None, 512), {}, 512)
 
 
@@ -132,16 +133,16 @@ def test_the_model_is_called_with_a_cache():
 def test_logits_processors_say_what_they_can():
     for own in (logits_process.TemperatureLogitsWarper, logits_process.TopKLogitsWarper):
         assert own.supports_continuous_batching is True
-    assert set(batch_requests.SCORES_ONLY) <= set(dir(logits_process))
+    assert set(arguments.SCORES_ONLY) <= set(dir(logits_process))
     known = vars(load("llama").generation_config)
-    assert set(batch_requests.UNSUPPORTED) <= set(known), "options of generate() have new names"
+    assert set(arguments.UNSUPPORTED) <= set(known), "options of generate() have new names"
 
 
 def test_options_of_policies_and_of_generate_do_not_clash():
     declared = set(vars(CompressionConfig()))
     for name in set(registry.available()) - {"full", "pyramidal"}:
         declared |= set(registry.declared(name, {}))
-    assert not declared & set(batch_requests.split(dict.fromkeys(declared))[0])
+    assert not declared & set(arguments.split(dict.fromkeys(declared))[0])
 
 
 # ---- pages, counted ahead

@@ -12,8 +12,8 @@ from transformers import AttentionInterface, DynamicCache, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from paged_kv.config import CompressionConfig
+from paged_kv.eval.reference.engine import ReferenceEngine
 from paged_kv.hf import PagedCache, PagedEncoderDecoderCache, enable, generate_batch
-from paged_kv.hf.reference import ReferenceEngine
 
 STREAMING = {"policy": "streaming", "budget": 80, "page_size": 16}
 SNAPKV = {"policy": "snapkv", "budget": 80, "page_size": 16, "observation_window": 16}

@@ -20,7 +20,7 @@ import torch
 
 from paged_kv.bench.prompts import built_in
 from paged_kv.hf import PagedCache
-from paged_kv.hf.loading import encode, load_model
+from paged_kv.hf.driver.loading import encode, load_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.model, pytest.mark.slow]
 

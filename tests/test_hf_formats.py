@@ -18,10 +18,10 @@ import torch
 from hf_models import load, prompt
 
 from paged_kv.config import CompressionConfig
+from paged_kv.eval.reference.engine import ReferenceEngine
 from paged_kv.hf import PagedCache, PagedEncoderDecoderCache, PagePool, enable, generate_batch
 from paged_kv.hf.arena import Geometry, PackedArena
 from paged_kv.hf.paged_attention import Terms
-from paged_kv.hf.reference import ReferenceEngine
 from paged_kv.hf.sequences import Sequences
 from paged_kv.kernels.page_layout import Codec
 from paged_kv.quant import QUANTIZED, make_layout

@@ -8,8 +8,8 @@ import torch
 from hf_models import FAMILIES, load, padded, prompt
 
 from paged_kv.config import CompressionConfig
+from paged_kv.eval.reference.engine import ReferenceEngine
 from paged_kv.hf import PagedCache
-from paged_kv.hf.reference import ReferenceEngine
 
 EVERY_HEAD = [name for name in ("gpt_neox", "gpt2", "opt", "llama-every-head")]
 POLICIES = [

@@ -5,8 +5,8 @@ import torch
 from hf_models import load, padded, prompt
 
 from paged_kv.config import CompressionConfig
+from paged_kv.eval.reference.engine import ReferenceEngine
 from paged_kv.hf import PagedCache, PagePool
-from paged_kv.hf.reference import ReferenceEngine
 
 SNAPKV = {"policy": "snapkv", "budget": 80, "observation_window": 16}
 STREAMING = {"policy": "streaming", "budget": 80}

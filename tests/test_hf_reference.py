@@ -15,8 +15,8 @@ from policy_cases import CASES
 from reference_loop import load_model
 
 from paged_kv.config import CompressionConfig
+from paged_kv.eval.reference.engine import ReferenceEngine
 from paged_kv.hf import PagedCache
-from paged_kv.hf.reference import ReferenceEngine
 
 PROMPT, END = 150, 250
 NAMED = [(name, options) for name, several in CASES.items() for options in several]

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from paged_kv.eval.reference.engine import ReferenceEngine
 from paged_kv.hf import PagedCache, enable, generate_batch, seams
-from paged_kv.hf.reference import ReferenceEngine
 
 LONGROPE = {
     "rope_type": "longrope",

@@ -146,7 +146,7 @@ def test_another_process(saved, tmp_path):
     with PagedCache.load(saved, model.config) as cache:
         expected = ask(model, cache, QUESTIONS[0])
     code = f"""
-import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import sys; sys.path.insert(0, {str(Path(__file__).parent / "support")!r})
 import test_hf_saving as t
 model = t.load("llama")
 with t.PagedCache.load({str(saved)!r}, model.config) as cache:

@@ -13,10 +13,10 @@ from reference_loop import Rule, load_model
 from spill_loop import SpillSequence
 
 from paged_kv.config import CompressionConfig
+from paged_kv.eval.reference.engine import ReferenceEngine
 from paged_kv.hf import PagedCache, generate_batch
-from paged_kv.hf.decoding import Decoder
-from paged_kv.hf.loading import encode
-from paged_kv.hf.reference import ReferenceEngine
+from paged_kv.hf.driver.decoding import Decoder
+from paged_kv.hf.driver.loading import encode
 
 PROMPT, NEW, BUDGET = 150, 100, 80
 SPILL: dict[str, Any] = {

@@ -21,7 +21,7 @@ from engines import (
 )
 
 from paged_kv.core.schedule import Schedule, cdiv
-from paged_kv.vllm import intake
+from paged_kv.vllm.frontend import intake
 
 pytestmark = pytest.mark.vllm
 
@@ -276,7 +276,7 @@ def capacity_line() -> Iterator[list[str]]:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    log = logging.getLogger("vllm.paged_kv.vllm.scheduler")
+    log = logging.getLogger("vllm.paged_kv.vllm.scheduler.scheduler")
     log.setLevel(logging.INFO)
     log.addHandler(handler)
     try:

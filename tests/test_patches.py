@@ -53,11 +53,11 @@ def hooks(scheduler):
 """
 HOOKED = {
     "options wrapped": False,
-    "options hook": ["paged_kv.vllm.options"],
+    "options hook": ["paged_kv.vllm.frontend.options"],
     "chunks wrapped": False,
-    "chunks hook": "paged_kv.vllm.scheduler",
+    "chunks hook": "paged_kv.vllm.scheduler.scheduler",
     "intake wrapped": False,
-    "intake hook": ["paged_kv.vllm.intake"],
+    "intake hook": ["paged_kv.vllm.frontend.intake"],
 }
 
 # argv: a prompt, the model and our flags. Prints the tokens, too.
@@ -106,7 +106,11 @@ def patched(tmp_path_factory) -> Path:
 
 def run(script: str, first: Any, model: str, *path: Path) -> dict[str, Any]:
     """What a script prints, with these folders before the installed packages."""
-    places = [*map(str, path), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    places = [
+        *map(str, path),
+        str(Path(__file__).parent / "support"),
+        os.environ.get("PYTHONPATH", ""),
+    ]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, places))}
     line = [sys.executable, "-c", script, json.dumps(first), model, *FLAGS]
     done = subprocess.run(line, capture_output=True, text=True, env=environment)

@@ -14,8 +14,8 @@ from transformers import DynamicCache
 
 from paged_kv import cli
 from paged_kv.config import CompressionConfig
-from paged_kv.hf.loading import encode, load_model
-from paged_kv.hf.reference import ReferenceEngine
+from paged_kv.eval.reference.engine import ReferenceEngine
+from paged_kv.hf.driver.loading import encode, load_model
 from paged_kv.quant import QUANTIZED
 
 FIELDS = ["policy", "budget", "page_format", "protocol", "nll", "ppl", "kept", "bytes_per_token"]

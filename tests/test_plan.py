@@ -105,7 +105,7 @@ class StockWorker:
 
 @pytest.fixture
 def ranks(vllm_config) -> list[Any]:
-    from paged_kv.vllm.worker import PagedWorkerMixin
+    from paged_kv.vllm.worker.worker import PagedWorkerMixin
 
     class Worker(PagedWorkerMixin, StockWorker):
         pass
@@ -127,7 +127,7 @@ def test_a_rank_schedules_its_layers_by_their_place_in_the_model(vllm_config, ra
 
 def test_groups_are_the_same_on_every_rank(vllm_config, ranks):
     """A group's number means the same budget everywhere, also where it has no layer."""
-    from paged_kv.vllm import spec
+    from paged_kv.vllm.scheduler import spec
 
     spec.register()
     by_rank = [rank.get_kv_cache_spec() for rank in ranks]
@@ -148,7 +148,7 @@ def test_groups_are_the_same_on_every_rank(vllm_config, ranks):
 
 
 def test_vllm_makes_one_pool_for_both_ranks(vllm_config, ranks):
-    from paged_kv.vllm import spec
+    from paged_kv.vllm.scheduler import spec
 
     spec.register()
     configs = engines.kv_cache_configs(

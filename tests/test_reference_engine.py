@@ -9,7 +9,7 @@ import torch
 from reference_loop import Rule, one_by_one, reference_tokens
 
 from paged_kv.config import CompressionConfig
-from paged_kv.hf.reference import ReferenceEngine
+from paged_kv.eval.reference.engine import ReferenceEngine
 
 NUM_LAYERS = 6
 

@@ -8,8 +8,8 @@ import tiny_models
 import torch
 
 from paged_kv.config import CompressionConfig
+from paged_kv.eval.reference.engine import ReferenceEngine
 from paged_kv.hf import seams
-from paged_kv.hf.reference import ReferenceEngine
 
 FULL = CompressionConfig()
 

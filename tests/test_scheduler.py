@@ -16,7 +16,7 @@ from world_rules import Rules, start_up_pages
 from worlds import World
 
 from paged_kv.core.schedule import cdiv
-from paged_kv.vllm import limits
+from paged_kv.vllm.scheduler import limits
 
 
 def world(**rules) -> World:

@@ -18,7 +18,7 @@ import engines  # noqa: F401  vLLM's environment
 import pytest
 import tiny_models
 
-from paged_kv.vllm import compat
+from paged_kv.vllm.frontend import compat
 
 
 def parameters(function: Any) -> list[str]:
@@ -186,7 +186,7 @@ def test_mamba_is_all_that_the_flag_means():
 def test_manager_methods_that_we_override():
     from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 
-    from paged_kv.vllm.manager import PagedManager
+    from paged_kv.vllm.scheduler.manager import PagedManager
 
     for name, theirs in vars(SingleTypeKVCacheManager).items():
         ours = vars(PagedManager).get(name)
@@ -247,8 +247,8 @@ def test_registry_of_specs():
     from vllm.v1.kv_cache_interface import FullAttentionSpec
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-    from paged_kv.vllm import spec
-    from paged_kv.vllm.manager import PagedManager
+    from paged_kv.vllm.scheduler import spec
+    from paged_kv.vllm.scheduler.manager import PagedManager
 
     takes(
         KVCacheSpecRegistry.register, "kvcache_spec_cls", "manager_class", "uniform_type_base_spec"
@@ -361,7 +361,7 @@ def test_vllm_counts_the_bytes_that_a_spec_says():
     import torch
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-    from paged_kv.vllm.packed import layout_of, packed_spec
+    from paged_kv.vllm.worker.packed import layout_of, packed_spec
 
     stock = FullAttentionSpec(block_size=32, num_kv_heads=3, head_size=64, dtype=torch.bfloat16)
     for name in ("native", "int8", "int4", "fp8"):
@@ -374,8 +374,8 @@ def test_layers_with_other_pages_are_one_group_with_as_many_pages():
     from vllm.v1.kv_cache_interface import FullAttentionSpec, UniformTypeKVCacheSpecs
 
     from paged_kv.core.schedule import Schedule
-    from paged_kv.vllm import spec
-    from paged_kv.vllm.packed import packed_spec
+    from paged_kv.vllm.scheduler import spec
+    from paged_kv.vllm.worker.packed import packed_spec
 
     spec.register()
     stock = FullAttentionSpec(block_size=32, num_kv_heads=3, head_size=64, dtype=torch.bfloat16)
@@ -395,7 +395,7 @@ def test_cache_dtypes_that_vllm_knows():
     from vllm.config.cache import CacheDType
     from vllm.engine.arg_utils import EngineArgs
 
-    from paged_kv.vllm.formats import AUTO, CACHE_DTYPES, FP8_DTYPES
+    from paged_kv.vllm.frontend.formats import AUTO, CACHE_DTYPES, FP8_DTYPES
 
     assert {AUTO, *CACHE_DTYPES, *FP8_DTYPES} <= set(get_args(CacheDType))
     has_fields(EngineArgs, "kv_cache_dtype", "kv_cache_dtype_skip_layers")
@@ -418,11 +418,11 @@ def state():
 
 before = state()
 import paged_kv, paged_kv.vllm
-for module in pkgutil.iter_modules(paged_kv.vllm.__path__):
-    __import__(f"paged_kv.vllm.{module.name}")
+for module in pkgutil.walk_packages(paged_kv.vllm.__path__, "paged_kv.vllm."):
+    __import__(module.name)
 assert state() == before, "an import has changed vLLM"
 
-from paged_kv.vllm import plugin
+from paged_kv.vllm.frontend import plugin
 plugin.register()
 once = state()
 assert once != before

@@ -85,7 +85,7 @@ def test_nothing_forbidden_is_installed():
     ("group", "name", "value"),
     [
         ("console_scripts", "paged-kv", "paged_kv.cli:main"),
-        ("vllm.general_plugins", "paged_kv", "paged_kv.vllm.plugin:register"),
+        ("vllm.general_plugins", "paged_kv", "paged_kv.vllm.frontend.plugin:register"),
     ],
 )
 def test_entry_points(group, name, value):

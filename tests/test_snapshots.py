@@ -15,7 +15,7 @@ GROUP = 0
 def _world(num_pages: int = 12) -> tuple[Any, Any]:
     from vllm.v1.core.block_pool import BlockPool
 
-    from paged_kv.vllm.snapshots import Snapshots
+    from paged_kv.vllm.scheduler.snapshots import Snapshots
 
     pool = BlockPool(num_pages, enable_caching=True, hash_block_size=PAGE)
     return pool, Snapshots(pool, GROUP, PAGE)

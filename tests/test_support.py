@@ -61,8 +61,10 @@ def test_models_are_refused(tmp_path, name, refusal):
 def test_models_are_taken(tmp_path, name, policy):
     directory = tiny_models.config_only(name, tmp_path)
     config = engine_config(directory, {"policy": policy, "budget": 256})
-    assert config.parallel_config.worker_cls == "paged_kv.vllm.worker.PagedCPUWorker"
-    assert config.scheduler_config.scheduler_cls == "paged_kv.vllm.scheduler.PagedScheduler"
+    assert config.parallel_config.worker_cls == "paged_kv.vllm.worker.worker.PagedCPUWorker"
+    assert (
+        config.scheduler_config.scheduler_cls == "paged_kv.vllm.scheduler.scheduler.PagedScheduler"
+    )
     assert config.cache_config.block_size == 32
 
 
@@ -80,7 +82,7 @@ SCHEDULER = "vllm.v1.core.sched.scheduler.Scheduler"
 def test_a_cache_dtype_that_a_policy_cannot_read():
     """Moving whole entries is possible in any format."""
     from paged_kv.config import CompressionConfig
-    from paged_kv.vllm.support import _check_cache_dtype
+    from paged_kv.vllm.frontend.support import _check_cache_dtype
 
     def check(policy: str) -> None:
         config = CompressionConfig.from_dict({"policy": policy})
@@ -145,7 +147,7 @@ def test_refused_by_vllm_on_a_cpu_but_by_us_first(model, refusal, kwargs):
 
 def test_dual_batch_overlap_is_refused_where_vllm_has_it(model):
     from paged_kv.config import CompressionConfig
-    from paged_kv.vllm import support
+    from paged_kv.vllm.frontend import support
 
     config = engine_config(model)
     config.parallel_config.ubatch_size = 2

@@ -12,7 +12,7 @@ import tiny_models
 from test_support import engine_config, in_process  # noqa: F401  an autouse fixture
 
 from paged_kv.config import CompressionConfig
-from paged_kv.vllm import options
+from paged_kv.vllm.frontend import options
 from paged_kv.vllm.swap import options as swap
 
 
@@ -70,7 +70,7 @@ def test_without_a_policy(model: str) -> None:
     )
     for config in (args.create_engine_config(), args.create_engine_config()):
         assert config.scheduler_config.scheduler_cls == "paged_kv.vllm.swap.scheduler.SwapScheduler"
-        assert config.parallel_config.worker_cls == "paged_kv.vllm.worker.PagedCPUWorker"
+        assert config.parallel_config.worker_cls == "paged_kv.vllm.worker.worker.PagedCPUWorker"
         assert config.kv_transfer_config.kv_connector == "SwapConnector"
         assert config.cache_config.block_size == plain.block_size
         assert config.cache_config.cache_dtype == plain.cache_dtype
@@ -79,7 +79,9 @@ def test_without_a_policy(model: str) -> None:
 
 def test_with_a_policy_the_scheduler_is_the_policys(model: str) -> None:
     config = engine_config(model, {"policy": "streaming", "budget": 128, "swap_space": 0.5})
-    assert config.scheduler_config.scheduler_cls.startswith("paged_kv.vllm.scheduler.Paged")
+    assert config.scheduler_config.scheduler_cls.startswith(
+        "paged_kv.vllm.scheduler.scheduler.Paged"
+    )
     assert swap.is_ours(config.kv_transfer_config)
 
 

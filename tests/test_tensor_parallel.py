@@ -73,7 +73,7 @@ def of_two_ranks(tmp_path_factory, model, prompts) -> dict[str, Any]:
     ]
     (path / "cases.json").write_text(json.dumps(cases))
     (path / "two_ranks.py").write_text(TWO_RANKS)
-    places = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    places = [str(Path(__file__).parent / "support"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
         "VLLM_CPU_OMP_THREADS_BIND": "0|1",
         "PYTHONPATH": os.pathsep.join(filter(None, places)),

@@ -321,7 +321,9 @@ tiers.close()
 def test_memory_is_what_was_asked_for(tmp_path):
     """In a process of its own: what others gave back would be taken again."""
     line = [sys.executable, "-c", MEMORY, str(tmp_path)]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=Path(__file__).parent)
+    done = subprocess.run(
+        line, capture_output=True, text=True, cwd=Path(__file__).parent / "support"
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -11,7 +11,7 @@ import torch
 from paged_kv import cli
 from paged_kv.config import CompressionConfig
 from paged_kv.eval import train_learned
-from paged_kv.hf.collect import Sample, collect
+from paged_kv.eval.reference.collect import Sample, collect
 
 CONTEXT, CUT = 160, 80
 

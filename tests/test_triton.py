@@ -36,7 +36,7 @@ def run(*arguments: str, **environment: str) -> str:
 def test_in_the_interpreter(chosen):
     """See triton_cases.py."""
     pytest_run = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", chosen]
-    out = run(*pytest_run, str(TESTS / "triton_cases.py"), TRITON_INTERPRET="1")
+    out = run(*pytest_run, str(TESTS / "support" / "triton_cases.py"), TRITON_INTERPRET="1")
     assert " passed" in out
     assert " skipped" not in out
 
@@ -50,7 +50,13 @@ FEW = ("--sizes", "128", "--dtypes", "bfloat16", "--formats", "int8", "int4")
 @pytest.mark.parametrize("arch", ["80", "90"])
 def test_compiled_kernels_fit(arch, chosen):
     """No register is spilled, shared memory suffices; what encodes numbers rounds as the codecs."""
-    out = run(str(TESTS / "triton_resources.py"), "--arch", arch, *chosen, TRITON_INTERPRET="0")
+    out = run(
+        str(TESTS / "support" / "triton_resources.py"),
+        "--arch",
+        arch,
+        *chosen,
+        TRITON_INTERPRET="0",
+    )
     kernels = [json.loads(line) for line in out.splitlines()]
     names = ["write", "store", "move", "gather", "segment", "combine", "score", "total", "mass"]
     assert {kernel["kernel"] for kernel in kernels} >= {f"{name}_kernel" for name in names}

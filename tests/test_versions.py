@@ -11,7 +11,7 @@ import pytest
 
 from paged_kv import versions
 from paged_kv.hf import compat
-from paged_kv.vllm import compat as of_vllm
+from paged_kv.vllm.frontend import compat as of_vllm
 
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 LOGGER = logging.getLogger("paged_kv.test_versions")

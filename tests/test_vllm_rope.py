@@ -56,7 +56,7 @@ def rope_of(kind: dict[str, Any], dtype: torch.dtype = torch.float32, neox: bool
 
 
 def find(*ropes: Any) -> Rotary:
-    from paged_kv.vllm.rope import find_rotary
+    from paged_kv.vllm.worker.rope import find_rotary
 
     model = torch.nn.Module()
     model.layers = torch.nn.ModuleList(Layer(rope) for rope in ropes)

@@ -18,7 +18,7 @@ from vllm import SamplingParams
 from vllm_spill_loop import complete_and_check
 
 from paged_kv.tiers.spill_memory import SpillSpace
-from paged_kv.vllm.spilled import Spilled
+from paged_kv.vllm.worker.spilled import Spilled
 
 pytestmark = pytest.mark.vllm
 

@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
 def measure(args: argparse.Namespace) -> list[script.Json]:
     """A case for each length, printed when it is known."""
     from paged_kv.hf import PagedCache
-    from paged_kv.hf.decoding import Decoder, interleaved, load
+    from paged_kv.hf.driver.decoding import Decoder, interleaved, load
 
     model = load(args.model, args.dtype)
     cases = []

@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from paged_kv.bench.process import EngineProcess
-from paged_kv.vllm.workload import EngineSettings, RunResult, Tokens, Workload
+from paged_kv.vllm.driver.workload import EngineSettings, RunResult, Tokens, Workload
 
 Engines = Mapping[str, EngineProcess]
 

@@ -23,7 +23,7 @@ from paged_kv.bench.process import EngineProcess
 from paged_kv.bench.script import as_json, positive
 from paged_kv.bench.settings import kv_bytes_per_token, model_config
 from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig
-from paged_kv.vllm.workload import EngineInfo, EngineSettings, RunResult, Tokens, Workload
+from paged_kv.vllm.driver.workload import EngineInfo, EngineSettings, RunResult, Tokens, Workload
 
 PLAIN = "plain vLLM"
 TEMPLATE_TOKENS = 96  # a chat template adds at most so many

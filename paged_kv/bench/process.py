@@ -25,8 +25,8 @@ from typing import Any
 
 from typing_extensions import Self
 
-from paged_kv.vllm.engine import Engine, engine_environment
-from paged_kv.vllm.workload import EngineInfo, EngineSettings, RunResult, Tokens, Workload
+from paged_kv.vllm.driver.engine import Engine, engine_environment
+from paged_kv.vllm.driver.workload import EngineInfo, EngineSettings, RunResult, Tokens, Workload
 
 PROGRESS_SECONDS = 0.25
 

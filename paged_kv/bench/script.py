@@ -13,7 +13,7 @@ from paged_kv import models
 from paged_kv.bench import compare
 from paged_kv.bench.settings import kv_bytes_per_token, random_prompts
 from paged_kv.config import DEFAULT_PAGE_SIZE
-from paged_kv.vllm.workload import EngineSettings, Workload
+from paged_kv.vllm.driver.workload import EngineSettings, Workload
 
 Json = dict[str, Any]
 PLAIN = "plain"

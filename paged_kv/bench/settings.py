@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from paged_kv.vllm.workload import Tokens
+from paged_kv.vllm.driver.workload import Tokens
 
 KV_DTYPE_BYTES = 2  # bfloat16
 

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 
 from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig
-from paged_kv.hf.loading import load_model
-from paged_kv.hf.packing import Packing
-from paged_kv.hf.reference import ReferenceEngine
+from paged_kv.eval.reference.engine import ReferenceEngine
+from paged_kv.eval.reference.packing import Packing
+from paged_kv.hf.driver.loading import load_model
 
 ROWS = 128  # of logits at once
 

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from paged_kv.config import CompressionConfig
+from paged_kv.eval.reference.engine import ReferenceEngine
 from paged_kv.eval.task import Case, Outcome, Task
-from paged_kv.hf.loading import load_model
-from paged_kv.hf.reference import ReferenceEngine
+from paged_kv.hf.driver.loading import load_model
 
 MOST_AT_ONCE = 256  # tokens, and rows of logits
 

@@ -124,7 +124,7 @@ def read_tokens(task: Task, file: Path, offset: int) -> list[int]:
     Raises:
         ValueError: the text is too short.
     """
-    from paged_kv.hf.loading import encode
+    from paged_kv.hf.driver.loading import encode
 
     tokens = encode(task.model, file.read_text(encoding="utf-8", errors="replace"))
     if len(tokens) < offset + task.num_tokens:

@@ -24,7 +24,7 @@ from paged_kv.config import CompressionConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from paged_kv.hf.collect import Sample
+    from paged_kv.eval.reference.collect import Sample
 
 HELD_OUT = 0.1
 BATCH = 4096
@@ -105,7 +105,7 @@ def check(args: argparse.Namespace) -> None:
 
 def read_contexts(model: Path, file: Path, count: int, size: int) -> list[list[int]]:
     """Pieces of a text, evenly spaced over all of it. Raises ValueError: it is too short."""
-    from paged_kv.hf.loading import encode
+    from paged_kv.hf.driver.loading import encode
 
     tokens = encode(model, file.read_text(encoding="utf-8", errors="replace"))
     room = len(tokens) - size
@@ -117,8 +117,8 @@ def read_contexts(model: Path, file: Path, count: int, size: int) -> list[list[i
 
 def collect_all(directory: Path, contexts: Sequence[list[int]]) -> tuple[list[Sample], int]:
     """(a sample of each context, cut in the middle; layers of the model)."""
-    from paged_kv.hf.collect import collect
-    from paged_kv.hf.loading import load_model
+    from paged_kv.eval.reference.collect import collect
+    from paged_kv.hf.driver.loading import load_model
 
     model = load_model(directory)
     progress = tqdm(contexts, desc="collecting", unit="context", file=sys.stderr)

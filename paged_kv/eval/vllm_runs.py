@@ -9,8 +9,8 @@ from typing import Any
 from paged_kv.bench.settings import KV_DTYPE_BYTES, kv_bytes_per_token
 from paged_kv.config import CompressionConfig
 from paged_kv.eval.task import Case, Outcome, Task, check_case, entry_bytes
-from paged_kv.vllm.engine import engine_environment
-from paged_kv.vllm.score import prompt_logprobs
+from paged_kv.vllm.driver.engine import engine_environment
+from paged_kv.vllm.driver.score import prompt_logprobs
 
 FLOAT32_BYTES = 4
 

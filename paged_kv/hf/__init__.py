@@ -19,7 +19,7 @@ _HOME = {
     "PagePool": "pool",
     "PoolFull": "pool",
     "enable": "enabling",
-    "generate_batch": "batch",
+    "generate_batch": "batch.generate",
 }
 __all__ = sorted(_HOME)
 

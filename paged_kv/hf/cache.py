@@ -22,7 +22,7 @@ from paged_kv.hf.paged_attention import Terms
 from paged_kv.hf.paged_layer import PagedLayer
 from paged_kv.hf.pool import PagePool
 from paged_kv.hf.rope import Rope, drops_caches
-from paged_kv.hf.rows import RowOperations
+from paged_kv.hf.row_operations import RowOperations
 from paged_kv.hf.saving import Saveable, recognizes
 from paged_kv.hf.sequences import Sequences, interrupted
 from paged_kv.hf.stats import CacheStats

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from paged_kv.hf import compaction
+from paged_kv.hf import row_compaction
 from paged_kv.hf.allocator import Int64s
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def remove(sequences: Sequences, count: int) -> None:
     mark = sequences.marks.at(sequences.num_tokens - count)
     if mark is not None and mark.scores:
         layers, rows = np.arange(len(sequences.layers)), np.arange(sequences.num_rows)
-        compaction.own(sequences, layers, rows)
+        row_compaction.own(sequences, layers, rows)
     sequences.size -= count
     sequences.num_tokens -= count
     sequences.tables.truncate(-(-sequences.size // sequences.pool.page_size))

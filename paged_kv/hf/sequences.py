@@ -20,7 +20,7 @@ import torch
 
 from paged_kv.config import CompressionConfig
 from paged_kv.core.page_formats import FORMATS, NATIVE, layer_formats
-from paged_kv.hf import compaction
+from paged_kv.hf import row_compaction
 from paged_kv.hf.allocator import Int64s
 from paged_kv.hf.arena import Geometry, PackedArena
 from paged_kv.hf.groups import layer_groups
@@ -341,7 +341,7 @@ class Sequences:
             rows = np.flatnonzero(surplus > 0)
             if rows.size:
                 with torch.autocast(self._device.type, enabled=False):
-                    compaction.run(self, layers, rows, surplus[rows])
+                    row_compaction.run(self, layers, rows, surplus[rows])
                 self.tables.trim()
                 self.settled[rows] = self.num_tokens[rows] + has_begun
                 self.marks.keep(self.settled, self.num_tokens)

@@ -19,7 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from paged_kv.core.schedule import cdiv
-from paged_kv.vllm.manager import PagedManager
+from paged_kv.vllm.scheduler.manager import PagedManager
 from paged_kv.vllm.swap import metrics
 from paged_kv.vllm.swap.commands import Capacity, Finished, SwapMetadata
 from paged_kv.vllm.swap.ledger import RESET, STALE, Ledger

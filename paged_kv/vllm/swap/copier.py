@@ -13,10 +13,6 @@ from paged_kv.core.page_formats import NATIVE
 from paged_kv.kernels.page_layout import PageLayout
 from paged_kv.quant import make_layout
 from paged_kv.tiers.swap_tiers import SwapTiers
-from paged_kv.vllm.compaction import Compactor
-from paged_kv.vllm.layer_group import make_pages
-from paged_kv.vllm.layout import stack_layers
-from paged_kv.vllm.residual import Residual
 from paged_kv.vllm.swap.commands import (
     Capacity,
     Command,
@@ -30,6 +26,10 @@ from paged_kv.vllm.swap.commands import (
 )
 from paged_kv.vllm.swap.contents import Contents, Converted, Part, Raw, Side, aligned
 from paged_kv.vllm.swap.state import States, rings_of
+from paged_kv.vllm.worker.layer_group import make_pages
+from paged_kv.vllm.worker.layout import stack_layers
+from paged_kv.vllm.worker.residual import Residual
+from paged_kv.vllm.worker.step import Compactor
 
 logger = init_logger(f"vllm.{__name__}")
 GIB = 1 << 30

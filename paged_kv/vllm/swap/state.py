@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from paged_kv.vllm.compaction import Compactor
-from paged_kv.vllm.requests import RequestRows
-from paged_kv.vllm.residual import Residual
+from paged_kv.vllm.worker.requests import RequestRows
+from paged_kv.vllm.worker.residual import Residual
+from paged_kv.vllm.worker.step import Compactor
 
 Tensor = torch.Tensor
 

@@ -1,0 +1,267 @@
+"""The reference engine: a causal LM of transformers over explicit, contiguous caches.
+
+Slow and plain, the definition that the engine on pages is compared with, and what evaluates
+policies without vLLM. One sequence; the policy is applied directly:
+
+    chunk of tokens -> attends to all that each layer holds and, causally, to itself
+                    -> layers that hold more than their schedule says compact
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from copy import copy
+from typing import Any
+
+import torch
+
+from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig
+from paged_kv.core.page_formats import NATIVE, layer_formats
+from paged_kv.core.schedule import Schedule
+from paged_kv.eval.reference.layer import Alike, Layer, apply, make_region
+from paged_kv.eval.reference.layer_cache import LayerCache, Window
+from paged_kv.eval.reference.packing import Packing
+from paged_kv.hf import dispatch, paged_attention, seams
+from paged_kv.hf.arguments import check_page_format
+from paged_kv.hf.seams import Terms
+from paged_kv.plan import make_plan
+from paged_kv.policies.base import Policy
+from paged_kv.policies.region import Region
+from paged_kv.policies.spill import Spill
+from paged_kv.tiers.spill_memory import SpillSpace
+
+Tensor = torch.Tensor
+
+
+class ReferenceEngine(seams.Attends):
+    """One sequence in a model under a policy.
+
+    Args:
+        model: a causal LM of transformers in float32. It is not changed.
+        config: what each layer keeps.
+        page_size: entries are dropped in multiples of it.
+        prompt_len: without compress_prefill nothing is dropped before so many tokens.
+        observe: last queries to remember, if more than the policy looks at: for forks.
+
+    Raises:
+        ValueError: the budgets do not fit the model or the page size; the model is unsupported.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: CompressionConfig,
+        page_size: int = DEFAULT_PAGE_SIZE,
+        prompt_len: int = 0,
+        observe: int = 0,
+    ) -> None:
+        text_config = model.config.get_text_config()
+        if getattr(text_config, "num_kv_shared_layers", 0):
+            raise ValueError("a model whose layers share their KV cache is not supported")
+        dispatch.install()
+        self.model = model
+        self.page_size = page_size
+        self.prompt_len = prompt_len
+        self.num_tokens = 0
+        self._rope = seams.rotary_of(model)
+        self._num_layers = text_config.num_hidden_layers
+        self._set_policy(config)
+        self._observed = max(observe, self.policy.observation_window if self.policy else 0)
+        check_page_format(config, text_config, page_size)
+        formats = layer_formats(config.page_format, self._num_layers)
+        full = seams.full_attention_layers(text_config)  # only these have pages
+        self.layers = [
+            Layer(
+                index,
+                Window(self._observed),
+                Packing(name if index in full else NATIVE, config.residual_pages, page_size),
+            )
+            for index, name in enumerate(formats)
+        ]
+
+    def _set_policy(self, config: CompressionConfig) -> None:
+        self.policy: Policy | None = None
+        self._reader: str | None = None  # the policy's name, if it reads RoPE
+        self._space: SpillSpace | None = None
+        if config.spill:
+            own = config.spill_budget, config.spill_host_budget, config.spill_dir
+            self._space = SpillSpace(*own)
+        self.schedules: list[Schedule | None] = [None] * self._num_layers
+        if config.enabled:
+            self.policy = config.create_policy()
+            self._reader = config.policy if "rotary" in self.policy.reads else None
+            full = seams.full_attention_layers(self.model.config.get_text_config())
+            plan = make_plan(config, self.page_size, self._num_layers, full)
+            self.schedules = [plan.schedule(layer) for layer in range(self._num_layers)]
+
+    @property
+    def _reads_scores(self) -> bool:
+        return self.policy is not None and "scores" in self.policy.reads
+
+    @property
+    def num_kept(self) -> list[int]:
+        """Entries held, by layer."""
+        return [layer.cache.size for layer in self.layers]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the keys and values held, as pages would store them."""
+        return sum(
+            layer.packing.num_bytes(layer.cache["keys"], layer.cache["values"])
+            for layer in self.layers
+        )
+
+    def drops_at(self, num_tokens: int) -> bool:
+        """Whether any layer drops something when this many tokens are processed, one by one."""
+        before, after = num_tokens - 1, num_tokens
+        return any(
+            schedule.evicted(after, self.prompt_len) > schedule.evicted(before, self.prompt_len)
+            for schedule in set(self.schedules)
+            if schedule is not None
+        )
+
+    @torch.inference_mode()
+    def process(self, tokens: Sequence[int], compact: bool = True) -> Tensor:
+        """Takes the next chunk of tokens; then every layer whose schedule says so compacts.
+
+        Args:
+            tokens: at least one.
+            compact: False leaves it to a later call, or to `compact`.
+
+        Returns:
+            the last hidden states [tokens, hidden]; see logits.
+        """
+        device = self.model.device
+        ids = torch.tensor([list(tokens)], dtype=torch.int64, device=device)
+        end = self.num_tokens + len(tokens)
+        positions = torch.arange(self.num_tokens, end, device=device)[None]
+        before, rope = self.num_kept, self._rope.after(end, self._reader)
+        inputs = {"input_ids": ids, "position_ids": positions, seams.ENGINE: self}
+        output = self.model.base_model(**inputs, use_cache=False)
+        if self.num_kept != [size + len(tokens) for size in before]:
+            raise ValueError(
+                f"{type(self.model).__name__} does not compute its attention through "
+                "transformers' AttentionInterface"
+            )
+        self.num_tokens, self._rope = end, rope
+        if compact:
+            self.compact()
+        return output.last_hidden_state[0]
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, vocabulary] of hidden states [n, hidden]."""
+        return seams.logits_of(self.model, hidden)
+
+    def fork(self, config: CompressionConfig) -> ReferenceEngine:
+        """A copy that goes on under another config: one prompt can serve many policies.
+
+        Pages stay as they are: both configs have the same page format and residual.
+
+        Raises:
+            ValueError: the new policy needs what this engine did not record (scores, queries).
+        """
+        other = copy(self)
+        other._set_policy(config)
+        other.layers = [layer.copy() for layer in self.layers]
+        new = other.policy
+        if self.num_tokens and new is not None:
+            if "scores" in new.reads and not _same_scores(self.policy, new):
+                raise ValueError(f"{config.policy} accumulates scores: it must see every token")
+            if new.observation_window > self._observed:
+                raise ValueError(
+                    f"{config.policy} looks at {new.observation_window} queries, but only "
+                    f"{self._observed} were recorded: raise observe"
+                )
+        return other
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> Tensor:
+        """Called by the model in each layer; see paged_kv.hf.seams.Attends."""
+        own = self.layers[layer]
+        own.terms, cache = terms, own.cache
+        num_new = query.shape[1]
+        positions = torch.arange(self.num_tokens, self.num_tokens + num_new, device=key.device)
+        one = key.new_ones(1, 1)
+        fields = {"positions": positions[None], "weights": one, "scores": one * 0}
+        stored = dict(zip(("keys", "values"), own.packing.store(key, value), strict=True))
+        cache.append(num_new, **stored, **fields)
+        keys, values = (
+            own.packing.attended(name, cache[name], self.num_tokens + num_new) for name in stored
+        )
+        own.window.append(query, self.num_tokens)
+        bias = _outside(terms.sliding_window, num_new, cache.size, key.device)
+        plain = paged_attention.Terms(terms.scale, terms.softcap, terms.sinks)
+        if self._reads_scores or not plain.is_plain:
+            return self._explicit(cache, query, keys, values, positions, plain, bias)
+        states = query[None], keys[None], values[None]
+        if bias is not None:
+            return paged_attention.masked(*states, bias[None], terms.scale)[0]
+        return paged_attention.fused(*states, [cache.size - num_new], terms.scale)[0]
+
+    def _explicit(
+        self,
+        cache: LayerCache,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        terms: paged_attention.Terms,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """Attention by its probabilities, which the policy may want to accumulate."""
+        outputs = []
+        first = [cache.size - query.shape[1]]
+        blocks = paged_attention.probabilities(query[None], keys[None], first, terms, bias)
+        for start, chances in blocks:
+            outputs.append(paged_attention.mix(chances, values[None])[0])
+            if self._reads_scores:
+                assert self.policy is not None
+                own = positions[None, start : start + chances.shape[3]]
+                scores = self.policy.accumulate(cache["scores"][None], chances, own)
+                cache["scores"].copy_(scores[0])
+        return torch.cat(outputs, 1)
+
+    @torch.inference_mode()
+    def compact(self) -> None:
+        """Every layer that holds more than its schedule says drops or merges the surplus."""
+        due: dict[Alike, list[Layer]] = defaultdict(list)
+        for layer, schedule in zip(self.layers, self.schedules, strict=True):
+            if schedule is None:
+                continue
+            evicted = schedule.evicted(self.num_tokens, self.prompt_len)
+            surplus = layer.cache.size - (self.num_tokens - evicted)
+            if surplus > 0:
+                due[layer.alike(surplus, apart=self._space is not None)].append(layer)
+        for alike, layers in due.items():
+            assert self.policy is not None
+            if self._space is not None:
+                layers[0].spill_to(self._space)
+            reads, window = self.policy.reads, self.policy.observation_window
+            region = self.region(layers, alike.num_losers, reads, window)
+            apply(layers, alike.num_losers, self.policy.compact(region))
+
+    def region(
+        self, layers: Sequence[Layer], num_losers: int, reads: frozenset[str], window: int = 0
+    ) -> Region:
+        """What these layers, which are alike, hold; see make_region."""
+        return make_region(layers, self.num_tokens, num_losers, reads, window, self._rope)
+
+
+def _same_scores(old: Policy | None, new: Policy) -> bool:
+    """Whether what one policy accumulated means the same to another, with or without spill."""
+    old = old.inner if isinstance(old, Spill) else old
+    new = new.inner if isinstance(new, Spill) else new
+    return old is not None and type(old) is type(new) and old.settings == new.settings
+
+
+def _outside(
+    window: int | None, num_queries: int, num_entries: int, device: torch.device
+) -> Tensor | None:
+    """float32 [1, queries, entries]: -inf outside a sliding window over entries in order."""
+    if window is None or window >= num_entries:
+        return None
+    entries = torch.arange(num_entries, device=device)
+    queries = entries[num_entries - num_queries :, None]
+    inside = (entries <= queries) & (entries > queries - window)
+    return torch.where(inside, 0.0, -torch.inf)[None]

@@ -1,0 +1,1 @@
+"""generate_batch: many prompts in a bounded pool."""

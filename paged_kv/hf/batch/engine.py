@@ -1,0 +1,275 @@
+"""What stands between transformers' continuous batching and our pages.
+
+transformers decides which requests run in a step (Scheduler), prepares the flat batch, samples
+and hands out results. Where it would ask its own cache, it asks BatchCache, which only counts pages
+(Ledger) and lets the rows of our Sequences follow the requests:
+
+    can_store_request_tokens   a request gets pages for its next step, or waits, or makes way
+    step                       rows for new requests, none for finished ones; the forward pass
+    attend                     in each layer: the flat batch by rows
+    free_blocks                a request has finished or must be computed again later
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
+from transformers.generation.continuous_batching.scheduler import FIFOScheduler
+
+from paged_kv.hf.arena import Geometry
+from paged_kv.hf.batch.page_counts import Ledger
+from paged_kv.hf.paged_attention import Bias, Terms
+from paged_kv.hf.seams import ENGINE, Attends
+from paged_kv.hf.sequences import Sequences
+
+Tensor = torch.Tensor
+
+
+class BatchCache(Attends):
+    """Stands in for transformers' PagedAttentionCache, of which it allocates nothing.
+
+    Args:
+        parts: hold some layers each; their rows are the running requests.
+        ledger: counts their pages.
+        prompt_lens: tokens of each request's prompt.
+        max_batch_tokens: most tokens in a step.
+    """
+
+    # What transformers reads, as it is without prefix sharing, block tables and swap.
+    use_prefix_sharing = False
+    allow_block_sharing = False
+    max_blocks_per_request = 0
+    max_decode_fast_path_length = 0
+    bytes_per_sector = 1
+    read_cache_limit = 0  # nothing is read through an index
+    max_tokens_read = 1  # so the index needs no room
+
+    def __init__(
+        self,
+        parts: Sequence[Sequences],
+        ledger: Ledger,
+        prompt_lens: Mapping[str, int],
+        max_batch_tokens: int,
+    ) -> None:
+        self.parts, self.ledger = parts, ledger
+        self.prompt_lens = prompt_lens
+        self._holder = {layer: part for part in parts for layer in part.index}
+        self.max_batch_tokens = max_batch_tokens
+        self.rows: list[str] = []  # whose row it is
+        self._gone: set[str] = set()  # their rows are dropped before the next step
+        self._lengths: list[int] = []  # new tokens of the batch's requests, in its order
+        self._row_of: list[int] = []
+        self._floor: dict[str, int] = {}  # pages promised to prompts that have begun
+        self.cache_allocators = {"full_attention": _Allocator(self)}
+        self.pool = self
+
+    # ---- what the scheduler asks
+
+    def step_length(self, state: Any, wanted: int) -> int:
+        """Tokens of a request, of those wanted, that may be computed at once."""
+        if wanted <= 1:
+            return wanted
+        prompt_len = self.prompt_lens[state.request_id]
+        return min(wanted, self.ledger.longest_step(state.position_offset, prompt_len))
+
+    def pages_needed(self, request: str, num_tokens: int, num_new: int) -> int:
+        """Pages of a request in its next step."""
+        after = num_tokens + num_new
+        needed = self.ledger.during(num_tokens, after, self.prompt_lens[request])
+        return max(needed, self._floor.get(request, 0))
+
+    def can_store_request_tokens(self, state: Any, request_len: int) -> bool:
+        """Whether there are pages for a request's next tokens; then it has them.
+
+        One that begins gets what its prompt will need: two halves of prompts help nobody.
+        """
+        request = state.request_id
+        if request not in self.ledger.taken and request not in self._floor:
+            total = state.position_offset + len(state.remaining_prefill_tokens)
+            self._floor[request] = self.ledger.peak(total, self.prompt_lens[request])
+        num_new = self.step_length(state, request_len)
+        needed = self.pages_needed(request, state.position_offset, num_new)
+        return self.ledger.take(request, needed)
+
+    def free_blocks(self, request_id: str, no_cache: bool = False) -> None:
+        """A request's pages are free; its row goes before the next step."""
+        self.ledger.give_back(request_id)
+        self._floor.pop(request_id, None)
+        if request_id in self.rows:
+            self._gone.add(request_id)
+
+    def count_storable_requests(self, list_blocks_needed: Sequence[Mapping[str, int]]) -> int:
+        """How many of these requests, from the first on, there is room for."""
+        more = np.cumsum([sum(needed.values()) for needed in list_blocks_needed])
+        return int((more <= self.ledger.num_free).sum())
+
+    def compute_free_capacity(self) -> float:
+        """Share of the pages that nobody has."""
+        return self.ledger.free_share
+
+    def try_to_free_sectors(self) -> None:
+        """Nothing to do: pages are free at once."""
+
+    def evict_cached_blocks(self) -> bool:
+        """No pages outlive their request."""
+        return False
+
+    # ---- what the preparation of a batch asks
+
+    def count_new_complete_blocks(self, state: Any, request_len: int) -> dict[str, int]:
+        """Only prefix sharing needs it."""
+        return {}
+
+    def mark_complete_blocks(self, state: Any, complete_blocks: dict[str, int]) -> None:
+        """Only prefix sharing needs it."""
+
+    def extend_read_and_write_indices(self, *_: Any) -> None:
+        """Sequences knows where entries are."""
+
+    # ---- what models ask, from transformers 5.24 on
+
+    def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """The new ones as they are: the attention function stores them, see attend."""
+        return key, value
+
+    def get_seq_length(self) -> int:
+        """For models that would count positions themselves: all of them are given."""
+        return 0
+
+    # ---- steps
+
+    @contextmanager
+    def step(self, requests: Sequence[Any]) -> Iterator[None]:
+        """The forward pass of these scheduled requests (FutureRequestState)."""
+        self._drop_rows()
+        new = [r.state.request_id for r in requests if r.state.request_id not in self.rows]
+        for part in self.parts:
+            part.add_rows(len(new), [self.prompt_lens[request] for request in new])
+        self.rows += new
+        index = {request: row for row, request in enumerate(self.rows)}
+        self._row_of = [index[request.state.request_id] for request in requests]
+        self._lengths = [request.query_length for request in requests]
+        yield
+        for part in self.parts:
+            if part.step is None:
+                raise ValueError(
+                    "the model does not compute its attention through transformers' "
+                    "AttentionInterface: use generate()"
+                )
+            part.end()
+        for request in requests:
+            self._note(request)
+
+    def _note(self, request: Any) -> None:
+        """The pages that a request holds between steps."""
+        state = request.state
+        if not state.remaining_prefill_tokens:
+            self._floor.pop(state.request_id, None)
+        self.ledger.taken[state.request_id] = self.pages_needed(
+            state.request_id, state.position_offset, 0
+        )
+
+    def _drop_rows(self) -> None:
+        if self._gone:
+            kept = [row for row, request in enumerate(self.rows) if request not in self._gone]
+            for part in self.parts:
+                part.select_rows(kept)
+            self.rows = [self.rows[row] for row in kept]
+            self._gone.clear()
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, terms: Any) -> Tensor:
+        """[heads, n, size] from [heads, n, head_dim] and [kv_heads, n, ...]: n tokens, flat."""
+        part, window = self._holder[layer], terms.sliding_window
+        own = Terms(terms.scale, terms.softcap, terms.sinks, _window(window) if window else None)
+        if part.step is None:
+            counts = np.zeros(len(self.rows), dtype=np.int64)
+            counts[self._row_of] = self._lengths
+            part.begin(counts, _geometry(key, value))
+        if self._row_of == list(range(len(self.rows))) and set(self._lengths) == {1}:
+            one, its_key, its_value = (x.transpose(0, 1)[:, :, None] for x in (query, key, value))
+            return part.attend(layer, one, its_key, its_value, own)[:, :, 0].transpose(0, 1)
+        queries, keys, values = (self._by_row(x) for x in (query, key, value))
+        outputs = part.attend_ragged(layer, queries, keys, values, own)
+        return torch.cat([outputs[row] for row in self._row_of], 1)
+
+    def _by_row(self, flat: Tensor) -> list[Tensor]:
+        parts = [flat[:, :0]] * len(self.rows)
+        for row, part in zip(self._row_of, flat.split(self._lengths, 1), strict=True):
+            parts[row] = part
+        return parts
+
+
+class _Allocator:
+    """What transformers asks about a kind of layers. There is one kind: Ledger knows them all."""
+
+    index = 0
+    read_trash_index = 0
+    write_trash_index = 0
+
+    def __init__(self, cache: BatchCache) -> None:
+        self._cache = cache
+        self.block_table: dict[str, list[int]] = {}
+
+    def get_seqlen_k(self, past_length: int, query_length: int) -> int:
+        """Tokens that the new ones can look at, before compression."""
+        return past_length + query_length
+
+    def needs_new_blocks(self, request_id: str, past_length: int, query_length: int) -> int:
+        """Pages that a request's next step needs and it does not have."""
+        needed = self._cache.pages_needed(request_id, past_length, query_length)
+        return needed - self._cache.ledger.taken.get(request_id, 0)
+
+
+def _window(size: int) -> Bias:
+    """Queries see the last `size` tokens, their own included."""
+
+    def bias(row: int, queries: Tensor, entries: Tensor) -> Tensor:
+        age = queries[:, None] - entries[:, None]
+        return torch.where((age >= 0) & (age < size), 0.0, -torch.inf)
+
+    return bias
+
+
+def _geometry(key: Tensor, value: Tensor) -> Geometry:
+    sizes = key.shape[-1], value.shape[-1]
+    return Geometry(len(key), *sizes, key.dtype, value.dtype, key.device)
+
+
+class BatchScheduler(FIFOScheduler):
+    """transformers' scheduler; steps end where a request may drop something."""
+
+    def _schedule_request(
+        self, state: Any, request_tokens: list[int], token_budget: int, removed: set[str]
+    ) -> None:
+        length = self.cache.step_length(state, min(token_budget, len(request_tokens)))
+        super()._schedule_request(state, request_tokens, length, removed)
+
+
+class BatchProcessor(ContinuousBatchProcessor):
+    """transformers' processor; a forward pass is a step of our Sequences."""
+
+    def _generation_step(self, model: Any) -> None:
+        with self.cache.step(self.inputs_and_outputs.requests_in_batch):
+            super()._generation_step(_Attended(model, self.cache))
+
+
+class _Attended:
+    """A model whose attention an engine computes, from what transformers prepared for its own."""
+
+    def __init__(self, model: Any, engine: Attends) -> None:
+        self._model, self._engine = model, engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, **inputs: Any) -> Any:
+        del inputs["cache"]
+        inputs[ENGINE] = self._engine
+        # Of four dimensions, it is taken as it is: the model makes none.
+        inputs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+        return self._model(**inputs)

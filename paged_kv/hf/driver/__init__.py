@@ -1,0 +1,1 @@
+"""Models and texts for our own commands, with transformers."""

@@ -1,0 +1,1 @@
+"""Engines that our own commands run: the demo, perplexity, generate."""

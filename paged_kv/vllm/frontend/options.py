@@ -1,0 +1,238 @@
+"""--kv-policy, --kv-budget, --kv-policy-config, --kv-swap-*: from the user into a VllmConfig.
+
+A user's mistake is a ValueError before any process starts; on the command line, one line and exit
+code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from paged_kv import registry
+from paged_kv.config import DEFAULT_BUDGET, DEFAULT_PAGE_SIZE, CompressionConfig, parse_json
+from paged_kv.core.page_formats import NATIVE
+from paged_kv.vllm.frontend import formats, intake, support
+from paged_kv.vllm.scheduler.limits import PLAN_KEY
+from paged_kv.vllm.swap import options as swap
+
+CONFIG_KEY = "paged_kv"
+SWAP_OPTIONS = ("swap_space", "swap_dir", "swap_dir_space", "swap_format")
+FLAGS = ("kv_policy", "kv_budget", "kv_policy_config", *(f"kv_{name}" for name in SWAP_OPTIONS))
+
+
+class _CommandLine(dict[str, Any]):
+    """additional_config that came from a command line.
+
+    The mark is on this value because it alone comes through: `vllm bench` hands the fields of its
+    EngineArgs to LLM, which makes others of them.
+    """
+
+
+class _Title(str):
+    """A group's title that --help=TITLE finds: vLLM turns the underscores of TITLE into dashes."""
+
+    def lower(self) -> str:
+        return str(self).lower().replace("_", "-")
+
+
+def add_cli_args(parser: Any) -> Any:
+    """Adds our group to the parser of `vllm serve` and `vllm bench`."""
+    group = parser.add_argument_group(
+        title=_Title("paged_kv"), description="KV-cache compression: fewer pages per sequence."
+    )
+    group.add_argument(
+        "--kv-policy",
+        metavar="NAME[+NAME]",
+        help=f"What is kept of the KV cache: {', '.join(registry.available())}, or "
+        f"{registry.PYRAMIDAL}+NAME. Default: {registry.FULL}.",
+    )
+    group.add_argument(
+        "--kv-budget",
+        metavar="N|F",
+        help="Entries kept per sequence and layer (an integer; the mean over layers under a "
+        "pyramid), or the fraction of the processed tokens that is kept (a number with a point, "
+        f"below 1). Default: {DEFAULT_BUDGET}.",
+    )
+    group.add_argument(
+        "--kv-policy-config",
+        metavar="JSON",
+        help="More options: num_sink_tokens, recent_window, pyramid_beta, min_budget, "
+        "compress_prefill, skip_layers, tiers, max_groups, page_format, residual_pages, spill, "
+        "spill_budget, fetch_limit, spill_window, spill_threshold, spill_interval, spill_dir, "
+        "spill_host_budget, and what the policy declares.",
+    )
+    _add_swap_args(group)
+    _fold_when_parsed(parser)
+    return parser
+
+
+def _add_swap_args(group: Any) -> None:
+    group.add_argument(
+        "--kv-swap-space",
+        metavar="GIB",
+        help="Host memory for the pages of preempted requests, in GiB for all ranks together: they "
+        "come back instead of being computed again. Default: 0, none.",
+    )
+    group.add_argument(
+        "--kv-swap-dir",
+        metavar="DIR",
+        help="Directory for what the host memory cannot hold, in a file without a name: nothing is "
+        "left there, however the server ends.",
+    )
+    group.add_argument(
+        "--kv-swap-dir-space", metavar="GIB", help="What the files there may take, in GiB."
+    )
+    group.add_argument(
+        "--kv-swap-format",
+        metavar="FORMAT",
+        help="How swapped pages store numbers where that is smaller than how they lived: native "
+        "(as they lived, the default), int8, int4.",
+    )
+
+
+def _fold_when_parsed(parser: Any) -> None:
+    """Has parsed arguments carry our options in additional_config, validated.
+
+    As early as that: vLLM sends what it parsed to further API servers, which make EngineArgs of it
+    before they load any plugin. And `vllm bench throughput` loads the tokenizer before it makes
+    EngineArgs, and would fail there with a traceback.
+    """
+    parse_known_args = parser.parse_known_args
+
+    @functools.wraps(parse_known_args)
+    def folding(*args: Any, **kwargs: Any) -> Any:
+        namespace, rest = parse_known_args(*args, **kwargs)
+        additional = _CommandLine(namespace.additional_config or {})
+        with _errors_of(additional):
+            _take_flags(namespace, additional)
+            config = CompressionConfig.from_dict(additional.get(CONFIG_KEY, {}))
+            swap.check(config)
+            if _is_active(config):
+                model = getattr(namespace, "model_tag", None) or namespace.model
+                support.check_model_directory(model, namespace.load_format)
+        if CONFIG_KEY in additional:
+            namespace.additional_config = additional
+        return namespace, rest
+
+    parser.parse_known_args = folding
+
+
+def _take_flags(args: argparse.Namespace, additional: dict[str, Any]) -> None:
+    """Moves our flags into additional. Raises ValueError: they contradict it or each other."""
+    policy, budget = getattr(args, "kv_policy", None), getattr(args, "kv_budget", None)
+    more = getattr(args, "kv_policy_config", None)
+    swapping = {name: getattr(args, f"kv_{name}", None) for name in SWAP_OPTIONS}
+    given = {name: value for name, value in swapping.items() if value is not None}
+    if policy is None and (budget is not None or more is not None):
+        raise ValueError("kv-budget and kv-policy-config need a kv-policy")
+    if policy is None and not given:
+        return
+    if CONFIG_KEY in additional:
+        flag = "kv-policy" if policy is not None else "kv-swap-space"
+        raise ValueError(f"give either {flag} or additional-config's paged_kv, not both")
+    settings = parse_json(more) if more else {}
+    settings |= {"policy": policy} if policy is not None else {}
+    settings |= {"budget": budget} if budget is not None else {}
+    settings |= {
+        name: _gib(name, text) if "space" in name else text for name, text in given.items()
+    }
+    additional[CONFIG_KEY] = CompressionConfig.from_dict(settings).to_dict()
+    for name in FLAGS:
+        setattr(args, name, None)
+
+
+def _gib(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        option = name.replace("_", "-")
+        raise ValueError(f"kv-{option} must be a number of GiB, not {text!r}") from None
+
+
+def before_engine_config(engine_args: Any) -> CompressionConfig:
+    """Validates our options and takes what is ours out of vLLM's, before vLLM looks at the model.
+
+    Raises:
+        ValueError: see CompressionConfig and formats.take_cache_dtype.
+    """
+    additional = engine_args.additional_config
+    with _errors_of(additional):
+        settings = additional.get(CONFIG_KEY, {}) if isinstance(additional, dict) else {}
+        given = CompressionConfig.from_dict(settings)
+        config = formats.take_cache_dtype(engine_args, given)
+        if config != given:
+            # vLLM may ask for a config again, and no longer finds the dtype in the arguments.
+            engine_args.additional_config = _with_settings(additional, config)
+        swap.check(config)
+        if config.swap_space:
+            swap.set_connector(engine_args)
+        if _is_active(config):
+            support.check_arguments(engine_args, config)
+        if config.enabled and engine_args.block_size is None:
+            engine_args.block_size = DEFAULT_PAGE_SIZE
+        return config
+
+
+def after_engine_config(engine_args: Any, vllm_config: Any, config: CompressionConfig) -> None:
+    """Checks what vLLM made of it and has our worker and scheduler used."""
+    if not _is_active(config):
+        return
+    with _errors_of(engine_args.additional_config):
+        plan = support.check(vllm_config, config)
+    additional = _with_settings(dict(vllm_config.additional_config), config)
+    additional[PLAN_KEY] = plan.to_json()
+    json.dumps(additional)  # vLLM hashes it
+    vllm_config.additional_config = additional
+    _install_worker(vllm_config)
+    intake.install()
+    if config.enabled or config.swap_space:
+        _install_scheduler(vllm_config, config)
+
+
+def _is_active(config: CompressionConfig) -> bool:
+    """Whether anything of ours has to run in the engine."""
+    return config.enabled or config.page_format != NATIVE or config.swap_space > 0
+
+
+def _with_settings(additional: Any, config: CompressionConfig) -> dict[str, Any]:
+    """additional_config with our settings; of the same kind. Raises ValueError: it is no dict."""
+    if not isinstance(additional, dict):
+        raise ValueError(
+            f"page_format {config.page_format} needs an additional_config that is a dict, not a "
+            f"{type(additional).__name__}"
+        )
+    return type(additional)(additional, **{CONFIG_KEY: config.to_dict()})
+
+
+def _install_worker(vllm_config: Any) -> None:
+    from paged_kv.vllm.worker.worker import WORKERS
+
+    parallel = vllm_config.parallel_config
+    parallel.worker_cls = f"paged_kv.vllm.worker.worker.{WORKERS[parallel.worker_cls]}"
+
+
+def _install_scheduler(vllm_config: Any, config: CompressionConfig) -> None:
+    scheduler = vllm_config.scheduler_config
+    kind = "AsyncScheduler" if scheduler.async_scheduling else "Scheduler"
+    if not config.enabled:
+        scheduler.scheduler_cls = f"paged_kv.vllm.swap.scheduler.Swap{kind}"
+        return
+    scheduler.scheduler_cls = f"paged_kv.vllm.scheduler.scheduler.Paged{kind}"
+
+
+@contextmanager
+def _errors_of(additional_config: Any) -> Iterator[None]:
+    """ValueErrors as they are in Python; on the command line as argparse would show them."""
+    try:
+        yield
+    except ValueError as error:
+        if not isinstance(additional_config, _CommandLine):
+            raise
+        print(f"vllm: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,297 @@
+"""The scheduler's side of one layer group: which pages a request holds, shares and gives back.
+
+Prefix caching stays on. Of a request's pages, those below its first eviction are never written
+again; they are hashed and shared as ever, also after they were freed. The rest will be rewritten by
+compactions, so nobody may read them through the prefix cache once that has begun:
+
+    prompt    | shared, immutable | will be rewritten: private, raw until the first compaction |
+              0             first_write                                                prompt_len
+
+* A hit on a page that this request, or its present owner, will rewrite is copied at admission.
+* When the step that ends in the first compaction is scheduled, the pages above first_write lose
+  their hashes to copies (snapshots.py). Shared or hashed pages are never written: see _freeze.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import KVCacheBlock, resolve_block_hashes
+from vllm.v1.request import Request
+
+from paged_kv.core.schedule import Schedule, cdiv
+from paged_kv.vllm.scheduler.restoring import RestoringManager
+from paged_kv.vllm.scheduler.snapshots import Snapshots
+from paged_kv.vllm.scheduler.spec import PagedSpec
+
+
+@dataclass
+class _Sequence:
+    """What the manager knows of a request.
+
+    Args:
+        prompt_len: tokens of the prompt; a preempted request brings its output along, not in here.
+        first_write: first page that a compaction may write; None if it cannot get that long.
+        frozen: pages kept in the prefix cache once compactions began; None before.
+        raw_pages: full pages at the first compaction, to be copied for the prefix cache.
+        copies: prefix hits that must become private pages.
+    """
+
+    prompt_len: int
+    first_write: int | None
+    frozen: int | None = None
+    raw_pages: int = 0
+    copies: list[int] = field(default_factory=list)
+
+
+class PagedManager(RestoringManager):
+    """Allocates pages under a schedule. Told of every request by the scheduler (see begin)."""
+
+    def __init__(self, kv_cache_spec: PagedSpec, *args: Any, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, *args, **kwargs)
+        self.schedule: Schedule = kv_cache_spec.schedule
+        assert self.block_size == self.schedule.page_size
+        self._to_compute = max(1, kv_cache_spec.observation_window)  # of a prompt, whatever is hit
+        self.private_hits = kv_cache_spec.private_hits
+        self.max_chunk = 1  # tokens past the prompt that can be in flight; set by the scheduler
+        self.num_groups = 1  # of compressed layers; set by the scheduler
+        self.snapshots = Snapshots(self.block_pool, self.kv_cache_group_id, self.block_size)
+        self._sequences: dict[str, _Sequence] = {}
+        self._hashed_in_step: set[int] = set()  # page ids; not computed before the next step
+        self._to_be_written: set[int] = set()  # ids of hashed pages that their owner will rewrite
+
+    def begin(self, request_id: str, prompt_len: int, max_len: int) -> None:
+        """A request has arrived that can grow to max_len tokens."""
+        first_write = None
+        if self.schedule.evicted(max_len, prompt_len) > 0:
+            first_write = self.schedule.first_evicted(prompt_len) // self.block_size
+            if self.private_hits:
+                first_write = 0
+        self._sequences[request_id] = _Sequence(prompt_len, first_write)
+
+    def end(self, request_id: str) -> None:
+        """The request is over; its pages are free."""
+        del self._sequences[request_id]
+        self.forget_restored(request_id)
+
+    def prompt_len(self, request_id: str) -> int:
+        """See RestoringManager."""
+        return self._sequences[request_id].prompt_len
+
+    def usable_hit(self, request_id: str, blocks: Sequence[KVCacheBlock], copy: bool) -> int:
+        """Tokens of a prefix hit that this request may take.
+
+        Not its whole prompt: cached pages are raw, and at prompt_len the schedule may evict. And no
+        page to be copied that is only computed in the step that would copy it, or if not copy.
+        """
+        sequence = self._sequences[request_id]
+        limit = self._max_hit_pages(sequence.prompt_len)
+        for index in self._pages_to_copy(sequence, blocks[:limit]):
+            if not copy or blocks[index].block_id in self._hashed_in_step:
+                limit = index
+                break
+        return limit * self.block_size
+
+    def pages_soon(self, request: Request, num_pages: int) -> int:
+        """Pages of the prompt after the first num_pages that can be hit when this step is done."""
+        hashes = self._block_hashes(request)[: self._max_hit_pages(request.num_prompt_tokens)]
+        soon = self.snapshots.block_hashes()
+        for index in range(num_pages, len(hashes)):
+            cached = self.block_pool.get_cached_block(hashes[index], [self.kv_cache_group_id])
+            in_step = cached is not None and cached[0].block_id in self._hashed_in_step
+            if not in_step and hashes[index] not in soon:
+                return index - num_pages
+        return max(0, len(hashes) - num_pages)
+
+    def pages_between(self, request_id: str, num_tokens: int, later: int) -> int:
+        """Pages that compactions empty between two lengths of the request."""
+        prompt_len = self._sequences[request_id].prompt_len
+        earlier, evicted = (self.schedule.evicted(n, prompt_len) for n in (num_tokens, later))
+        return (evicted - earlier) // self.block_size
+
+    def peak_pages(self, num_tokens: int, prompt_len: int) -> int:
+        """Most pages a request holds on its way to num_tokens."""
+        # The retained entries begin at a page's start: no page more.
+        return cdiv(
+            self.schedule.max_retained(num_tokens, prompt_len, self.max_chunk), self.block_size
+        )
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        *args: Any,
+        apply_admission_cap: bool = False,
+        **kwargs: Any,
+    ) -> int:
+        """Pages needed. With the cap, what the schedule lets the request hold, not its length."""
+        sequence = self._sequences[request_id]
+        is_new = request_id not in self.num_cached_block
+        if is_new and self.restored_pages(request_id, total_computed_tokens):
+            return self.pages_to_restore(request_id, num_tokens, apply_admission_cap)
+        if apply_admission_cap:
+            num_tokens = self.peak_pages(num_tokens, sequence.prompt_len) * self.block_size
+        needed = super().get_num_blocks_to_allocate(
+            request_id, num_tokens, new_computed_blocks, total_computed_tokens, *args, **kwargs
+        )
+        if not new_computed_blocks:
+            return needed
+        return needed + len(self._pages_to_copy(sequence, new_computed_blocks))
+
+    def add_local_computed_blocks(
+        self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], *args: Any
+    ) -> None:
+        """Takes a prefix hit; notes which of its pages allocate_new_blocks has to copy."""
+        super().add_local_computed_blocks(request_id, new_computed_blocks, *args)
+        sequence = self._sequences[request_id]
+        sequence.copies = self._pages_to_copy(sequence, new_computed_blocks)
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        """Pages up to num_tokens, the length after this step."""
+        sequence = self._sequences[request_id]
+        copied = self._copy(request_id, sequence) if sequence.copies else []
+        new = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+        if self.restored_pages(request_id):
+            sequence.frozen = 0  # compressed already; none of its pages is hashed
+        if sequence.frozen is not None:
+            return copied + new
+        evicted = self.schedule.evicted(num_tokens, sequence.prompt_len)
+        if evicted:
+            private = {block.block_id for block in copied}
+            self._freeze(request_id, sequence, evicted // self.block_size, private)
+            sequence.raw_pages = num_tokens // self.block_size
+        return copied + new
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """Hashes full pages while they are raw."""
+        if self.schedule.compress_prefill:
+            return
+        request_id = request.request_id
+        sequence = self._sequences[request_id]
+        first_write = sequence.first_write
+        if sequence.frozen is not None:
+            num_tokens = min(num_tokens, sequence.frozen * self.block_size)
+            first_write = None  # these pages are never written
+        start = self.num_cached_block.get(request_id, 0)
+        super().cache_blocks(request, num_tokens, *args, **kwargs)
+        blocks = self.req_to_blocks[request_id]
+        for index in range(start, self.num_cached_block.get(request_id, 0)):
+            self._hashed_in_step.add(blocks[index].block_id)
+            if first_write is not None and index >= first_write:
+                self._to_be_written.add(blocks[index].block_id)
+        if sequence.raw_pages:
+            self._take_snapshots(request, sequence)
+
+    def remove_skipped_blocks(
+        self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
+    ) -> None:
+        """Frees the pages that compactions of finished steps have emptied."""
+        prompt_len = self._sequences[request_id].prompt_len
+        evicted = self.schedule.evicted(processed_computed_tokens, prompt_len)
+        self._remove_blocks_in_range(request_id, 0, evicted // self.block_size)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """The request ends or is preempted: nobody will rewrite its pages now."""
+        self.snapshots.cancel(request_id)
+        self.forget_restored(request_id)
+        blocks = super().pop_blocks_for_free(request_id)
+        ids = {block.block_id for block in blocks}
+        self._to_be_written -= ids
+        # A victim that this step had already scheduled: these are not going to be computed.
+        self.block_pool.evict_blocks(ids & self._hashed_in_step)
+        if request_id in self._sequences:
+            self._sequences[request_id].frozen = None
+        return blocks
+
+    def new_step_starts(self) -> None:
+        """A step is scheduled: what it hashed is computed before the next one."""
+        self._hashed_in_step.clear()
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: Any,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: BlockPool,
+        kv_cache_spec: PagedSpec,
+        drop_eagle_block: bool,
+        alignment_tokens: int,
+        **kwargs: Any,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """The longest run of cached pages from the start, as for full attention."""
+        assert not drop_eagle_block, "speculative decoding is refused at start-up"
+        page_size = kv_cache_spec.block_size
+        hashes = resolve_block_hashes(block_hashes, block_pool.hash_block_size, page_size)
+        hits: tuple[list[KVCacheBlock], ...] = tuple([] for _ in kv_cache_group_ids)
+        for block_hash, _ in zip(hashes, range(max_length // page_size), strict=False):
+            cached = block_pool.get_cached_block(block_hash, kv_cache_group_ids)
+            if not cached:
+                break
+            for hit, block in zip(hits, cached, strict=True):
+                hit.append(block)
+        num_tokens = len(hits[0]) * page_size
+        num_tokens -= num_tokens % alignment_tokens
+        for hit in hits:
+            del hit[num_tokens // page_size :]
+        return hits, num_tokens
+
+    def _pages_to_copy(self, sequence: _Sequence, blocks: Sequence[KVCacheBlock]) -> list[int]:
+        first = len(blocks) if sequence.first_write is None else sequence.first_write
+        return [
+            index
+            for index, block in enumerate(blocks)
+            if index >= first or block.block_id in self._to_be_written
+        ]
+
+    def _max_hit_pages(self, prompt_len: int) -> int:
+        return max(0, prompt_len - self._to_compute) // self.block_size
+
+    def _copy(self, request_id: str, sequence: _Sequence) -> list[KVCacheBlock]:
+        """Replaces hits by private pages; the worker copies them before the step runs."""
+        blocks = self.req_to_blocks[request_id]
+        private = self.block_pool.get_new_blocks(len(sequence.copies))
+        for index, block in zip(sequence.copies, private, strict=True):
+            self._apply_cow(request_id, index, blocks[index], block)
+        sequence.copies = []
+        return private
+
+    def _block_hashes(self, request: Request) -> Any:
+        return resolve_block_hashes(
+            request.block_hashes, self.block_pool.hash_block_size, self.block_size
+        )
+
+    def _take_snapshots(self, request: Request, sequence: _Sequence) -> None:
+        """Has the raw pages copied at the end of this step, if the pool has pages to spare."""
+        hashes = self._block_hashes(request)
+        blocks = self.req_to_blocks[request.request_id][: sequence.raw_pages]
+        assert sequence.frozen is not None
+        # What every running request may need in the next steps stays free.
+        reserve = 2 * self.num_groups * len(self.req_to_blocks)
+        self.snapshots.take(request.request_id, blocks, hashes, sequence.frozen, reserve)
+        sequence.raw_pages = 0
+
+    def _freeze(
+        self, request_id: str, sequence: _Sequence, first_kept: int, copied: set[int]
+    ) -> None:
+        """This step ends in the first compaction: its pages leave the prefix cache."""
+        sequence.frozen = first_kept
+        written = self.req_to_blocks[request_id][first_kept:]
+        hashed = {block.block_id for block in written if block.block_hash is not None}
+        self.block_pool.evict_blocks(hashed)
+        # All of its pages: a resumed request may keep more of them than first_write said.
+        self._to_be_written.difference_update(
+            block.block_id for block in self.req_to_blocks[request_id]
+        )
+        for block in written:
+            # A page copied in this step is also held by the copy until it has run.
+            assert block.ref_cnt == 1 + (block.block_id in copied), (
+                f"page {block.block_id} of {request_id} is shared and would be rewritten"
+            )

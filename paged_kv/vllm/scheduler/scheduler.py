@@ -1,0 +1,253 @@
+"""vLLM's schedulers, told of prompt lengths: what the page managers need to follow the schedule.
+
+Two things would go wrong without. A preempted request comes back with its output, and admission
+would reserve pages for all of it, possibly more than the pool has. And its recomputation would run
+past the prompt in one chunk, which needs those pages at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request, RequestStatus
+
+from paged_kv.core.schedule import cdiv
+from paged_kv.vllm.scheduler import limits
+from paged_kv.vllm.scheduler.manager import PagedManager
+from paged_kv.vllm.scheduler.refusing import RefusingMixin
+from paged_kv.vllm.swap.scheduler import SwapMixin
+
+logger = init_logger(f"vllm.{__name__}")
+
+PAGES_WORTH_A_STEP = 2
+"""Computing as much again takes longer than waiting for the step that is being scheduled."""
+
+
+class _PagedMixin(RefusingMixin, SwapMixin):
+    """Overrides shared by the synchronous and the asynchronous scheduler."""
+
+    need_mamba_block_aligned_split: bool
+    _prompt_chunk: int | None  # most tokens of a prompt in a step; None: as many as vLLM likes
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        self.paged_managers = [m for m in managers if isinstance(m, PagedManager)]
+        self._num_other_pages = sum(
+            cdiv(
+                m.kv_cache_spec.max_memory_usage_bytes(self.vllm_config),
+                m.kv_cache_spec.page_size_bytes,
+            )
+            for m in managers
+            if not isinstance(m, PagedManager)
+        )
+        assert not self.need_mamba_block_aligned_split, "Mamba hybrids are refused at start-up"
+        # vLLM's one hook where a chunk's length can be cut before pages are allocated for it,
+        # unless it carries our source patch (see patches/), which has _clip_chunk.
+        self.need_mamba_block_aligned_split = not hasattr(Scheduler, "_clip_chunk")
+        self._resume_chunk, self._prompt_chunk = self._max_resume_chunk(), None
+        if limits.get_plan(self.vllm_config).compress_prefill:
+            self._prompt_chunk = limits.prompt_chunk(self.vllm_config)
+            self._resume_chunk = min(self._resume_chunk, self._prompt_chunk)
+        chunk = self._prompt_chunk or self._resume_chunk
+        for manager in self.paged_managers:
+            manager.max_chunk = chunk * self.vllm_config.max_concurrent_batches
+            manager.num_groups = len(self.paged_managers)
+        self._held_back: Request | None = None
+        self._log_capacity()
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """One step; tells the worker which raw pages to copy before it compacts."""
+        output = super().schedule(*args, **kwargs)
+        for manager in self.paged_managers:
+            manager.new_step_starts()
+        copies = [copy for manager in self.paged_managers for copy in manager.snapshots.drain()]
+        output.paged_kv_snapshots = copies  # an attribute more: travels with the pickled output
+        return output
+
+    def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
+        """A step is done: its copies can be hit."""
+        for manager in self.paged_managers:
+            manager.snapshots.publish()
+        return super().update_from_output(*args, **kwargs)
+
+    def add_request(self, request: Request) -> None:
+        """Registers the request with the managers; refuses one that can never run.
+
+        The front end has refused it before, but where it takes the engines for larger than this
+        one is. Nothing may raise here: it would end the engine.
+        """
+        try:
+            limits.check_request(self.vllm_config, request, self.kv_cache_config.num_blocks)
+        except ValueError as error:
+            self.refuse(request, error)
+            return
+        max_len = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+        for manager in self.paged_managers:
+            manager.begin(request.request_id, request.num_prompt_tokens, max_len)
+        super().add_request(request)
+
+    def _free_blocks(self, request: Request) -> None:
+        super()._free_blocks(request)
+        for manager in self.paged_managers:
+            manager.end(request.request_id)
+
+    def _get_local_prefix_cache_hit(self, request: Request, *longest: int | None) -> Any:
+        # longest: nothing up to vLLM 0.32; the most tokens that may be hit, or None, from 0.33 on.
+        self._held_back = None
+        restored = self.restorable_tokens(request)
+        evicted = [m.restore(request.request_id, restored) for m in self.paged_managers]
+        if any(evicted):  # what comes back is compressed; cached pages are not
+            return self.kv_cache_manager.empty_kv_cache_blocks, 0, 0, False
+        blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(
+            request, *longest
+        )
+        while num_tokens > (limit := self._usable_hit(request, blocks)):
+            found, num_tokens, _ = self.kv_cache_manager.coordinator.find_longest_cache_hit(
+                request.block_hashes, limit
+            )
+            blocks = self.kv_cache_manager.create_kv_cache_blocks(found)
+            boundary = 0
+        pages = num_tokens // self.paged_managers[0].block_size
+        soon = min(manager.pages_soon(request, pages) for manager in self.paged_managers)
+        for most in longest:
+            if most is not None:
+                soon = min(soon, most // self.paged_managers[0].block_size - pages)
+        if soon >= PAGES_WORTH_A_STEP and not restored:
+            self._held_back = request
+        return blocks, num_tokens, boundary, diverged
+
+    def _usable_hit(self, request: Request, blocks: Any) -> int:
+        copy = self._fits(request, blocks.blocks)
+        return min(
+            manager.usable_hit(request.request_id, blocks.blocks[manager.kv_cache_group_id], copy)
+            for manager in self.paged_managers
+        )
+
+    def _fits(self, request: Request, blocks: Any) -> bool:
+        """Whether the request could be admitted with this prefix hit.
+
+        A page to be copied takes two pages: of a prompt as long as the pool, copies never fit.
+        """
+        num_tokens = len(blocks[0]) * self.paged_managers[0].block_size
+        needed = self.kv_cache_manager.coordinator.get_num_blocks_to_allocate(
+            request_id=request.request_id,
+            num_tokens=request.num_tokens,
+            new_computed_blocks=blocks,
+            num_encoder_tokens=0,
+            total_computed_tokens=num_tokens,
+            num_local_computed_tokens=num_tokens,
+            num_tokens_main_model=request.num_tokens,
+            apply_admission_cap=True,
+        )
+        return needed <= self.kv_cache_manager.block_pool.get_num_free_blocks()
+
+    def _clip_chunk(
+        self,
+        request: Request,
+        num_new_tokens: int,
+        num_new_local_computed_tokens: int = 0,
+        num_external_computed_tokens: int = 0,
+    ) -> int:
+        """Ends a chunk at the prompt's end; bounds those of a prompt that is compressed meanwhile.
+
+        Cuts what a resumed request recomputes after its prompt.
+
+        Nothing of a request that can hit more of its prompt when this step is done.
+        """
+        if request is self._held_back:
+            return 0
+        hits = num_new_local_computed_tokens + num_external_computed_tokens
+        start = request.num_computed_tokens + hits
+        left = request.num_prompt_tokens - start
+        most = min(left, self._prompt_chunk or left) if left > 0 else self._resume_chunk
+        num_tokens = min(num_new_tokens, most)
+        return 0 if self._awaits_pages(request, start + num_tokens) else num_tokens
+
+    _mamba_block_aligned_split = _clip_chunk
+
+    def _awaits_pages(self, request: Request, num_tokens: int) -> bool:
+        """Whether to let a running request wait: num_tokens need pages that it will free itself.
+
+        Its steps in flight have emptied them. vLLM would preempt for them; a request that is alone
+        preempts itself, recomputes, and is there again.
+        """
+        if not (request.num_in_flight_tokens and request.status == RequestStatus.RUNNING):
+            return False
+        name, computed = request.request_id, request.num_computed_tokens
+        processed = computed - request.num_in_flight_tokens
+        if not any(m.pages_between(name, processed, computed) for m in self.paged_managers):
+            return False
+        self.kv_cache_manager.remove_skipped_blocks(name, processed, request.num_prompt_tokens)
+        needed = self.kv_cache_manager.coordinator.get_num_blocks_to_allocate(
+            request_id=name,
+            num_tokens=num_tokens,
+            new_computed_blocks=self.kv_cache_manager.empty_kv_cache_blocks.blocks,
+            num_encoder_tokens=0,
+            total_computed_tokens=computed,
+            num_local_computed_tokens=computed,
+            num_tokens_main_model=num_tokens,
+        )
+        return needed > self.kv_cache_manager.block_pool.get_num_free_blocks()
+
+    def pages_per_sequence(self, chunk: int = 1) -> int:
+        """Pages of a sequence of max_model_len, in all groups, in steps of so many tokens."""
+        return self._num_other_pages + sum(
+            cdiv(m.schedule.max_retained(self.max_model_len, 0, chunk), m.block_size)
+            for m in self.paged_managers
+        )
+
+    def _max_resume_chunk(self) -> int:
+        """Tokens past the prompt that a step may recompute: a budget, or what the pool holds.
+
+        Admission reserves for each group the most that it holds, at whatever time.
+        """
+        num_pages = self.kv_cache_config.num_blocks
+        longest = limits.max_prompt_len(self.vllm_config, num_pages) or self.max_model_len
+        batches = self.vllm_config.max_concurrent_batches
+
+        def fits(chunk: int) -> bool:
+            peaks = (
+                m.schedule.max_retained(self.max_model_len, longest, chunk * batches)
+                for m in self.paged_managers
+            )
+            needed = sum(cdiv(peak, self.paged_managers[0].block_size) for peak in peaks)
+            return needed <= num_pages - 1 - self._num_other_pages
+
+        budget = max(m.schedule.budget(self.max_model_len) for m in self.paged_managers)
+        page_size = self.paged_managers[0].block_size
+        return next((chunk for chunk in range(budget, 0, -page_size) if fits(chunk)), 1)
+
+    def _log_capacity(self) -> None:
+        """The last word on it: vLLM has counted prompts that are held whole."""
+        num_pages, pages = self.kv_cache_config.num_blocks - 1, self.pages_per_sequence()
+        longest = limits.max_prompt_len(self.vllm_config, num_pages + 1)
+        prompts = "any" if longest is None else f"{longest:,} tokens"
+        if self._prompt_chunk is not None:
+            own = self.pages_per_sequence(self.paged_managers[0].max_chunk)
+            prompts += (
+                f", in pieces of {self._prompt_chunk:,} tokens, meanwhile {num_pages / own:.2f} "
+                f"sequences ({own} pages each): smaller pieces hold less, larger ones are computed "
+                "faster (--long-prefill-token-threshold, at most --max-num-batched-tokens)"
+            )
+        logger.info(
+            "paged_kv decode capacity: %.2f sequences of %s tokens once their prompts are done "
+            "(%d pages each). This, not vLLM's maximum concurrency, is how many can decode at "
+            "once. Longest prompt: %s",
+            num_pages / pages,
+            f"{self.max_model_len:,}",
+            pages,
+            prompts,
+        )
+
+
+class PagedScheduler(_PagedMixin):
+    """The synchronous scheduler."""
+
+
+class PagedAsyncScheduler(_PagedMixin, AsyncScheduler):
+    """The asynchronous scheduler: pages are freed when the step that emptied them is processed."""

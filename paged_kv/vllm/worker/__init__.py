@@ -1,0 +1,1 @@
+"""vLLM's workers: what each step reads, and the compactions that follow it."""

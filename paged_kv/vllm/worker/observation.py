@@ -1,0 +1,163 @@
+"""What the forward pass shows: the last queries, and attention probabilities summed up.
+
+Fused kernels hide probabilities. Policies that look just before a compaction cost one small copy
+per layer and step: the queries go into a ring, and their probabilities are computed when they are
+needed. Cumulative policies compute every step's attention a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from paged_kv.kernels.pages import region_index
+from paged_kv.kernels.reference import attention_probabilities
+from paged_kv.policies.base import Int64s, Policy
+from paged_kv.vllm.worker.layer_group import Stack
+
+MAX_PROBABILITIES = 1 << 24  # computed at once
+
+
+class StepRows(NamedTuple):
+    """The sequences of a batch in this step; arrays of shape [rows]. Host numbers.
+
+    Args:
+        start: where the tokens of each begin in the batch.
+        num_new: tokens of each.
+        after: length of each sequence after this step.
+        evicted: slots that earlier compactions freed.
+        ring: row of each in the query ring.
+    """
+
+    start: Int64s
+    num_new: Int64s
+    after: Int64s
+    evicted: Int64s
+    ring: Int64s
+
+
+class RingWrite(NamedTuple):
+    """Which tokens of the batch go where in the ring; int64 [tokens].
+
+    Args:
+        token: rising; None for all of them.
+        place: row * window + column.
+    """
+
+    token: torch.Tensor | None
+    place: torch.Tensor
+
+
+def last_queries(rows: StepRows, window: int, device: torch.device) -> RingWrite:
+    """The last `window` tokens of each sequence in this step."""
+    kept = np.minimum(rows.num_new, window)
+    sequence, offset = ragged(kept)
+    back = kept[sequence] - offset  # 1 for the newest token
+    token = (rows.start + rows.num_new)[sequence] - back
+    place = rows.ring[sequence] * window + (rows.after[sequence] - back) % window
+    every = len(token) == rows.num_new.sum()
+    return RingWrite(None if every else _to(token, device), _to(place, device))
+
+
+def ragged(counts: Int64s) -> tuple[Int64s, Int64s]:
+    """(row, place in the row) of each of counts.sum() items."""
+    row = np.repeat(np.arange(len(counts)), counts)
+    return row, np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+class QueryBatch(NamedTuple):
+    """Sequences whose queries are looked at together, padded to the longest.
+
+    Args:
+        token: int64 [rows, queries], index in the batch; 0 for padding.
+        positions: int64 [rows, queries]; -1 for padding.
+        pages: int64 [rows, pages], page ids; 0, vLLM's null page, for padding.
+        first_slot: int64 [rows], slot of the first entry.
+    """
+
+    token: torch.Tensor
+    positions: torch.Tensor
+    pages: torch.Tensor
+    first_slot: torch.Tensor
+
+
+def query_batches(rows: StepRows, table: torch.Tensor, page_size: int) -> Iterator[QueryBatch]:
+    """Decoding sequences in one batch, prompts in another: little padding."""
+    single = rows.num_new == 1
+    for chosen in (np.flatnonzero(single), np.flatnonzero(~single)):
+        if not chosen.size:
+            continue
+        count, after, evicted = rows.num_new[chosen], rows.after[chosen], rows.evicted[chosen]
+        offset = np.arange(count.max())
+        real = offset < count[:, None]
+        token = np.where(real, rows.start[chosen][:, None] + offset, 0)
+        positions = np.where(real, (after - count)[:, None] + offset, -1)
+        pages = page_ids(table, chosen, evicted, after, page_size)
+        device = table.device
+        yield QueryBatch(_to(token, device), _to(positions, device), pages, _to(evicted, device))
+
+
+def page_ids(
+    table: torch.Tensor, rows: Int64s, first: Int64s, end: Int64s, page_size: int
+) -> torch.Tensor:
+    """Pages of the slots [first, end) of some rows: int64 [rows, pages], 0 for padding.
+
+    Args:
+        table: [rows of the batch, pages], page ids.
+        rows: which rows.
+        first: a page's first slot.
+        end: past the last slot.
+        page_size: entries per page.
+    """
+    num_pages = -(-(end - first) // page_size)
+    column = np.arange(num_pages.max())
+    real = column < num_pages[:, None]
+    index = np.where(real, (first // page_size)[:, None] + column, 0)
+    row, index_, real_ = (_to(array, table.device) for array in (rows, index, real))
+    return torch.where(real_, table[row[:, None], index_].long(), 0)
+
+
+def accumulate(
+    policy: Policy, stack: Stack, layer: int, query: torch.Tensor, batch: QueryBatch
+) -> None:
+    """Adds the attention of a step's queries to the scores of the entries.
+
+    Args:
+        policy: says what becomes of the scores.
+        stack: the layer's stack.
+        layer: index in the stack.
+        query: [tokens, heads, head_dim], after RoPE.
+        batch: see QueryBatch.
+    """
+    pages = stack.pages
+    chosen = torch.tensor([layer], device=pages.device)
+    index = region_index(chosen, batch.pages, pages.num_heads, pages.page_size)
+    keys = pages.keys.gather(chosen, batch.pages)[0]
+    stored = stack.side.read("scores", index)
+    assert stored is not None
+    scores = stored.flatten(-2)[0]
+    size = scores.shape[-1]
+    slots = batch.first_slot[:, None] + torch.arange(size, device=pages.device)
+    at_once = max(1, MAX_PROBABILITIES // (len(batch.token) * query.shape[1] * size))
+    sinks = None if stack.sinks is None else stack.sinks[layer]
+    for token, positions in zip(
+        batch.token.split(at_once, 1), batch.positions.split(at_once, 1), strict=True
+    ):
+        probabilities = attention_probabilities(
+            stack.grouped(query[token]),
+            keys,
+            positions[:, None, None, :],
+            slots[:, None, :],
+            stack.scale,
+            stack.softcap,
+            sinks,
+        )
+        scores = policy.accumulate(scores, probabilities, positions)
+    stack.side.write("scores", index, scores.reshape(stored.shape))
+
+
+def _to(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(array).to(device, non_blocking=True)

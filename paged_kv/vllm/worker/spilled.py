@@ -1,0 +1,153 @@
+"""Entries that compactions spilled: a store for each running request and stack of equal layers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from paged_kv.config import CompressionConfig
+from paged_kv.tiers.spill_store import SpillSpace, SpillStore
+from paged_kv.vllm.worker.layer_group import Stack
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class SpillStats(NamedTuple):
+    """What spilling came to on one worker; entries are those of one KV head of one layer.
+
+    Args:
+        requests: that have spilled something and are not done.
+        entries: on a lower tier now.
+        spilled: so far, net of those that came back.
+        fetched: that came back so far, or that a compaction spared for having more attention than a
+            survivor.
+        dropped: for which there was no room any more, so far.
+        host_bytes: memory that stores have taken.
+        mmap_bytes: the same, of files.
+    """
+
+    requests: int
+    entries: int
+    spilled: int
+    fetched: int
+    dropped: int
+    host_bytes: int
+    mmap_bytes: int
+
+
+class Spilled:
+    """The stores of one worker.
+
+    A request gets its stores at its first compaction. They end with the request, and when it is
+    preempted: recomputing it spills anew. Whoever keeps the pages of a preempted request says so
+    (`keep`); then its stores wait, too.
+
+    Args:
+        space: of each store.
+    """
+
+    def __init__(self, space: SpillSpace) -> None:
+        self.space = space
+        self._stores: defaultdict[str, dict[int, SpillStore]] = defaultdict(dict)  # by id of Stack
+        self._kept: set[str] = set()
+        self.num_fetched = 0  # see SpillStats
+        self._num_spilled = self._num_dropped = 0  # by requests that are gone
+
+    def update(self, scheduler_output: Any) -> None:
+        """Requests have come and gone in this step; before its compactions."""
+        resumed = set(scheduler_output.scheduled_cached_reqs.resumed_req_ids)
+        interrupted = resumed | (scheduler_output.preempted_req_ids or set())
+        for request in scheduler_output.finished_req_ids | (interrupted - self._kept):
+            self.drop(request)
+        self._kept -= resumed
+
+    def keep(self, request: str) -> None:
+        """Its pages are kept while it is preempted, until it resumes: so are its stores."""
+        self._kept.add(request)
+
+    def drop(self, request: str) -> None:
+        """The request is gone, or its pages are."""
+        self._kept.discard(request)
+        for store in self._stores.pop(request, {}).values():
+            dropped = store.num_lost * store.shape[1]
+            self._num_dropped += dropped
+            self._num_spilled += store.num_entries * store.shape[1] + dropped
+            store.close()
+
+    def clear(self) -> None:
+        """Drops everything."""
+        for request in list(self._stores):
+            self.drop(request)
+
+    def stats(self) -> SpillStats:
+        """See SpillStats; waits for what is on its way."""
+        stores = [store for own in self._stores.values() for store in own.values()]
+        entries = sum(store.num_entries * store.shape[1] for store in stores)
+        dropped = sum(store.num_lost * store.shape[1] for store in stores)
+        num_bytes = [store.num_bytes for store in stores]
+        return SpillStats(
+            requests=len(self._stores),
+            entries=entries,
+            spilled=self._num_spilled + entries + dropped,
+            fetched=self.num_fetched,
+            dropped=self._num_dropped + dropped,
+            host_bytes=sum(one["host"] for one in num_bytes),
+            mmap_bytes=sum(one["mmap"] for one in num_bytes),
+        )
+
+    def close(self) -> None:
+        """Drops everything; logs what it came to."""
+        self.clear()
+        found = self.stats()
+        logger.info(
+            "paged_kv spilled %d entries (per layer and KV head), fetched %d, dropped %d for lack "
+            "of room",
+            *(found.spilled, found.fetched, found.dropped),
+        )
+
+    def of(self, requests: list[str], stack: Stack) -> list[SpillStore]:
+        """Stores of some requests for the layers of a stack; new ones are empty."""
+        return [self._of(request, stack) for request in requests]
+
+    def _of(self, request: str, stack: Stack) -> SpillStore:
+        stores = self._stores[request]
+        if id(stack) not in stores:
+            pages = stack.pages
+            shape = pages.num_layers, pages.num_heads
+            sizes = pages.keys.size, pages.values.size
+            stores[id(stack)] = SpillStore(shape, sizes, stack.dtype, self.space)
+        return stores[id(stack)]
+
+
+def make_spilled(config: CompressionConfig, layers: list[Any], num_requests: int) -> Spilled | None:
+    """Stores as the options say; None without spill. Logs how much memory they may take.
+
+    Args:
+        config: the options.
+        layers: vLLM's Attention layers that compact.
+        num_requests: that may run at once.
+    """
+    if not config.spill:
+        return None
+    is_pinned = current_platform.is_cuda_alike()
+    space = SpillSpace(config.spill_budget, config.spill_host_budget, config.spill_dir, is_pinned)
+    entry = sum(
+        layer.num_kv_heads * (layer.head_size + layer.head_size_v) * layer.dtype.itemsize
+        for layer in layers
+    )
+    in_host, in_files = (
+        f"{num_requests * number * entry / (1 << 30):.2f} GiB"
+        for number in (space.host_entries, space.budget - space.host_entries)
+    )
+    logger.info(
+        "paged_kv spills up to %d entries per sequence, layer and KV head: for %d sequences at "
+        "most %s of host memory%s",
+        space.budget,
+        num_requests,
+        in_host,
+        f" and {in_files} of files in {space.directory}" if space.directory else "",
+    )
+    return Spilled(space)

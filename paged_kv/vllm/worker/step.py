@@ -1,0 +1,278 @@
+"""The worker's side: what each step reads, and the compactions that follow it.
+
+Per step and layer group: the metadata builder asks for shifted metadata (slots that earlier steps
+emptied are skipped), the events of this step are noted, and after the forward pass the survivors
+move. A policy that decides by position alone needs no more. Others get side data beside the pages,
+and may observe queries in each layer's forward pass.
+All decisions of when and how many are host arithmetic on numbers that vLLM keeps on the host:
+nothing waits for a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
+
+from paged_kv.kernels.page_layout import PageLayout
+from paged_kv.kernels.rotary import Rotary
+from paged_kv.policies.base import Events, Int64s, Policy, PositionalPolicy
+from paged_kv.vllm.scheduler.spec import PagedSpec
+from paged_kv.vllm.worker import observation, regions
+from paged_kv.vllm.worker.block_table import physical, skip
+from paged_kv.vllm.worker.layer_group import Stack, make_stacks, movers, row_bytes
+from paged_kv.vllm.worker.observation import StepRows
+from paged_kv.vllm.worker.requests import RequestRows
+from paged_kv.vllm.worker.rope import find_rotary
+from paged_kv.vllm.worker.spilled import Spilled, SpillStats
+
+
+@dataclass
+class _Pending:
+    """Events of one builder in this step."""
+
+    layer_names: tuple[str, ...]
+    block_table: torch.Tensor  # [rows, kernel pages]
+    block_size: int  # of the kernel
+    rows: Int64s  # [num_events], row of each event in block_table
+    events: Events
+    ring: Int64s | None  # [num_events], row of each event's request in the query ring
+    requests: list[str]  # [num_events], their names, if entries are spilled
+
+
+@dataclass
+class _Observed:
+    """What the forward pass of a builder's layers must note in this step."""
+
+    stacks: dict[str, tuple[Stack, int]]  # layer name -> its stack, its index there
+    ring: observation.RingWrite | None
+    batches: list[observation.QueryBatch]
+
+
+class Compactor:
+    """Compacts the sequences of one worker.
+
+    Args:
+        runner: vLLM's model runner (V1 or V2).
+        policy: picks the survivors.
+        layers: Attention layers by name (vLLM's static forward context).
+        layouts: of those whose pages are packed.
+        spilled: where a policy that spills has its entries.
+
+    Raises:
+        ValueError: the policy needs the model's RoPE, and the model has no plain one.
+    """
+
+    def __init__(
+        self,
+        runner: Any,
+        policy: Policy,
+        layers: dict[str, Any],
+        layouts: Mapping[str, PageLayout] | None = None,
+        spilled: Spilled | None = None,
+    ) -> None:
+        self.runner = runner
+        self.policy = policy
+        self.layers = layers
+        self.layouts = layouts or {}
+        self.spilled = spilled
+        self.num_events = 0
+        self.positional = isinstance(policy, PositionalPolicy)
+        self.requests = RequestRows(runner, policy.observation_window)
+        self.rotary: Rotary | None = None
+        if "rotary" in policy.reads:
+            self.rotary = find_rotary(runner.get_model(), list(layers))
+        self._in_step = False
+        self._pending: list[_Pending] = []
+        self._observed: dict[str, _Observed] = {}  # by layer name
+        self._movers: dict[tuple[str, ...], list[Callable[..., None]]] = {}
+        self._stacks: dict[tuple[str, ...], list[Stack]] = {}
+
+    @property
+    def observes(self) -> bool:
+        """Whether the forward pass must show its queries."""
+        return self.policy.observation_window > 0 or "scores" in self.policy.reads
+
+    @property
+    def row_bytes(self) -> int:
+        """Memory of a row of the query ring, in all layers."""
+        return row_bytes(list(self.layers.values()), self.policy)
+
+    def ring_rows(self, row: int) -> list[torch.Tensor]:
+        """A row of the query ring, [layers, window, heads, head_dim] of each stack."""
+        stacks = [stack for names in sorted(self._stacks) for stack in self._stacks[names]]
+        return [stack.ring[:, row] for stack in stacks if stack.ring is not None]
+
+    def spill_stats(self) -> SpillStats | None:
+        """What spilling came to; None: nothing is spilled."""
+        return None if self.spilled is None else self.spilled.stats()
+
+    def reset_pages(self) -> None:
+        """Forgets the caches: they have been allocated anew."""
+        self._movers.clear()
+        self._stacks.clear()
+        if self.spilled is not None:
+            self.spilled.clear()
+
+    @contextmanager
+    def step(self, scheduler_output: Any = None) -> Iterator[None]:
+        """Around the execution of a real step; compacts at its end. Dummy runs stay outside.
+
+        Args:
+            scheduler_output: may name pages to copy before the compaction, for the prefix cache.
+        """
+        self._in_step = True
+        self._pending.clear()
+        self._observed.clear()
+        if not self.positional:
+            self.requests.begin_step(scheduler_output)
+        try:
+            yield
+            if self.spilled is not None:
+                self.spilled.update(scheduler_output)
+            snapshots = getattr(scheduler_output, "paged_kv_snapshots", ())
+            if snapshots:
+                num_pages = self.runner.kv_cache_config.num_blocks
+                copy_kv_cache_blocks_inplace(self.runner.kv_caches, num_pages, snapshots)
+            with torch.inference_mode():  # like the forward pass, in which side data is made
+                for pending in self._pending:
+                    self.num_events += len(pending.rows)
+                    self._compact(pending)
+        finally:
+            self._in_step = False
+            self._pending.clear()
+            self._observed.clear()
+
+    def shift(
+        self, spec: PagedSpec, layer_names: list[str], metadata: CommonAttentionMetadata
+    ) -> CommonAttentionMetadata:
+        """The metadata of what is left of each sequence; notes who compacts after this step."""
+        if not self._in_step:
+            return metadata
+        after = metadata.seq_lens_cpu_upper_bound.numpy()[: metadata.num_reqs].astype(np.int64)
+        starts = metadata.query_start_loc_cpu.numpy()[: metadata.num_reqs + 1].astype(np.int64)
+        count = np.diff(starts)
+        prompt_lens = self.requests.prompt_lens(metadata)
+        evicted = spec.schedule.evicted(after - count, prompt_lens)
+        evicted_after = spec.schedule.evicted(after, prompt_lens)
+        names = tuple(layer_names)
+        ring = None
+        if not self.positional:
+            hits = self.requests.hits(metadata)
+            lens = (prompt_lens, after - count, after)
+            ring = self.requests.of_batch(metadata, spec.schedule, *lens)
+            step = StepRows(starts[:-1], count, after, evicted, ring)
+            self._note_tokens(names, metadata, step, hits)
+        rows = np.flatnonzero(evicted_after > evicted)
+        if rows.size:
+            events = Events(evicted[rows], evicted_after[rows], after[rows])
+            table = metadata.block_table_tensor
+            own = None if ring is None else ring[rows]
+            requests = self.requests.names(metadata, rows) if self.spilled is not None else []
+            pending = _Pending(names, table, spec.block_size, rows, events, own, requests)
+            self._pending.append(pending)
+        return skip(metadata, evicted, spec.block_size) if evicted.any() else metadata
+
+    def observe(self, layer_name: str, query: torch.Tensor) -> None:
+        """After a layer's attention: notes its queries [tokens, heads, head_dim], after RoPE."""
+        if layer_name not in self._observed:
+            return
+        observed = self._observed[layer_name]
+        stack, layer = observed.stacks[layer_name]
+        query = query.view(len(query), -1, self.layers[layer_name].head_size)
+        if observed.ring is not None:
+            token, place = observed.ring
+            new = query[: len(place)] if token is None else query.index_select(0, token)
+            stack.ring_rows[layer].index_copy_(0, place, new)
+        for batch in observed.batches:
+            observation.accumulate(self.policy, stack, layer, query, batch)
+
+    def scores(self, layer_name: str) -> torch.Tensor | None:
+        """Where a layer's attention has to add its probabilities, [pages, kv_heads, page_size].
+
+        None if it need not. Packed pages only: vLLM's kernels add nothing.
+        """
+        if layer_name not in self._observed or not self._summed(layer_name):
+            return None
+        stack, layer = self._observed[layer_name].stacks[layer_name]
+        return stack.side.tensors["scores"][layer]
+
+    def _summed(self, layer_name: str) -> bool:
+        return self.policy.sums_attention and layer_name in self.layouts
+
+    def _note_tokens(
+        self,
+        names: tuple[str, ...],
+        metadata: CommonAttentionMetadata,
+        step: StepRows,
+        hits: dict[int, int],
+    ) -> None:
+        """Slots that this step writes know nothing yet, nor do those of a prefix hit."""
+        table = metadata.block_table_tensor
+        stacks = self.stacks_of(names)
+        size = stacks[0].pages.page_size
+        rows, firsts, counts = np.arange(len(step.start)), step.after - step.num_new, step.num_new
+        if hits:  # once per request
+            rows = np.append(rows, list(hits))
+            counts = np.append(counts, list(hits.values()))
+            firsts = np.append(firsts, np.zeros(len(hits), dtype=np.int64))
+        sequence, offset = observation.ragged(counts)
+        positions = torch.from_numpy(firsts[sequence] + offset).to(table.device)
+        page = table[torch.from_numpy(rows[sequence]).to(table.device), positions // size].long()
+        for stack in stacks:
+            stack.side.reset(page, positions % size, positions)
+        if self.observes:
+            self._note_queries(names, table, step)
+
+    def _note_queries(self, names: tuple[str, ...], table: torch.Tensor, step: StepRows) -> None:
+        stacks = self.stacks_of(names)
+        for stack in stacks:
+            stack.make_room(self.requests.num_rows)
+        window = self.policy.observation_window
+        ring = observation.last_queries(step, window, table.device) if window else None
+        batches: list[observation.QueryBatch] = []
+        if "scores" in self.policy.reads and not self._summed(names[0]):
+            batches += observation.query_batches(step, table, stacks[0].pages.page_size)
+        places = [(stack, layer) for stack in stacks for layer in range(stack.pages.num_layers)]
+        observed = _Observed(dict(zip(names, places, strict=True)), ring, batches)
+        self._observed |= dict.fromkeys(names, observed)
+
+    def _compact(self, pending: _Pending) -> None:
+        if not isinstance(self.policy, PositionalPolicy):
+            assert pending.ring is not None
+            first = self.requests.first_token[pending.ring]
+            batch = regions.Batch(pending.rows, pending.ring, first, pending.events)
+            for stack in self.stacks_of(pending.layer_names):
+                given = self.policy, stack, pending.block_table
+                if self.spilled is None:
+                    regions.compact(*given, batch, self.rotary)
+                else:
+                    own = batch._replace(spilled=self.spilled.of(pending.requests, stack))
+                    self.spilled.num_fetched += regions.compact(*given, own, self.rotary)
+            return
+        moves = self.policy.moves(pending.events)
+        table = pending.block_table
+        rows = torch.from_numpy(pending.rows[moves.event]).to(table.device, non_blocking=True)
+        source, target = (
+            physical(slots, rows, table, pending.block_size)
+            for slots in (moves.source, moves.target)
+        )
+        names = pending.layer_names
+        if names not in self._movers:
+            self._movers[names] = movers(names, self.layers, self.layouts)
+        for move in self._movers[names]:
+            move(source, target)
+
+    def stacks_of(self, layer_names: tuple[str, ...]) -> list[Stack]:
+        """The stacks of a metadata builder's layers; policies that go by position have none."""
+        if layer_names not in self._stacks:
+            self._stacks[layer_names] = make_stacks(
+                layer_names, self.layers, self.policy, self.layouts
+            )
+        return self._stacks[layer_names]

@@ -1,0 +1,203 @@
+"""The reference loop for any policy: every KV head of every layer holds a list of its own.
+
+Who goes is decided by policy_definitions, from what this loop has itself in its lists. Two entries
+may have scores that float32 cannot tell apart; then the loop follows the engine, which is why it is
+told what the engine dropped. Anything but such a tie is a difference.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import engines
+import torch
+from engines import Tokens
+from policy_definitions import DEFINITIONS
+from policy_scores import SCORES, Head, with_defaults
+from reference_loop import Chunk, Rule, Sequence_, check_output
+
+TIE = 1e-5  # relative, of scores
+Losers = dict[tuple[int, int], list[set[int]]]  # (tokens, layer) -> positions, by KV head
+
+
+class PolicySequence(Sequence_):
+    """The cache of one sequence under a policy.
+
+    Args:
+        model: see Sequence_.
+        rule: see Sequence_.
+        prompt_len: see Sequence_.
+        config: the engine's options, the policy's name among them.
+        dropped: what the engine dropped.
+    """
+
+    def __init__(
+        self, model: Any, rule: Rule, prompt_len: int, config: dict[str, Any], dropped: Losers
+    ) -> None:
+        self.num_heads = model.config.num_key_value_heads
+        self.name = config["policy"].rpartition("+")[2]
+        self.config = config
+        self.dropped = dropped
+        self.num_ties = self.num_drops = 0
+        super().__init__(model, rule, prompt_len)
+
+    def clear(self) -> None:
+        super().clear()
+        layers = range(self.model.config.num_hidden_layers)
+        self.held = [torch.zeros(self.num_heads, 0, dtype=torch.int64) for _ in layers]  # positions
+        self.weights = [torch.zeros(self.num_heads, 0) for _ in layers]
+        self.scores = [torch.zeros(self.num_heads, 0) for _ in layers]
+        self.queries: list[list[torch.Tensor]] = [[] for _ in layers]  # [heads, tokens, dim]
+        self.first_query = 0
+
+    def restart(self, tokens: Tokens) -> None:
+        """The queries of a prefix hit are not known, nor what they would have given."""
+        super().restart(tokens)
+        self.first_query = len(tokens)
+        self.queries = [[] for _ in self.queries]
+        self.scores = [torch.zeros_like(scores) for scores in self.scores]
+
+    def add(self, layer: int, positions: list[int]) -> None:
+        rows = torch.tensor(positions).expand(self.num_heads, -1)
+        self.held[layer] = torch.cat([self.held[layer], rows], 1)
+        self.weights[layer] = torch.cat([self.weights[layer], torch.ones(rows.shape)], 1)
+
+    def see(self, layer: int, query: torch.Tensor, weights: torch.Tensor) -> None:
+        self.queries[layer].append(query)
+        num_new = query.shape[1]
+        old = torch.nn.functional.pad(self.scores[layer], (0, num_new))
+        given = weights.unflatten(0, (self.num_heads, -1))  # [kv_heads, group, queries, kept]
+        if self.of() == "lru":
+            threshold = with_defaults("lru", self.config)["threshold"]
+            used = (given.amax(1) > threshold) * torch.arange(
+                self.num_tokens, self.num_tokens + num_new
+            )[:, None]
+            self.scores[layer] = torch.maximum(old, used.amax(1).float())
+        else:
+            self.scores[layer] = old + given.sum((1, 2))
+
+    def of(self) -> str:
+        """The policy that says who goes."""
+        return self.config.get("of", {"residual": "h2o"}.get(self.name, self.name))
+
+    def drop(self) -> None:
+        for layer in range(len(self.held)):
+            evicted = self.rule.num_evicted(layer, self.num_tokens, self.prompt_len)
+            surplus = self.held[layer].shape[1] - (self.num_tokens - evicted)
+            if surplus:
+                self._compact(layer, surplus)
+
+    def _compact(self, layer: int, num_losers: int) -> None:
+        heads = [self._head(layer, head, num_losers) for head in range(self.num_heads)]
+        kept = []
+        for index, head in enumerate(heads):
+            head.siblings = heads
+            losers, keys, values, weights = DEFINITIONS[self.name](head, self.config)
+            engine = self.dropped[self.num_tokens, layer][index]
+            places = {slot for slot, p in enumerate(head.positions) if p in engine}
+            assert len(places) == len(engine) == num_losers
+            self.num_drops += 1
+            if places != losers:
+                self._check_tie(head, losers ^ places)
+                self.num_ties += 1
+            stay = [slot for slot in range(len(head.positions)) if slot not in places]
+            kept.append([torch.as_tensor(array)[stay] for array in (keys, values, weights)])
+            kept[-1] += [row[index][stay] for row in (self.held[layer], self.scores[layer])]
+        keys, values, weights, held, scores = (
+            torch.stack(parts) for parts in zip(*kept, strict=True)
+        )
+        self.keys[layer], self.values[layer] = keys.float(), values.float()
+        self.weights[layer], self.held[layer] = weights.float(), held
+        self.scores[layer] = scores
+
+    def _check_tie(self, head: Head, differing: set[int]) -> None:
+        assert self.name in SCORES, f"{self.name} at {head.num_tokens}: other entries went"
+        scores = SCORES[self.name](head, self.config)
+        values = [float(scores[slot]) for slot in differing]
+        span = max(values) - min(values)
+        assert span <= TIE * max(1e-3, max(map(abs, values))), (
+            f"{self.name} at {head.num_tokens} tokens: scores of {sorted(values)} are no tie"
+        )
+
+    def _head(self, layer: int, head: int, num_losers: int) -> Head:
+        config = self.model.config
+        module = self.model.model.layers[layer].self_attn
+        queries = torch.cat(self.queries[layer], 1).unflatten(0, (self.num_heads, -1))[head]
+        everywhere = torch.arange(2 * config.max_position_embeddings)[None]  # and the next ones
+        cos, sin = self.model.model.rotary_emb(queries, everywhere)
+        half = config.head_dim // 2
+        return Head(
+            positions=self.held[layer][head].tolist(),
+            num_tokens=self.num_tokens,
+            num_losers=num_losers,
+            num_sinks=self.config.get("num_sink_tokens", 4),
+            recent_window=self.config.get("recent_window", 32),
+            layer=layer,
+            head=head,
+            keys=self.keys[layer][head].double().numpy(),
+            values=self.values[layer][head].double().numpy(),
+            weights=self.weights[layer][head].double().numpy(),
+            scores=self.scores[layer][head].double().numpy(),
+            queries=queries.double().numpy(),
+            query_positions=list(range(self.first_query, self.num_tokens)),
+            scale=module.scaling,
+            cos=cos[0, :, :half].double().numpy(),
+            sin=sin[0, :, :half].double().numpy(),
+        )
+
+
+@contextmanager
+def recorded_losers(llm: Any) -> Iterator[dict[str, Losers]]:
+    """Positions that each compaction of the engine drops, by request."""
+    from paged_kv.vllm.worker import regions
+
+    result: dict[str, Losers] = defaultdict(dict)
+    gather, apply = regions._gather, regions._apply
+    ids = engines.worker(llm).model_runner.input_batch.req_ids
+    requests: dict[int, list[str]] = {}  # by region
+
+    def gathering(policy, stack, layers, pages, batch, rotary):
+        region = gather(policy, stack, layers, pages, batch, rotary)
+        requests[id(region)] = [ids[row] for row in batch.rows]
+        return region
+
+    def applying(stack, layers, pages, region, decided):
+        for event, request in enumerate(requests.pop(id(region))):
+            for index, layer in enumerate(region.layers.tolist()):
+                key = int(region.num_tokens[event]), layer
+                rows = zip(
+                    region.positions[index, event], decided.losers[index, event], strict=True
+                )
+                result[request][key] = [set(row[lost].tolist()) for row, lost in rows]
+        return apply(stack, layers, pages, region, decided)
+
+    regions._gather, regions._apply = gathering, applying
+    try:
+        yield result
+    finally:
+        regions._gather, regions._apply = gather, apply
+
+
+def complete_and_check(
+    llm: Any,
+    model: Any,
+    prompts: list[Tokens],
+    rule: Rule,
+    config: dict[str, Any],
+    max_tokens: int,
+    tolerance: float = 2e-4,
+) -> tuple[list[list[Chunk]], list[PolicySequence]]:
+    """All prompts in one batch, each token compared with the loop. Returns chunks and loops."""
+    with engines.recorded_chunks(llm) as recorded, recorded_losers(llm) as dropped:
+        outputs = engines.complete(llm, prompts, max_tokens, logprobs=0)
+    differences, sequences = {}, []
+    for prompt, output, (name, chunks) in zip(prompts, outputs, recorded.items(), strict=True):
+        sequence = PolicySequence(model, rule, len(prompt), config, dropped[name])
+        sequences.append(sequence)
+        if difference := check_output(sequence, prompt, output, chunks, tolerance):
+            differences[f"prompt of {len(prompt)}"] = difference
+    assert not differences, differences
+    return list(recorded.values()), sequences

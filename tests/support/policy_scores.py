@@ -1,0 +1,180 @@
+"""What each policy scores, one KV head at a time; a part of policy_definitions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from policy_heads import Head, free_slots, observed, with_defaults
+
+SHIPPED = Path(__file__).parent.parent.parent / "paged_kv" / "policies" / "learned_smollm2.npz"
+
+
+def newest_first(head: Head, scores: np.ndarray, share: float) -> np.ndarray:
+    """The newest share of what stays cannot lose against anything else."""
+    count = round((len(head.positions) - head.num_losers) * share)
+    newest = sorted(range(len(head.positions)), key=lambda slot: -head.positions[slot])[:count]
+    return np.array([1e30 if s in newest else scores[s] for s in range(len(scores))])
+
+
+def attention(head: Head, options: dict) -> np.ndarray:
+    return observed(head, options["observation_window"])
+
+
+def expected_attention(head: Head, options: dict) -> np.ndarray:
+    """Gaussian queries, turned by the mean rotation; see the paper's equations."""
+    window = options["observation_window"]
+    present = [i for i, p in enumerate(head.query_positions) if p >= 0]
+    present = [i for i in present if head.num_tokens - 1 - head.query_positions[i] < window]
+    later = [i for i in present if head.query_positions[i] >= head.num_sinks]
+    used = later or present
+    size = head.keys.shape[1]
+    ahead = [head.num_tokens + i for i in range(options["n_future"])]
+    mean_rotation = sum(rotation(head, position, size) for position in ahead) / len(ahead)
+    inside = [s for s, position in enumerate(head.positions) if position >= head.num_sinks]
+    total = np.zeros(len(head.positions))
+    for states in head.queries:
+        raw = [np.linalg.inv(rotation(head, head.query_positions[i], size)) @ states[i]
+               for i in used]  # fmt: skip
+        mu = sum(raw) / len(raw)
+        cov = sum(np.outer(q - mu, q - mu) for q in raw) / len(raw)
+        mu, cov = mean_rotation @ mu, mean_rotation @ cov @ mean_rotation.T
+        logits = [mu @ head.keys[s] * head.scale
+                  + head.scale**2 / 2 * (head.keys[s] @ cov @ head.keys[s])
+                  for s in inside]  # fmt: skip
+        exps = [math.exp(logit - max(logits)) for logit in logits]
+        for slot, value in zip(inside, exps, strict=True):
+            total[slot] += value / sum(exps) / len(head.queries)
+    norms = np.array([np.linalg.norm(value) for value in head.values])
+    return (total + options["epsilon"]) * norms
+
+
+def rotation(head: Head, position: int, size: int) -> np.ndarray:
+    """RoPE at a position as a matrix [d, d]."""
+    half = head.cos.shape[1]
+    matrix = np.eye(size)
+    for i in range(half):
+        a, b = (i, i + half) if head.neox else (2 * i, 2 * i + 1)
+        cos, sin = head.cos[position, i], head.sin[position, i]
+        matrix[a, a], matrix[a, b], matrix[b, a], matrix[b, b] = cos, -sin, sin, cos
+    return matrix
+
+
+def h2o(head: Head, options: dict) -> np.ndarray:
+    share = options["recent_ratio"] / (options["heavy_ratio"] + options["recent_ratio"])
+    return newest_first(head, head.scores, share)
+
+
+def hybrid(head: Head, options: dict) -> np.ndarray:
+    return newest_first(head, attention(head, options), 1 - options["split_ratio"])
+
+
+def keydiff(head: Head, options: dict) -> np.ndarray:
+    units = [key / np.linalg.norm(key) for key in head.keys]
+    anchor = sum(units) / len(units)
+    return np.array([-(unit @ anchor) / np.linalg.norm(anchor) for unit in units])
+
+
+def learned(head: Head, options: dict) -> np.ndarray:
+    net = np.load(options["weights"] or SHIPPED)
+    mean = sum(head.keys) / len(head.keys)
+    scores = []
+    for key, value, position in zip(head.keys, head.values, head.positions, strict=True):
+        norm = np.linalg.norm(key)
+        x = [
+            math.log(1 + head.num_tokens - position),
+            math.log(norm),
+            math.log(np.linalg.norm(value)),
+            1 - key @ mean / norm / np.linalg.norm(mean),
+            head.layer / int(net["num_layers"]),
+        ]
+        x = (np.array(x) - net["mean"]) / net["std"]
+        scores.append(float((np.tanh(x @ net["w1"] + net["b1"]) @ net["w2"] + net["b2"])[0]))
+    return np.array(scores)
+
+
+def lru(head: Head, options: dict) -> np.ndarray:
+    return np.array([max(s, p) for s, p in zip(head.scores, head.positions, strict=True)])
+
+
+def past_future(head: Head, options: dict) -> np.ndarray:
+    """Both measures as shares of what the entries that may go have."""
+    free = free_slots("past_future", head, options)
+    total = np.zeros(len(head.positions))
+    for measure in (
+        observed(head, options["observation_window"]),
+        expected_attention(head, options),
+    ):
+        whole = sum(measure[slot] for slot in free)
+        for slot in free:
+            total[slot] += measure[slot] / whole if whole else 0.0
+    return total
+
+
+def random(head: Head, options: dict) -> np.ndarray:
+    """splitmix64, started anew from the last state plus the next number."""
+
+    def hashed(position: int) -> int:
+        z = options["seed"] % 2**64
+        for part in (head.layer, head.head, position):
+            z = (z + part + 0x9E3779B97F4A7C15) % 2**64
+            z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+            z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+            z = z ^ (z >> 31)
+        return z >> 40
+
+    return np.array([float(hashed(position)) for position in head.positions])
+
+
+def snapkv(head: Head, options: dict) -> np.ndarray:
+    """The window itself counts as 0, and so do neighbours past the ends."""
+    window, kernel = options["observation_window"], options["kernel_size"]
+    total = observed(head, window)
+    order = sorted(range(len(total)), key=lambda slot: head.positions[slot])
+    in_order = [total[s] * (head.positions[s] < head.num_tokens - window) for s in order]
+    scores = np.zeros(len(total))
+    for place, slot in enumerate(order):
+        first = place - (kernel - 1) // 2
+        scores[slot] = sum(in_order[max(first, 0) : first + kernel]) / kernel
+    return scores
+
+
+def tova(head: Head, options: dict) -> np.ndarray:
+    heads = head.siblings if options["shared_heads"] else [head]
+    return sum(observed(each, 1) / len(each.queries) for each in heads) / len(heads)
+
+
+def _by_name(name: str, score: Callable) -> Callable:
+    return lambda head, options: score(head, with_defaults(name, options))
+
+
+SCORES: dict[str, Callable[[Head, dict], np.ndarray]] = {
+    name: _by_name(name, score)
+    for name, score in {
+        "attention": attention,
+        "expected_attention": expected_attention,
+        "h2o": h2o,
+        "hybrid": hybrid,
+        "keydiff": keydiff,
+        "knorm": lambda head, options: np.array([-np.linalg.norm(key) for key in head.keys]),
+        "learned": learned,
+        "lru": lru,
+        "past_future": past_future,
+        "random": random,
+        "snapkv": snapkv,
+        "streaming": lambda head, options: np.array(head.positions, dtype=float),
+        "tova": tova,
+        "window": lambda head, options: np.array(head.positions, dtype=float),
+    }.items()
+}
+
+
+def lowest(
+    name: str, head: Head, options: dict, count: int, spared: frozenset[int] = frozenset()
+) -> set[int]:
+    """The slots that go: lowest score first, then lowest position."""
+    scores = SCORES[name](head, options)
+    free = [slot for slot in free_slots(name, head, options) if slot not in spared]
+    return set(sorted(free, key=lambda slot: (scores[slot], head.positions[slot]))[:count])
