@@ -27,7 +27,7 @@ from vllm.platforms import current_platform
 from paged_kv.bench import script
 from paged_kv.core.page_formats import FORMATS
 from paged_kv.kernels import cpu, ops
-from paged_kv.kernels.operands import Queries, Segment, Terms
+from paged_kv.kernels.operands import Queries, Segment, Side, Terms
 from paged_kv.quant import make_layout
 
 PAGE_SIZE = 32
@@ -82,9 +82,9 @@ def ours(size: Size, page_format: str, tokens: int, scores: bool) -> tuple[Run, 
     keys, values = size.entries_of(len(slots)), size.entries_of(len(slots))
     ops.write(blocks, layout, keys, values, slots)
     states, output, starts = size.new(tokens)
-    side = torch.zeros(num_pages, size.kv_heads, PAGE_SIZE) if scores else None
+    side = Side(scores=torch.zeros(num_pages, size.kv_heads, PAGE_SIZE) if scores else None)
     segments = [Segment(blocks, layout, size.table(), size.counts())]
-    operands = output, Queries(states, starts), segments, Terms(size.head_dim**-0.5, scores=side)
+    operands = output, Queries(states, starts), segments, Terms(size.head_dim**-0.5), side
     newest = slots[:: size.pages * PAGE_SIZE].contiguous()
     new = keys[: len(newest)], values[: len(newest)], newest
     per_entry = size.kv_heads * layout.entry_bytes

@@ -16,6 +16,7 @@ from paged_kv.core.schedule import cdiv
 
 if TYPE_CHECKING:
     from paged_kv.policies.base import Policy
+    from paged_kv.tiers.spill_memory import SpillSpace
 
 DEFAULT_PAGE_SIZE = 32
 DEFAULT_BUDGET = 1024
@@ -198,6 +199,12 @@ class CompressionConfig:
         return Spill(
             policy, self.fetch_limit, self.spill_window, self.spill_threshold, self.spill_interval
         )
+
+    def spill_space(self, is_pinned: bool = False) -> SpillSpace:
+        """Where a sequence's spilled entries lie; is_pinned: in page-locked memory, for a GPU."""
+        from paged_kv.tiers.spill_memory import SpillSpace
+
+        return SpillSpace(self.spill_budget, self.spill_host_budget, self.spill_dir, is_pinned)
 
     def min_entries(self, page_size: int) -> int:
         """The least budget that leaves a page to evict."""

@@ -7,7 +7,8 @@ import pytest
 import torch
 from test_layout import as_numbers, cpu_layer, write_through_kernel
 
-from paged_kv.kernels.pages import Number, Pages, region_index, slot_index
+from paged_kv.kernels.index import region_index, slot_index
+from paged_kv.store.pages import Number, native_pages
 from paged_kv.vllm.worker.layer_group import _number
 from paged_kv.vllm.worker.layout import probe_elements
 
@@ -26,7 +27,7 @@ def cpu_pages(dtype, page_size, cache_dtype, head_size=64) -> tuple:
     layer.kv_cache = cache
     elements = probe_elements(layer, cache)
     key, value = _number(layer, "_k_scale_float"), _number(layer, "_v_scale_float")
-    return layer, cache, Pages(cache.flatten(2)[None], head_size, key, value, elements)
+    return layer, cache, native_pages(cache.flatten(2)[None], head_size, key, value, elements)
 
 
 @pytest.mark.vllm_ops
@@ -63,7 +64,7 @@ def test_elements_in_any_order():
     elements = torch.randperm(page_size * 2 * size).view(page_size, 2 * size)
     stack = torch.rand(2, PAGES, HEADS, page_size * 2 * size)
     number = Number(torch.float32)
-    pages = Pages(stack, size, number, number, elements)
+    pages = native_pages(stack, size, number, number, elements)
     assert pages.keys.elements is not None
     logical = stack[..., elements]  # [layers, pages, heads, page_size, K | V]
     ids = torch.tensor([[3, 1], [0, 4]])
@@ -84,6 +85,6 @@ def test_numbers_out_of_range():
     """A merged value that fp8 cannot hold becomes the largest one, not NaN."""
     number = Number(torch.float8_e4m3fn, scale=0.5)
     stack = torch.zeros(1, 1, 1, 2, 4, dtype=torch.uint8)
-    part = Pages(stack, 2, number, number).keys
+    part = native_pages(stack, 2, number, number).keys
     encoded = part.encode(torch.tensor([[1000.0, -1000.0], [3.0, 0.0]]))
     assert part.decode(encoded).tolist() == [[224.0, -224.0], [3.0, 0.0]]

@@ -35,7 +35,7 @@ RECENT, HEAD_SIZE, QUERY_HEADS, KV_HEADS = 8, 4, 4, 2
 
 
 def layer(cache: torch.Tensor) -> Any:
-    """What a Stack reads of vLLM's Attention layer."""
+    """What a PageStore is made of of vLLM's Attention layer."""
     return SimpleNamespace(
         kv_cache=cache,
         kv_cache_dtype="auto",
@@ -166,9 +166,9 @@ def test_merged_values_are_written(layout, make_compactor):
     table = step.block_table_tensor
     before = [[entries(view, table, row) for row in range(2)] for view in views]
     run_step(compactor, step, PAGE_SIZE, torch.randn(31, QUERY_HEADS, HEAD_SIZE))
-    ((stack,),) = compactor._stacks.values()
+    ((store,),) = compactor._stores.values()
     for index, (view, rows) in enumerate(zip(views, before, strict=True)):
-        weights = stack.side.tensors["weights"][index][..., None]
+        weights = store.side.tensors["weights"][index][..., None]
         for row, entry in enumerate(rows):
             span = slice(EVICTED_AFTER[row], AFTER[row])
             values = entries(view, table, row)[span, :, HEAD_SIZE:]
@@ -198,7 +198,7 @@ def test_rows_are_given_back():
         lengths.update({name: lengths[name] + more for name in batch.req_ids if name not in new})
         lengths.update(new)
         metadata = SimpleNamespace(req_idx=None, num_reqs=len(batch.req_ids))
-        assert sorted(rows.hits(metadata)) == list(range(len(new)))
+        assert sorted(rows.begin_batch(metadata)) == list(range(len(new)))
         after = [lengths[name] for name in batch.req_ids]
         arrays = (np.array(numbers) for numbers in ([1] * len(after), before, after))
         found = rows.of_batch(metadata, Schedule(8, 16), *arrays)  # compacts from 24 tokens on

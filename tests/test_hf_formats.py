@@ -21,8 +21,8 @@ from paged_kv.config import CompressionConfig
 from paged_kv.eval.reference.engine import ReferenceEngine
 from paged_kv.hf import PagedCache, PagedEncoderDecoderCache, PagePool, enable, generate_batch
 from paged_kv.hf.arena import Geometry, PackedArena
-from paged_kv.hf.paged_attention import Terms
 from paged_kv.hf.sequences import Sequences
+from paged_kv.kernels.operands import Terms
 from paged_kv.kernels.page_layout import Codec
 from paged_kv.quant import QUANTIZED, make_layout
 
@@ -204,15 +204,15 @@ def test_pages_that_move_keep_their_bytes(page_format):
     arena.resize(9, np.array([2, 3]), np.array([7, 0]))
     assert torch.equal(arena.content["blocks"][:, 7], before[:, 1])
     assert torch.equal(arena.content["blocks"][:, 0], before[:, 3])
-    head = torch.arange(KV_HEADS)[:, None].expand(-1, 16)
-    slots = torch.arange(16).expand(KV_HEADS, -1)
-    source, target = ((head, torch.full_like(head, page), slots) for page in (7, 5))
-    arena.move(source, target)
+    zero, head, slots = torch.tensor(0), torch.arange(KV_HEADS)[:, None], torch.arange(16)
+    source, target = ((zero, torch.tensor(page), head, slots) for page in (7, 5))
+    for entries in arena.pages:
+        entries.move(source, target)
     assert torch.equal(arena.content["blocks"][:, 5], before[:, 1])
-    kept = arena.entries("keys", torch.tensor([0]))
-    arena.put("keys", source, numbers[0][:, :16] + 1)
+    kept = arena.pages.keys.gather(zero[None], torch.tensor([[0]]))[0, 0]
+    arena.pages.keys.store(source, numbers[0][:, :16] + 1)
     codec = arena.layout.key
-    found = arena.entries("keys", torch.tensor([[7, 0]]))[0]
+    found = arena.pages.keys.gather(zero[None], torch.tensor([[7, 0]]))[0, 0]
     assert torch.equal(found, torch.cat([stored(codec, numbers[0][:, :16] + 1), kept], 1))
 
 

@@ -160,7 +160,9 @@ def test_xformers_must_be_installed(monkeypatch):
 def expected_mask(what: Held, num_queries: list[int]) -> torch.Tensor:
     """bool [queries of all rows, slots of the arena]: our rule, slot by slot."""
     page_size = what.arena.page_size
-    seen = torch.zeros(sum(num_queries), what.arena.pages.capacity * page_size, dtype=torch.bool)
+    seen = torch.zeros(
+        sum(num_queries), what.arena.allocator.capacity * page_size, dtype=torch.bool
+    )
     start = 0
     for row, count in enumerate(num_queries):
         size = int(what.sizes[row])
@@ -198,7 +200,7 @@ def test_xformers_mask_of_a_cache_after_compactions():
         assert cache.stats().compactions > 0
         for layer in range(4):
             ids, arena = own.tables.ids[layer], own.tables.arena(0)
-            spare = np.flatnonzero(arena.pages.references == 0)[0]  # see held()
+            spare = np.flatnonzero(arena.allocator.references == 0)[0]  # see held()
             what = Held(arena, np.where(ids < 0, spare, ids), own.size[layer])
             bias = paged_bias(what, [1] * 6, torch.device("cpu"))
             mask = bias.materialize((6, 6 * what.pages.shape[1] * 16)) == 0

@@ -178,7 +178,11 @@ def held(cache: PagedCache, layer: int) -> dict[str, torch.Tensor]:
     arena = sequences.tables.arena(layer)
     pages = torch.from_numpy(sequences.tables.ids[layer, 0, : sequences.tables.count[layer, 0]])
     size = int(sequences.size[layer, 0])
-    result = {name: arena.entries(name, pages)[:, :size] for name in ("keys", "values")}
+    first = torch.tensor([0])
+    result = {
+        name: getattr(arena.pages, name).gather(first, pages[None])[0, 0, :, :size]
+        for name in ("keys", "values")
+    }
     positions = arena.side["positions"][:, pages].flatten(1)[:, :size].long()
     return result | {"positions": positions}
 

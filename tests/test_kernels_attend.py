@@ -18,10 +18,10 @@ def check(build, case):
     problem = make(case)
     wanted, scores = expected(problem)
     found = poisoned_output(problem)
-    kernels_of(build).attend(found, *problem[:3])
+    kernels_of(build).attend(found, *problem[:4])
     assert_close(found, wanted)
     if scores is not None:
-        torch.testing.assert_close(problem.terms.scores, scores, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(problem.side.scores, scores, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("build", BUILDS)
@@ -56,8 +56,8 @@ def test_a_tokens_answer_does_not_depend_on_the_batch(build, page_format):
     case = Case((Row(1, 1300), Row(5, 90), Row(0, 0), Row(1, 64)), page_format, scores=True)
     problem = make(case)
     together = poisoned_output(problem)
-    kernels_of(build).attend(together, *problem[:3])
-    scores = problem.terms.scores
+    kernels_of(build).attend(together, *problem[:4])
+    scores = problem.side.scores
     starts = problem.queries.starts.tolist()
     for row in range(len(case.rows)):
         tokens = slice(starts[row], starts[row + 1])
@@ -66,8 +66,10 @@ def test_a_tokens_answer_does_not_depend_on_the_batch(build, page_format):
         (held,) = problem.segments
         one = [held._replace(table=held.table[row : row + 1], counts=held.counts[row : row + 1])]
         alone = torch.full_like(together[tokens], torch.nan)
-        again = make(case).terms.scores
-        kernels_of(build).attend(alone, queries, one, problem.terms._replace(scores=again))
+        again = make(case).side.scores
+        kernels_of(build).attend(
+            alone, queries, one, problem.terms, problem.side._replace(scores=again)
+        )
         assert torch.equal(alone, together[tokens])
         used = one[0].table[0, : -(-case.rows[row].entries // case.page_size)].long()
         assert torch.equal(again[used], scores[used])
@@ -90,13 +92,13 @@ def test_what_is_not_finite_stays_in_its_row(build, page_format, odd):
     outputs = []
     for problem in (clean, broken):
         outputs.append(poisoned_output(problem))
-        kernels_of(build).attend(outputs[-1], *problem[:3])
+        kernels_of(build).attend(outputs[-1], *problem[:4])
     for token in (0, 2, 3):
         assert torch.equal(outputs[0][token], outputs[1][token])
     assert not outputs[1][4].isfinite().any()
     assert not outputs[1][1].isfinite().any()
     pages = broken.segments[0].table[0, : -(-70 // size)].long()
-    assert torch.equal(broken.terms.scores[pages], clean.terms.scores[pages])
+    assert torch.equal(broken.side.scores[pages], clean.side.scores[pages])
 
 
 @pytest.fixture
@@ -116,15 +118,15 @@ def test_scores_of_pages_that_rows_share(build, last, threads):
     table = problem.segments[0].table
     table[1:, :20] = table[0, :20]
     wanted, scores = expected(problem)
-    before = problem.terms.scores.clone()
+    before = problem.side.scores.clone()
     found = []
     for count in [1] + [4] * 30:
         threads(count)
         output = poisoned_output(problem)
-        problem.terms.scores.copy_(before)
-        kernels_of(build).attend(output, *problem[:3])
+        problem.side.scores.copy_(before)
+        kernels_of(build).attend(output, *problem[:4])
         assert_close(output, wanted)
-        found.append(problem.terms.scores.clone())
+        found.append(problem.side.scores.clone())
     torch.testing.assert_close(found[0], scores)
     assert all(torch.equal(found[0], one) for one in found)
 
@@ -138,7 +140,7 @@ def test_two_threads_at_once(build):
 
     def work(index):
         for output in found[index]:
-            kernels_of(build).attend(output, *problems[index][:3])
+            kernels_of(build).attend(output, *problems[index][:4])
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(len(problems))]
     for thread in threads:

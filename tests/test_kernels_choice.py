@@ -13,6 +13,7 @@ from kernel_cases import Case, Row, assert_close, expected, make, poisoned_outpu
 
 from paged_kv.kernels import cpu, ops
 from paged_kv.kernels.cpu import builds
+from paged_kv.kernels.operands import DenseAttention, Terms
 from paged_kv.quant import make_layout
 
 
@@ -76,7 +77,7 @@ def test_nothing_built_is_one_warning_and_the_reference(fresh, tmp_path):
         attend_something()
         attend_something()
         queries, keys, place = torch.randn(1, 2, 3, 16), torch.randn(1, 4, 16), torch.arange(4)
-        ops.attention_mass(queries, keys, place[:3], place, 1.0)
+        ops.attention_mass(DenseAttention(queries, keys, place[:3], place, Terms(1.0)))
     (warning,) = found
     assert warning.category is RuntimeWarning
     assert "torch reads packed pages" in str(warning.message)
@@ -140,6 +141,12 @@ def mistakes():
 
         return change
 
+    def side(**changes):
+        def change(o):
+            o["side"] = o["side"]._replace(**changes)
+
+        return change
+
     def output(make):
         def change(o):
             o["output"] = make(o["output"])
@@ -171,8 +178,8 @@ def mistakes():
         ),
         "no segment": (lambda o: o.update(segments=[]), "segments: one or two"),
         "sinks": (terms(sinks=torch.zeros(5)), "sinks is float32 .5."),
-        "weights": (terms(weights=torch.zeros(9, 2, 8)), "weights is float32"),
-        "few scores": (terms(scores=torch.zeros(1, 2, 16)), "page"),
+        "weights": (side(weights=torch.zeros(9, 2, 8)), "weights is float32"),
+        "few scores": (side(scores=torch.zeros(1, 2, 16)), "page"),
         "softcap": (terms(softcap=-1.0), "softcap -1.0"),
     }
 
@@ -189,11 +196,37 @@ def test_bad_attention(fresh, kernels, name):
     operands["segments"] = list(operands["segments"])
     del operands["value_size"]
     change(operands)
-    output, scores = operands["output"].clone(), operands["terms"].scores.clone()
+    output, scores = operands["output"].clone(), operands["side"].scores.clone()
     with pytest.raises(ValueError, match=message):
         ops.attend(**operands)
     assert torch.equal(operands["output"].isnan(), output.isnan())
-    assert torch.equal(operands["terms"].scores, scores)
+    assert torch.equal(operands["side"].scores, scores)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"queries": torch.zeros(2, 5, 16)}, "queries is float32 .2, 5, 16."),
+        ({"keys": torch.zeros(2, 7, 8)}, "keys is float32 .2, 7, 8."),
+        ({"keys": torch.zeros(2, 7, 16).half()}, "keys is float16"),
+        ({"keys": torch.zeros(3, 7, 16)}, "keys is float32 .3, 7, 16."),
+        ({"query_positions": torch.arange(4)}, "query_positions is int64 .4."),
+        ({"key_positions": torch.arange(7).int()}, "key_positions is int32"),
+        ({"terms": Terms(1.0, -1.0)}, "softcap -1.0"),
+        ({"terms": Terms(1.0, 0.0, torch.zeros(6))}, "sinks is float32 .6."),
+    ],
+)
+def test_bad_dense_attention(changes, message):
+    good = DenseAttention(
+        torch.zeros(2, 3, 5, 16),
+        torch.zeros(2, 7, 16),
+        torch.arange(5),
+        torch.arange(7),
+        Terms(1.0, 0.0, torch.zeros(2, 3)),
+    )
+    assert ops.attention_mass(good).shape == (2, 7)
+    with pytest.raises(ValueError, match=message):
+        ops.attention_mass(good._replace(**changes))
 
 
 @pytest.mark.parametrize("kernels", ["compiled", "reference"])

@@ -17,6 +17,8 @@ from kernel_cases import (
 
 from paged_kv.core.page_formats import FORMATS
 from paged_kv.kernels import packed_reference, reference
+from paged_kv.kernels.index import NOWHERE
+from paged_kv.kernels.operands import DenseAttention, Terms
 from paged_kv.quant import make_layout
 
 HEADS, PAGES = 2, 4
@@ -140,6 +142,23 @@ def test_stored_numbers(build, page_format):
 
 
 @pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("page_format", FORMATS)
+def test_what_is_left_out_keeps_its_bytes(build, page_format):
+    layout = make_layout(page_format, torch.float32, 64, 64, 32)
+    numbers = normal(torch.Generator().manual_seed(2), HEADS, 32, 64)
+    slot, zero = torch.arange(32), torch.zeros((), dtype=torch.int64)
+    head, stored = torch.arange(HEADS)[:, None], slot % 3 == 0
+    blocks = [poisoned_blocks(PAGES, HEADS, layout)[None] for _ in range(2)]
+    for part in ("key", "value"):
+        some = zero, zero, head, slot[stored]
+        packed_reference.store(blocks[0], layout, part, some, numbers[:, stored])
+        offset = torch.where(stored, slot, NOWHERE)
+        kernels_of(build).store(blocks[1], layout, part, (zero, zero, head, offset), numbers)
+    assert_same_entries(layout, blocks[1][0], blocks[0][0])
+    assert torch.equal(blocks[1][0, 1:], poisoned_blocks(PAGES, HEADS, layout)[1:])
+
+
+@pytest.mark.parametrize("build", BUILDS)
 @given(
     window=st.integers(1, 40),
     size=st.integers(1, 300),
@@ -158,7 +177,8 @@ def test_attention_mass(build, window, size, head_dim, softcap, sinks, seed):
     held = torch.randint(0, 400, (2, 2, HEADS, size), generator=generator)
     held[..., -1] = torch.iinfo(torch.int64).max
     extra = torch.randn(2, 1, HEADS, 3, generator=generator) if sinks else None
-    operands = queries, keys, asked, held, head_dim**-0.5, softcap, extra
-    wanted = reference.attention_mass(*operands)
-    found = kernels_of(build).attention_mass(*operands)
+    terms = Terms(head_dim**-0.5, softcap, extra)
+    attention = DenseAttention(queries, keys, asked, held, terms)
+    wanted = reference.attention_mass(attention)
+    found = kernels_of(build).attention_mass(attention)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)

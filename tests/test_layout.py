@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paged_kv.kernels.reference import move_entries
+from paged_kv.store.pages import move_entries
 from paged_kv.vllm.worker.layout import probe_elements, stack_layers
 
 LAYERS, PAGES, HEADS, PAGE_SIZE, CONTENT = SHAPE = (2, 5, 3, 4, 6)

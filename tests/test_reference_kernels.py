@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paged_kv.kernels import reference
+from paged_kv.kernels import reference, selection
+from paged_kv.kernels.operands import DenseAttention, Terms
 from paged_kv.kernels.rotary import Rotary
 
 
@@ -20,6 +21,11 @@ def attention_inputs(seed=0):
     return queries, keys, torch.tensor([19, 12, 7, 3]), key_positions
 
 
+def probabilities(queries, keys, query_positions, key_positions, *terms):
+    attention = DenseAttention(queries, keys, query_positions, key_positions, Terms(*terms))
+    return reference.attention_probabilities(attention)
+
+
 def test_attention_is_sdpa():
     queries, keys, query_positions, key_positions = attention_inputs()
     values = torch.eye(11).expand(2, 3, 11, 11)
@@ -27,7 +33,7 @@ def test_attention_is_sdpa():
     expected = F.scaled_dot_product_attention(
         queries, keys[:, None].expand(2, 3, 11, 8), values, attn_mask=mask, scale=0.6
     )
-    found = reference.attention_probabilities(queries, keys, query_positions, key_positions, 0.6)
+    found = probabilities(queries, keys, query_positions, key_positions, 0.6)
     seen = mask.any(-1).expand(2, 3, 4)
     torch.testing.assert_close(found[seen], expected[seen])
     assert not found[~seen].any()
@@ -38,9 +44,7 @@ def test_attention_is_sdpa():
 def test_attention_by_hand(softcap, with_sinks):
     queries, keys, query_positions, key_positions = attention_inputs(1)
     sinks = torch.randn(2, 3, generator=torch.Generator().manual_seed(5)) if with_sinks else None
-    found = reference.attention_probabilities(
-        queries, keys, query_positions, key_positions, 0.6, softcap, sinks
-    )
+    found = probabilities(queries, keys, query_positions, key_positions, 0.6, softcap, sinks)
     for head, member, query in np.ndindex(2, 3, 4):
         logits = keys[head].double() @ queries[head, member, query].double() * 0.6
         if softcap:
@@ -57,9 +61,7 @@ def test_a_missing_query_gives_nothing(with_sinks):
     queries, keys, _, key_positions = attention_inputs()
     sinks = torch.zeros(2, 3) if with_sinks else None
     missing = torch.tensor([-1, 30, -1, -1])
-    found = reference.attention_probabilities(
-        queries, keys, missing, key_positions, 1.0, 0.0, sinks
-    )
+    found = probabilities(queries, keys, missing, key_positions, 1.0, 0.0, sinks)
     assert not found[:, :, [0, 2, 3]].any()
     total = found[:, :, 1].sum(-1)
     assert (total < 1).all() if with_sinks else torch.allclose(total, torch.ones(2, 3))
@@ -67,9 +69,7 @@ def test_a_missing_query_gives_nothing(with_sinks):
 
 def test_large_logits_stay_finite():
     queries, keys, query_positions, key_positions = attention_inputs()
-    found = reference.attention_probabilities(
-        queries * 1e4, keys * 1e4, query_positions, key_positions, 1.0
-    )
+    found = probabilities(queries * 1e4, keys * 1e4, query_positions, key_positions, 1.0)
     assert found.isfinite().all()
 
 
@@ -100,7 +100,7 @@ def test_lowest_is_sorting(rows):
             strict=True,
         )
     )
-    found = reference.lowest(scores, positions, keep, counts, int(counts.max()))
+    found = selection.lowest(scores, positions, keep, counts, int(counts.max()))
     for row, (own_scores, own_positions, own_keep, count) in enumerate(rows):
         free = [i for i in range(len(own_scores)) if not own_keep[i]]
         order = sorted(free, key=lambda i: (own_scores[i], own_positions[i]))
@@ -116,7 +116,7 @@ def test_pair_moves_is_pairing(at_the_head, rows):
     limit = int(counts.max())
     head, tail = index < counts[:, None], index >= 9 - counts[:, None]
     freed, own = (head, 8) if at_the_head else (tail, 0)
-    source, target = reference.pair_moves(losers, freed, limit, own)
+    source, target = selection.pair_moves(losers, freed, limit, own)
     assert source.shape == target.shape == (len(rows), limit)
     for row, lost in enumerate(rows):
         gone = range(sum(lost)) if at_the_head else range(9 - sum(lost), 9)

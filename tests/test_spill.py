@@ -17,8 +17,8 @@ from spill_definition import Entry, Spilling, exchange, importance_of
 
 from paged_kv.config import CompressionConfig
 from paged_kv.policies.region import Queries, Region
-from paged_kv.policies.spill import Spilled
 from paged_kv.policies.spill_ranking import logit_bounds
+from paged_kv.policies.tier import Spilled
 from paged_kv.tiers.spill_memory import SpillSpace
 from paged_kv.tiers.spill_store import PAGE_SIZE, SpillStore
 
@@ -170,7 +170,7 @@ def compact(worlds: list[World], policy: Any, generator: torch.Generator) -> Non
         queries=Queries(states, asked, 0.5),
         spilled=[world.store.select(range(LAYERS)) for world in worlds],
     )
-    decided = policy.compact(region)
+    decided = policy.compact(region).written_out(region)
     assert int(decided.changed.sum(-1).max()) <= decided.max_changed
     for event, world in enumerate(worlds):
         kept = ~decided.losers[:, event : event + 1] & region.valid[event]
@@ -425,7 +425,7 @@ def compact_random(tier: Any, keys: torch.Tensor, asks: torch.Tensor, **more: An
         ),
         spilled=[tier],
     )
-    return policy.compact(region)
+    return policy.compact(region).written_out(region)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from vllm import SamplingParams
 from vllm_spill_loop import complete_and_check
 
 from paged_kv.tiers.spill_memory import SpillSpace
-from paged_kv.vllm.worker.spilled import Spilled
+from paged_kv.vllm.worker.spilling import RequestStores
 
 pytestmark = pytest.mark.vllm
 
@@ -138,7 +138,7 @@ def test_what_ends_leaves_nothing(tiny):
 
 def test_stores_of_preempted_requests(tiny):
     """They are dropped, unless somebody keeps the pages until the request resumes."""
-    spill = Spilled(SpillSpace(budget=10, host_budget=10))
+    spill = RequestStores(SpillSpace(budget=10, host_budget=10))
     stack = SimpleNamespace(
         pages=SimpleNamespace(
             num_layers=2,

@@ -10,12 +10,12 @@ import torch
 from paged_kv.core.page_formats import NATIVE
 from paged_kv.hf.allocator import Int64s, PageAllocator
 from paged_kv.kernels import ops
-from paged_kv.kernels.pages import Index
+from paged_kv.policies.base import Policy
 from paged_kv.quant import make_layout
+from paged_kv.store.pages import NativeEntries, Number, Pages, packed_pages
+from paged_kv.store.side_data import DTYPES, SideData, names
 
 Tensor = torch.Tensor
-Places = tuple[Tensor, Tensor, Tensor]  # int64 (KV head, page, offset in the page), of one shape
-SIDE_DTYPES = {"positions": torch.int32, "weights": torch.float32, "scores": torch.float32}
 
 
 class Geometry(NamedTuple):
@@ -43,6 +43,8 @@ class Geometry(NamedTuple):
 class Arena(ABC):
     """Pages of one geometry; a page is page_size entries of one layer in all of its KV heads.
 
+    For the store it is a stack of one layer: whose pages they are, the tables say.
+
     Args:
         geometry: see Geometry.
         page_size: entries per page.
@@ -51,9 +53,19 @@ class Arena(ABC):
 
     def __init__(self, geometry: Geometry, page_size: int, capacity: int) -> None:
         self.geometry, self.page_size = geometry, page_size
-        self.pages = PageAllocator(capacity)
+        self.allocator = PageAllocator(capacity)
         self.content: dict[str, Tensor] = {}  # keys and values, [kv_heads, pages, ...] by name
         self.side: dict[str, Tensor] = {}  # [kv_heads, pages, page_size] by name
+
+    @property
+    @abstractmethod
+    def pages(self) -> Pages:
+        """Keys and values, as the store reads and writes them."""
+
+    @property
+    def side_data(self) -> SideData:
+        """What lies beside them."""
+        return SideData({name: as_stack(tensor) for name, tensor in self.side.items()})
 
     @abstractmethod
     def write(self, keys: Tensor, values: Tensor, places: Tensor) -> None:
@@ -65,33 +77,16 @@ class Arena(ABC):
             places: int64 [tokens], page * page_size + offset.
         """
 
-    @abstractmethod
-    def entries(self, part: str, pages: Tensor) -> Tensor:
-        """Copies keys or values of pages: [..., kv_heads, n * page_size, size], some float dtype.
-
-        Args:
-            part: "keys" or "values".
-            pages: int64 [..., n], page ids.
-        """
-
-    @abstractmethod
-    def move(self, source: Places, target: Places) -> None:
-        """Copies keys and values between slots; no slot is a source and another's target."""
-
-    @abstractmethod
-    def put(self, part: str, places: Places, numbers: Tensor) -> None:
-        """Stores keys or values that a merge has made, float32 [..., size]."""
-
     def _zeros(self, dtype: torch.dtype, *size: int) -> Tensor:
         # Zeros: what no entry has been written to is read where rows of a batch differ in length,
         # and masked; a NaN there would spread.
-        shape = (self.geometry.num_heads, self.pages.capacity, *size)
+        shape = (self.geometry.num_heads, self.allocator.capacity, *size)
         return torch.zeros(shape, dtype=dtype, device=self.geometry.device)
 
-    def need_side(self, names: set[str]) -> None:
-        """Keeps these beside the pages: positions, weights, scores."""
-        for name in names - set(self.side):
-            self.side[name] = self._zeros(SIDE_DTYPES[name], self.page_size)
+    def need_side(self, policy: Policy | None) -> None:
+        """Keeps beside the pages what a policy needs."""
+        for name in set(names(policy)) - set(self.side):
+            self.side[name] = self._zeros(DTYPES[name], self.page_size)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -116,10 +111,10 @@ class Arena(ABC):
             source: page ids before.
             target: page ids afterwards, in the same order.
         """
-        old = self.pages
-        self.pages = PageAllocator(capacity)
-        self.pages.references[target] = old.references[source]
-        self.pages.num_held = len(target)
+        old = self.allocator
+        self.allocator = PageAllocator(capacity)
+        self.allocator.references[target] = old.references[source]
+        self.allocator.num_held = len(target)
         read, write = (torch.from_numpy(ids).to(self.geometry.device) for ids in (source, target))
         for tensors in (self.content, self.side):
             for name, tensor in tensors.items():
@@ -147,6 +142,15 @@ class NativeArena(Arena):
         }
 
     @property
+    def pages(self) -> Pages:
+        """Keys and values, as the store reads and writes them."""
+        keys, values = (
+            NativeEntries(as_stack(tensor), slice(None), Number(tensor.dtype))
+            for tensor in (self.keys, self.values)
+        )
+        return Pages(keys, values)
+
+    @property
     def keys(self) -> Tensor:
         """[kv_heads, pages, page_size, key_size]."""
         return self.content["keys"]
@@ -157,23 +161,9 @@ class NativeArena(Arena):
         return self.content["values"]
 
     def write(self, keys: Tensor, values: Tensor, places: Tensor) -> None:
-        """See Arena."""
+        """Stores new entries; see Arena."""
         for tensor, new in ((self.keys, keys), (self.values, values)):
             tensor.flatten(1, 2).index_copy_(1, places, new.to(tensor.dtype))
-
-    def entries(self, part: str, pages: Tensor) -> Tensor:
-        """See Arena; in the stored dtype."""
-        return entries_of(self.content[part], pages)
-
-    def move(self, source: Places, target: Places) -> None:
-        """See Arena."""
-        for tensor in self.content.values():
-            tensor[target] = tensor[source]
-
-    def put(self, part: str, places: Places, numbers: Tensor) -> None:
-        """See Arena."""
-        tensor = self.content[part]
-        tensor[places] = numbers.to(tensor.dtype)
 
 
 class PackedArena(Arena):
@@ -191,35 +181,19 @@ class PackedArena(Arena):
         self.content = {"blocks": self._zeros(torch.uint8, self.layout.block_bytes)}
 
     @property
+    def pages(self) -> Pages:
+        """Keys and values, as the store reads and writes them."""
+        return packed_pages(self.blocks[None], self.layout)
+
+    @property
     def blocks(self) -> Tensor:
         """uint8 [pages, kv_heads, block_bytes], as the kernels take them: a view."""
         return self.content["blocks"].transpose(0, 1)
 
     def write(self, keys: Tensor, values: Tensor, places: Tensor) -> None:
-        """See Arena."""
+        """Stores new entries, quantized; see Arena."""
         new = keys.transpose(0, 1), values.to(keys.dtype).transpose(0, 1)  # autocast may differ
         ops.write(self.blocks, self.layout, *new, places)
-
-    def entries(self, part: str, pages: Tensor) -> Tensor:
-        """See Arena; float32."""
-        layer = torch.zeros(1, dtype=torch.int64, device=pages.device)
-        flat = pages.reshape(-1, pages.shape[-1])
-        found = ops.gather(self.blocks[None], self.layout, _PARTS[part], layer, flat)[0]
-        return found.view(*pages.shape[:-1], *found.shape[1:])
-
-    def move(self, source: Places, target: Places) -> None:
-        """See Arena."""
-        for part in _PARTS.values():
-            stack = self.blocks[None]
-            ops.move(stack, self.layout, part, _in_stack(source), _in_stack(target))
-
-    def put(self, part: str, places: Places, numbers: Tensor) -> None:
-        """See Arena."""
-        index = _in_stack(places)
-        ops.store(self.blocks[None], self.layout, _PARTS[part], index, numbers.float())
-
-
-_PARTS = {"keys": "key", "values": "value"}
 
 
 def make_arena(geometry: Geometry, page_size: int, capacity: int) -> Arena:
@@ -228,25 +202,9 @@ def make_arena(geometry: Geometry, page_size: int, capacity: int) -> Arena:
     return kind(geometry, page_size, capacity)
 
 
-def entries_of(tensor: Tensor, pages: Tensor) -> Tensor:
-    """Entries of pages, copied: [..., kv_heads, n * page_size, ...].
-
-    Args:
-        tensor: of an arena, [kv_heads, pages, page_size, ...].
-        pages: int64 [..., n], page ids.
-    """
-    heads, count = tensor.shape[:2]
-    first = torch.arange(heads, device=tensor.device)[:, None] * count
-    index = pages[..., None, :] + first  # [..., kv_heads, n]
-    found = tensor.flatten(0, 1).flatten(1).index_select(0, index.flatten())  # whole pages at once
-    size = (*index.shape[:-1], index.shape[-1] * tensor.shape[2], *tensor.shape[3:])
-    return found.view(size)
-
-
-def _in_stack(places: Places) -> Index:
-    """The same places, in a stack of one layer."""
-    head, page, offset = places
-    return torch.zeros_like(page), page, head, offset
+def as_stack(tensor: Tensor) -> Tensor:
+    """[1, pages, kv_heads, ...] of [kv_heads, pages, ...]: a view."""
+    return tensor.transpose(0, 1)[None]
 
 
 def _page_bytes(tensor: Tensor) -> int:

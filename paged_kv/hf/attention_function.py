@@ -5,44 +5,16 @@ There, Cache.update has returned a Handle instead of tensors; see dispatch for a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from paged_kv.hf.handle import Handle
 from paged_kv.hf.masks import MaskSpec, bias_of
-from paged_kv.hf.opaque import Opaque
-from paged_kv.hf.paged_attention import Terms
-
-if TYPE_CHECKING:
-    from paged_kv.hf.cache import PagedCache
+from paged_kv.kernels.operands import Terms
 
 Tensor = torch.Tensor
-
-
-class Handle(Opaque):
-    """Stands for the keys, or the values, of a layer: [rows, kv_heads, tokens so far, size].
-
-    Args:
-        cache: whose they are.
-        layer: index in the model.
-        key: the new keys, [rows, kv_heads, q, head_dim].
-        value: the new values.
-        is_key: which of them this stands for.
-    """
-
-    def __init__(
-        self, cache: PagedCache, layer: int, key: Tensor, value: Tensor, is_key: bool
-    ) -> None:
-        self.cache, self.layer, self.key, self.value = cache, layer, key, value
-        own = key if is_key else value
-        total = cache.get_seq_length() + own.shape[2]
-        self.shape = torch.Size((*own.shape[:2], total, own.shape[3]))
-        self.dtype, self.device = own.dtype, own.device
-
-    def size(self, dim: int | None = None) -> Any:
-        """Like a tensor's."""
-        return self.shape if dim is None else self.shape[dim]
 
 
 @torch.compiler.disable
@@ -80,8 +52,10 @@ def paged_attention(
     heads = query.shape[1], key.key.shape[1]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     bias = bias_of(attention_mask, options.get("position_bias"), heads)
-    terms = Terms(scale, options.get("softcap") or 0.0, options.get("s_aux"), bias)
-    output = key.cache.attend(key.layer, module, query, key.key, key.value, attention_mask, terms)
+    terms = Terms(scale, options.get("softcap") or 0.0, options.get("s_aux"))
+    output = key.cache.attend(
+        key.layer, module, query, key.key, key.value, attention_mask, terms, bias
+    )
     return output.transpose(1, 2).contiguous(), None
 
 

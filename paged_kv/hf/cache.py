@@ -15,10 +15,10 @@ from paged_kv.config import CompressionConfig
 from paged_kv.hf import dispatch, given, providers, seams
 from paged_kv.hf.arena import Geometry
 from paged_kv.hf.arguments import check_page_format, read_options, read_pool
-from paged_kv.hf.attention_function import Handle
 from paged_kv.hf.copies import Copyable
+from paged_kv.hf.handle import Handle
 from paged_kv.hf.masks import MaskSpec, counts_of
-from paged_kv.hf.paged_attention import Terms
+from paged_kv.hf.paged_attention import Bias
 from paged_kv.hf.paged_layer import PagedLayer
 from paged_kv.hf.pool import PagePool
 from paged_kv.hf.rope import Rope, drops_caches
@@ -26,6 +26,7 @@ from paged_kv.hf.row_operations import RowOperations
 from paged_kv.hf.saving import Saveable, recognizes
 from paged_kv.hf.sequences import Sequences, interrupted
 from paged_kv.hf.stats import CacheStats
+from paged_kv.kernels.operands import Terms
 
 Tensor = torch.Tensor
 
@@ -146,6 +147,7 @@ class PagedCache(Copyable, Saveable, RowOperations):
         value: Tensor,
         mask: MaskSpec | Tensor | None,
         terms: Terms,
+        bias: Bias | None = None,
     ) -> Tensor:
         """[rows, heads, q, size]: stores new entries of a layer, attends to all; 0 for padding.
 
@@ -157,13 +159,14 @@ class PagedCache(Copyable, Saveable, RowOperations):
             value: [rows, kv_heads, q, size].
             mask: what the layer was given.
             terms: how it computes attention.
+            bias: what the mask and the layer add to the logits; see Sequences.attend.
         """
         self._check_open()
         if layer == self._paged[0]:
             self._begin(module, query, key, value, mask)
         real = mask.real if isinstance(mask, MaskSpec) else None
         if real is None:
-            output = self.sequences.attend(layer, query, key, value, terms)
+            output = self.sequences.attend(layer, query, key, value, terms, bias)
         else:
             output = query.new_zeros(*query.shape[:3], value.shape[-1])
             chosen = [torch.from_numpy(row).to(query.device) for row in real]
@@ -171,7 +174,7 @@ class PagedCache(Copyable, Saveable, RowOperations):
                 [tensor[row][:, own] for row, own in enumerate(chosen)]
                 for tensor in (query, key, value)
             )
-            found = self.sequences.attend_ragged(layer, queries, keys, values, terms)
+            found = self.sequences.attend_ragged(layer, queries, keys, values, terms, bias)
             for row, own in enumerate(chosen):
                 output[row][:, own] = found[row].to(output.dtype)  # autocast may differ
         if layer == self._paged[-1]:

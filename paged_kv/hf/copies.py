@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from paged_kv.hf.modes import keeps
 from paged_kv.hf.paged_layer import PagedLayer
 from paged_kv.hf.sequences import Sequences, interrupted
-
-if TYPE_CHECKING:
-    from paged_kv.hf.cache import PagedCache
+from paged_kv.hf.state_of_cache import CacheState
 
 
 class Copyable:
@@ -30,7 +28,7 @@ class Copyable:
 
 
 @keeps
-def copy_of(cache: PagedCache, memo: dict[int, Any]) -> PagedCache:
+def copy_of(cache: CacheState, memo: dict[int, Any]) -> Any:
     """A cache of its own, which holds the same.
 
     Pages and spilled entries are shared until one of the two writes to them; of transformers' own
@@ -54,12 +52,13 @@ def copy_of(cache: PagedCache, memo: dict[int, Any]) -> PagedCache:
     return other
 
 
-def like(cache: PagedCache) -> PagedCache:
+def like(cache: CacheState) -> Any:
     """An empty cache with the same options, in the same memory if there is anything in it."""
     is_empty = cache.sequences.is_private and not cache.sequences.num_rows
     memory: dict[str, Any] = {"page_size": cache.pool.page_size} if is_empty else {}
     memory = memory or {"pool": cache.pool}
-    other = type(cache)(cache._config, cache.compression, attention=cache._attention, **memory)
+    kind: Any = type(cache)
+    other = kind(cache._config, cache.compression, attention=cache._attention, **memory)
     other.sequences.is_private = cache.sequences.is_private
     return other
 

@@ -17,7 +17,8 @@ from typing import Any
 
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from paged_kv.hf.attention_function import Handle, paged_attention
+from paged_kv.hf.attention_function import paged_attention
+from paged_kv.hf.handle import Handle
 from paged_kv.hf.masks import MaskSpec, PagedLength, note
 from paged_kv.hf.once import once
 from paged_kv.hf.seams import ENGINE, engine_attention

@@ -20,7 +20,7 @@ from paged_kv.hf.cache import PagedCache
 from paged_kv.hf.encoder_decoder import PagedEncoderDecoderCache
 from paged_kv.hf.once import once
 from paged_kv.hf.sequences import Sequences
-from paged_kv.hf.stats import CacheStats, snapshot
+from paged_kv.hf.stats import CacheStats
 
 _HOOK = "_prepare_cache_for_generation"  # generate() calls it once, for the cache that it will use
 _lock = threading.Lock()
@@ -63,7 +63,7 @@ class Enabled:
 
     def _note(self, sequences: Sequences) -> None:
         if self._sequences is not None and self._sequences() is sequences:
-            self._stats = snapshot(sequences)
+            self._stats = sequences.stats()
 
     def stats(self) -> CacheStats:
         """Of the last call of generate(): what its cache holds, or held at its end.
@@ -72,7 +72,7 @@ class Enabled:
             ValueError: there was none.
         """
         sequences = None if self._sequences is None else self._sequences()
-        found = self._stats if sequences is None or self._stats else snapshot(sequences)
+        found = self._stats if sequences is None or self._stats else sequences.stats()
         if found is None:
             raise ValueError("no generate() has made a cache since enable()")
         return found

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from paged_kv.hf.arena import NativeArena, entries_of
+from paged_kv.hf.arena import NativeArena, as_stack
 from paged_kv.hf.modes import keeps
-from paged_kv.hf.paged_attention import Terms, fused, masked, mix, probabilities
+from paged_kv.hf.paged_attention import Bias, fused, masked, mix, probabilities
 from paged_kv.hf.providers import Held
-
-if TYPE_CHECKING:
-    from paged_kv.hf.sequences import Sequences
+from paged_kv.hf.rows import Rows
+from paged_kv.kernels.operands import Terms
+from paged_kv.store.pages import whole_pages
 
 Tensor = torch.Tensor
 
@@ -23,14 +22,15 @@ class LayerStep:
     """Attention of one layer in the step that has begun; its new entries are stored.
 
     Args:
-        sequences: the cache.
+        rows: of the cache.
         index: of the layer, among those that the cache holds.
         terms: how the layer computes attention.
+        bias: see Bias; None: queries see all that came before, as it is.
     """
 
-    def __init__(self, sequences: Sequences, index: int, terms: Terms) -> None:
-        self.sequences, self.index, self.terms = sequences, index, terms
-        self.arena, self.policy = sequences.tables.arena(index), sequences.policy
+    def __init__(self, rows: Rows, index: int, terms: Terms, bias: Bias | None = None) -> None:
+        self.rows, self.index, self.terms, self.bias = rows, index, terms, bias
+        self.arena, self.policy = rows.tables.arena(index), rows.policy
         self.device = self.arena.geometry.device
 
     def attend(self, row: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -42,7 +42,6 @@ class LayerStep:
             key: the new keys, [rows, kv_heads, q, head_dim].
             value: the new values, [rows, kv_heads, q, size].
         """
-        self._observe(row, query)
         return self._attend(row, query, key, value)
 
     def attend_ragged(
@@ -61,26 +60,19 @@ class LayerStep:
                 outputs.append(query.new_empty(len(query), 0, value.shape[-1]))
         return outputs
 
-    @keeps
-    def _observe(self, row: int, query: Tensor) -> None:
-        ring = self.sequences.ring
-        if ring.window:
-            num_tokens = self.sequences.num_tokens[row : row + len(query)]
-            ring.write(self.index, row, num_tokens, query)
-
     def _attend(self, row: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         num_rows, num_queries = len(query), query.shape[2]
-        first = self.sequences.size[self.index, row : row + num_rows].tolist()
-        explicit = self.sequences.reads_scores or not self.terms.is_plain
+        first = self.rows.size[self.index, row : row + num_rows].tolist()
+        explicit = self.rows.reads_scores or not self.terms.is_plain
         alike = min(first) == max(first)
-        fresh = max(first) == 0 and num_queries > 1 and self.terms.bias is None
+        fresh = max(first) == 0 and num_queries > 1 and self.bias is None
         if fresh and not explicit:  # what is stored is at hand
             return fused(query, key, value, first, self.terms.scale)
-        if num_queries == 1 and not explicit and self.terms.bias is None:
+        if num_queries == 1 and not explicit and self.bias is None:
             found = self._provided(row, query)
             if found is not None:
                 return found
-        apart = self.terms.bias is not None or (explicit and not alike)
+        apart = self.bias is not None or (explicit and not alike)
         if num_rows > 1 and (apart or not self._together(row, num_rows, alike)):
             parts = (self._attend(row + i, *(t[i : i + 1] for t in (query, key, value)))
                      for i in range(num_rows))  # fmt: skip
@@ -90,7 +82,7 @@ class LayerStep:
         if keys.dtype != query.dtype or values.dtype != query.dtype:
             keys, values = keys.to(query.dtype), values.to(query.dtype)
         bias = None
-        if self.terms.bias is not None:
+        if self.bias is not None:
             bias = self._bias(row, first[0], query.shape[1], num_queries)
         if explicit:
             return self._explicit(row, query, keys, values, first, bias)
@@ -104,11 +96,11 @@ class LayerStep:
 
     def _provided(self, row: int, query: Tensor) -> Tensor | None:
         """Plain attention of one new token each, if somebody else than SDPA computes it."""
-        provider, rows = self.sequences.provider, slice(row, row + len(query))
+        provider, rows = self.rows.provider, slice(row, row + len(query))
         if provider is None or not isinstance(self.arena, NativeArena):
             return None
-        pages = self.sequences.tables.ids[self.index, rows]
-        held = Held(self.arena, pages, self.sequences.size[self.index, rows] + 1)
+        pages = self.rows.tables.ids[self.index, rows]
+        held = Held(self.arena, pages, self.rows.size[self.index, rows] + 1)
         if not provider.takes(query, held):
             return None
         return provider.attend(query, held, self.terms.scale)
@@ -117,13 +109,13 @@ class LayerStep:
         """Whether one call for all rows is worth it: on a CPU, copies and masks are not."""
         if self.device.type != "cpu":
             return True
-        in_place = num_rows == self.sequences.num_rows and self.sequences.tables.spacing[self.index]
-        runs = (self.sequences.tables.first[self.index, row : row + num_rows] >= 0).all()
+        in_place = num_rows == self.rows.num_rows and self.rows.tables.spacing[self.index]
+        runs = (self.rows.tables.first[self.index, row : row + num_rows] >= 0).all()
         return alike and bool(in_place or not runs)
 
     def _read(self, tensor: Tensor, row: int, num_rows: int, size: int) -> Tensor:
         """[rows, kv_heads, size, ...]: the first entries of rows; a view where they lie evenly."""
-        tables, page_size = self.sequences.tables, self.arena.page_size
+        tables, page_size = self.rows.tables, self.arena.page_size
         first = tables.first[self.index, row : row + num_rows]
         flat = tensor.flatten(1, 2)
         start = int(first[0]) * page_size
@@ -137,19 +129,20 @@ class LayerStep:
         num_pages = -(-size // page_size)
         ids = tables.ids[self.index, row : row + num_rows, :num_pages]
         pages = torch.from_numpy(np.maximum(ids, 0)).to(tensor.device)
-        return entries_of(tensor, pages)[:, :, :size]
+        layer = torch.zeros(1, dtype=torch.int64, device=tensor.device)
+        return whole_pages(as_stack(tensor), layer, pages)[0][:, :, :size]
 
     def _bias(self, row: int, first: int, num_heads: int, num_queries: int) -> Tensor:
         """float32 [heads or 1, queries, entries] of one row."""
-        assert self.terms.bias is not None
+        assert self.bias is not None
         device, size = self.device, first + num_queries
-        num_tokens = int(self.sequences.num_tokens[row])
+        num_tokens = int(self.rows.num_tokens[row])
         queries = torch.arange(num_tokens, num_tokens + num_queries, device=device)
         if self.policy is None:  # entries are where they were written
             entries = torch.arange(size, device=device)[None]
         else:
             entries = self._read(self.arena.side["positions"], row, 1, size)[0].long()
-        bias = self.terms.bias(row, queries, entries)
+        bias = self.bias(row, queries, entries)
         if len(bias) not in (1, num_heads):  # one for each KV head
             bias = bias.repeat_interleave(num_heads // len(bias), 0)
         return bias
@@ -170,8 +163,8 @@ class LayerStep:
         with torch.autocast(query.device.type, enabled=False):
             for start, chances in probabilities(query, keys, first, self.terms, bias):
                 outputs.append(mix(chances, numbers))
-                if self.sequences.reads_scores:
-                    tokens = self.sequences.num_tokens[rows, None] + start
+                if self.rows.reads_scores:
+                    tokens = self.rows.num_tokens[rows, None] + start
                     self._accumulate(row, chances, tokens + np.arange(chances.shape[3]))
         return torch.cat(outputs, 2).to(query.dtype)
 
@@ -186,7 +179,7 @@ class LayerStep:
         new = self.policy.accumulate(scores, chances, positions)
         page_size = self.arena.page_size
         slot = np.arange(size)
-        ids = self.sequences.tables.ids[self.index, row : row + num_rows]
+        ids = self.rows.tables.ids[self.index, row : row + num_rows]
         places = ids[:, slot // page_size] * page_size + slot % page_size
         index = torch.from_numpy(places.ravel()).to(scores.device)
         stored.flatten(1).index_copy_(1, index, new.transpose(0, 1).flatten(1))

@@ -6,16 +6,12 @@ first step of a single token after it (an answer). Elsewhere crop can only take 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 
 from paged_kv.hf import row_compaction
 from paged_kv.hf.allocator import Int64s
-
-if TYPE_CHECKING:
-    from paged_kv.hf.sequences import Sequences
+from paged_kv.hf.rows import Rows
 
 Tensor = torch.Tensor
 INSTEAD = (
@@ -28,16 +24,16 @@ class Mark:
     """All rows of a cache before a step; whoever has it may share it.
 
     Args:
-        sequences: the cache.
+        rows: of the cache.
     """
 
-    def __init__(self, sequences: Sequences) -> None:
-        self.num_tokens = sequences.num_tokens.copy()
-        self.ring, self.residual = sequences.ring.copy(), sequences.residual.copy()
+    def __init__(self, rows: Rows) -> None:
+        self.num_tokens = rows.num_tokens.copy()
+        self.ring, self.residual = rows.ring.copy(), rows.residual.copy()
         self.scores: list[Tensor] = []  # of each arena: [kv_heads, layers, rows, width, page_size]
-        if sequences.reads_scores:
-            for arena, layers in sequences.tables.parts:
-                pages = torch.from_numpy(np.maximum(sequences.tables.ids[layers], 0))
+        if rows.reads_scores:
+            for arena, layers in rows.tables.parts:
+                pages = torch.from_numpy(np.maximum(rows.tables.ids[layers], 0))
                 self.scores.append(arena.side["scores"][:, pages.to(arena.geometry.device)])
 
     @property
@@ -51,16 +47,16 @@ class Mark:
         other = object.__new__(Mark)
         other.num_tokens = self.num_tokens[indices]
         other.ring, other.residual = self.ring.copy(), self.residual.copy()
-        for rows in (other.ring, other.residual):
-            rows.select_rows(indices)
+        other.ring.select_rows(indices)
+        other.residual.select_rows(indices)
         other.scores = [part[:, :, torch.from_numpy(indices)] for part in self.scores]
         return other
 
-    def restore(self, sequences: Sequences) -> None:
+    def restore(self, rows: Rows) -> None:
         """A cache that has the same entries again has all as it was. Its pages are its own."""
-        sequences.ring, sequences.residual = self.ring.copy(), self.residual.copy()
-        for (arena, layers), scores in zip(sequences.tables.parts, self.scores, strict=False):
-            ids = sequences.tables.ids[layers][:, :, : scores.shape[3]]
+        rows.ring, rows.residual = self.ring.copy(), self.residual.copy()
+        for (arena, layers), scores in zip(rows.tables.parts, self.scores, strict=False):
+            ids = rows.tables.ids[layers][:, :, : scores.shape[3]]
             held = torch.from_numpy(ids >= 0).to(scores.device)
             pages = torch.from_numpy(ids[ids >= 0]).to(scores.device)
             arena.side["scores"][:, pages] = scores[:, :, :, : ids.shape[2]][:, held]
@@ -78,13 +74,13 @@ class Marks:
         """Memory taken."""
         return sum(mark.num_bytes for mark in self._by_kind.values())
 
-    def note(self, sequences: Sequences, counts: Int64s) -> None:
+    def note(self, rows: Rows, counts: Int64s) -> None:
         """A step of counts [rows] tokens is going to begin."""
         is_prompt = bool(counts.max(initial=0) > 1)
         begins = is_prompt or self._is_prompt
         self._is_prompt = is_prompt
-        if begins and overwrites(sequences) and sequences.num_tokens.any():
-            self._by_kind[is_prompt] = Mark(sequences)
+        if begins and overwrites(rows) and rows.num_tokens.any():
+            self._by_kind[is_prompt] = Mark(rows)
 
     def at(self, num_tokens: Int64s) -> Mark | None:
         """The mark where rows had so many tokens."""
@@ -111,30 +107,30 @@ class Marks:
         return other
 
 
-def overwrites(sequences: Sequences) -> bool:
+def overwrites(rows: Rows) -> bool:
     """Whether steps overwrite what crop must have again.
 
     Where it is waited for (assisted decoding), it does not ask; a batch of requests has no turns.
     """
-    has_rings = sequences.ring.window > 0 or sequences.residual_pages > 0
-    is_final = not sequences.waits_for_crop and not sequences.knows_prompts
-    return is_final and (has_rings or sequences.reads_scores)
+    has_rings = rows.ring.window > 0 or rows.residual_pages > 0
+    is_final = not rows.waits_for_crop and not rows.knows_prompts
+    return is_final and (has_rings or rows.reads_scores)
 
 
-def check_crop(sequences: Sequences, count: int) -> None:
+def check_crop(rows: Rows, marks: Marks, count: int) -> None:
     """Refuses a crop that would leave a trace of the last `count` tokens. Raises ValueError."""
-    num_tokens = sequences.num_tokens - count
-    if (num_tokens < sequences.settled).any():
+    num_tokens = rows.num_tokens - count
+    if (num_tokens < rows.settled).any():
         raise ValueError(
             f"crop(-{count}): a compaction that has seen some of the last {count} tokens has "
             f"dropped or merged entries for good: {INSTEAD}"
         )
-    if not count or not overwrites(sequences) or sequences.marks.at(num_tokens) is not None:
+    if not count or not overwrites(rows) or marks.at(num_tokens) is not None:
         return
-    what = "scores" if sequences.reads_scores else ""
-    if sequences.residual.has_lost(num_tokens):
+    what = "scores" if rows.reads_scores else ""
+    if rows.residual.has_lost(rows.num_tokens, num_tokens):
         what = "residual"
-    elif _is_due(sequences, count):
+    elif _is_due(rows, count):
         what = "last queries"
     if what:
         raise ValueError(
@@ -143,37 +139,37 @@ def check_crop(sequences: Sequences, count: int) -> None:
         )
 
 
-def remove(sequences: Sequences, count: int) -> None:
+def remove(rows: Rows, marks: Marks, count: int) -> None:
     """The last `count` tokens of each row go; their entries are in its last slots.
 
     Raises:
         PoolFull: scores are in pages that others hold, and there is no room for copies; nothing has
             changed.
     """
-    mark = sequences.marks.at(sequences.num_tokens - count)
+    mark = marks.at(rows.num_tokens - count)
     if mark is not None and mark.scores:
-        layers, rows = np.arange(len(sequences.layers)), np.arange(sequences.num_rows)
-        row_compaction.own(sequences, layers, rows)
-    sequences.size -= count
-    sequences.num_tokens -= count
-    sequences.tables.truncate(-(-sequences.size // sequences.pool.page_size))
-    sequences.ring.crop(sequences.num_tokens)
-    sequences.residual.crop(sequences.num_tokens)
+        row_compaction.own(rows, np.arange(len(rows.layers)), np.arange(rows.num_rows))
+    before = rows.num_tokens.copy()
+    rows.size -= count
+    rows.num_tokens -= count
+    rows.tables.truncate(-(-rows.size // rows.pool.page_size))
+    for ring in (rows.ring, rows.residual):
+        ring.crop(before, rows.num_tokens)
     if mark is not None:
-        mark.restore(sequences)
-    sequences.marks.keep(sequences.settled, sequences.num_tokens)
+        mark.restore(rows)
+    marks.keep(rows.settled, rows.num_tokens)
 
 
-def _is_due(sequences: Sequences, count: int) -> bool:
+def _is_due(rows: Rows, count: int) -> bool:
     """Whether a compaction could come as soon as the last `count` tokens have gone.
 
     Where none is due, more tokens come before the next than have gone: as there was none meanwhile.
     Then all queries that the policy will look at come, too, or are still there.
     """
-    num_tokens = sequences.num_tokens - count
-    for schedule, layers in sequences.groups:
+    num_tokens = rows.num_tokens - count
+    for schedule, layers in rows.groups:
         if schedule is not None:
             evicted = schedule.evicted(num_tokens, np.zeros_like(num_tokens))
-            if (sequences.size[layers[0]] - count > num_tokens - evicted).any():
-                return sequences.ring.window > 0
+            if (rows.size[layers[0]] - count > num_tokens - evicted).any():
+                return rows.ring.window > 0
     return False

@@ -12,8 +12,8 @@ import torch
 
 from paged_kv.hf.arena import PackedArena
 from paged_kv.hf.layer_step import LayerStep
-from paged_kv.kernels import ops
-from paged_kv.kernels.operands import Queries, Segment, Terms
+from paged_kv.kernels.operands import Queries, Segment, Side, Terms
+from paged_kv.store.attention import attend
 
 Tensor = torch.Tensor
 
@@ -27,7 +27,6 @@ class PackedStep(LayerStep):
         """See LayerStep."""
         if not self._has_kernel:
             return super().attend(row, query, key, value)
-        self._observe(row, query)
         output = self._by_kernel(query.transpose(1, 2).flatten(0, 1), value.shape[-1])
         return output.unflatten(0, (len(query), -1)).transpose(1, 2)
 
@@ -37,51 +36,51 @@ class PackedStep(LayerStep):
         """See LayerStep."""
         if not self._has_kernel:
             return super().attend_ragged(queries, keys, values)
-        for row, query in enumerate(queries):
-            if query.shape[1]:
-                self._observe(row, query[None])
         output = self._by_kernel(torch.cat(list(queries), 1).transpose(0, 1), values[0].shape[-1])
         return list(output.transpose(0, 1).split([query.shape[1] for query in queries], 1))
 
     @property
     def _has_kernel(self) -> bool:
-        """Whether the terms are those that the kernels know."""
-        if self.terms.bias is not None:
+        """Whether the kernels know all that the layer adds to its logits, and the policy reads."""
+        if self.bias is not None:
             return False
         policy = self.policy
-        return not self.sequences.reads_scores or (policy is not None and policy.sums_attention)
+        return not self.rows.reads_scores or (policy is not None and policy.sums_attention)
 
     def _by_kernel(self, states: Tensor, value_size: int) -> Tensor:
         """[tokens, heads, size], of queries [tokens, heads, head_dim] of all rows."""
-        sequences, arena, index = self.sequences, self.arena, self.index
-        step = sequences.step
+        rows, arena, index = self.rows, self.arena, self.index
+        step = rows.step
         assert step is not None
-        table, sizes = step.page_ids[index], step.sizes[index]
-        segments = [Segment(arena.blocks, arena.layout, table, sizes)]
-        if sequences.residual_pages:
-            newest = sequences.residual.segment(index)
-            segments = [segments[0]._replace(counts=sizes - newest.counts), newest]
-        scores = arena.side["scores"].transpose(0, 1) if sequences.reads_scores else None
+        pages = Segment(arena.blocks, arena.layout, step.page_ids[index], step.sizes[index])
+        newest = None
+        if step.newest is not None:
+            newest = rows.residual.segment(index, step.newest)
+        scores = arena.side["scores"].transpose(0, 1) if rows.reads_scores else None
         sinks = None if self.terms.sinks is None else self.terms.sinks.detach().float()
-        terms = Terms(self.terms.scale, self.terms.softcap, sinks, scores=scores)
+        terms = Terms(self.terms.scale, self.terms.softcap, sinks)
         output = states.new_empty(*states.shape[:2], value_size)
         with torch.no_grad():
-            ops.attend(output, Queries(states.detach(), step.starts), segments, terms)
+            queries = Queries(states.detach(), step.starts)
+            attend(output, queries, pages, newest, terms, Side(scores=scores))
         return _NoGradient.apply(states, output) if states.requires_grad else output
 
     def _numbers(self, part: str, row: int, num_rows: int, size: int) -> Tensor:
         """See LayerStep; float32, the residual's as they were."""
-        sequences, num_pages = self.sequences, -(-size // self.arena.page_size)
-        ids = sequences.tables.ids[self.index, row : row + num_rows, :num_pages]
+        rows, num_pages = self.rows, -(-size // self.arena.page_size)
+        ids = rows.tables.ids[self.index, row : row + num_rows, :num_pages]
         pages = torch.from_numpy(ids.clip(0)).to(self.device)
-        found = self.arena.entries(part, pages)[:, :, :size]
-        if sequences.residual_pages:
-            assert sequences.step is not None
-            ends = sequences.step.sizes[self.index, row : row + num_rows].tolist()
-            for own, end in enumerate(ends):
-                newest = sequences.residual.entries(self.index, row + own, part[:-1])
-                found[own, :, end - newest.shape[1] : end] = newest
-        return found
+        layer = torch.zeros(1, dtype=torch.int64, device=self.device)
+        entries: Tensor = getattr(self.arena.pages, part).gather(layer, pages)[0][:, :, :size]
+        step = rows.step
+        if step is None or step.newest is None:
+            return entries
+        residual = rows.residual.entries(self.index, part[:-1], step.newest)
+        ends = step.sizes[self.index, row : row + num_rows].tolist()
+        counts = step.newest.counts[row : row + num_rows].tolist()
+        for at, (end, count) in enumerate(zip(ends, counts, strict=True)):
+            entries[at, :, end - count : end] = residual[row + at, :, :count]
+        return entries
 
 
 class _NoGradient(torch.autograd.Function):

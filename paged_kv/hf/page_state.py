@@ -51,11 +51,11 @@ def restore(tables: PageTables, state: Mapping[str, Tensor]) -> None:
             continue
         tables.need(arena, size)
         pages = _free(arena, size)
-        arena.pages.take(pages)
+        arena.allocator.take(pages)
         own = ids[layers]
         tables.ids[layers] = np.where(own >= 0, pages[own], -1)
         others = np.bincount(own[own >= 0], minlength=size) - 1
-        arena.pages.share(np.repeat(pages, others))
+        arena.allocator.share(np.repeat(pages, others))
         index = torch.from_numpy(pages).to(arena.geometry.device)
         for name, tensor in _numbers(arena).items():
             if name in state:  # another cache of the pool may have more beside its pages
@@ -71,5 +71,5 @@ def _numbers(arena: Arena) -> dict[str, Tensor]:
 
 def _free(arena: Arena, count: int) -> Int64s:
     """Free pages, neighbours if possible: what were neighbours are neighbours again."""
-    runs = arena.pages.find_runs(1, count)
-    return arena.pages.find_free(count) if runs is None else runs[0] + np.arange(count)
+    runs = arena.allocator.find_runs(1, count)
+    return arena.allocator.find_free(count) if runs is None else runs[0] + np.arange(count)

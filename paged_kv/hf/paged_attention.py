@@ -7,11 +7,11 @@ compactions leave no holes, that is every slot up to its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from paged_kv.kernels.operands import DenseAttention, Terms
 from paged_kv.kernels.reference import attention_probabilities
 
 Tensor = torch.Tensor
@@ -19,29 +19,8 @@ QUERY_BLOCK = 512  # queries whose probabilities are held at once
 
 Bias = Callable[[int, Tensor, Tensor], Tensor]
 """(row, int64 [queries] tokens of the row before each query, int64 [kv_heads or 1, entries] the
-same of each entry) -> float32 [heads or 1, queries, entries] to add to the logits."""
-
-
-class Terms(NamedTuple):
-    """How a layer computes its attention.
-
-    Args:
-        scale: factor of the logits.
-        softcap: logits become softcap * tanh(logit / softcap); 0 for none.
-        sinks: float32 [heads], logits that take part in the softmax and get nothing; or None.
-        bias: what else is added to the logits, -inf where a query must not look; None: nothing, and
-            queries see all that came before.
-    """
-
-    scale: float
-    softcap: float = 0.0
-    sinks: Tensor | None = None
-    bias: Bias | None = None
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether SDPA can compute it."""
-        return not self.softcap and self.sinks is None
+same of each entry) -> float32 [heads or 1, queries, entries] to add to the logits, -inf where a
+query must not look."""
 
 
 def fused(
@@ -111,7 +90,7 @@ def probabilities(
         query: [rows, heads, q, head_dim].
         keys: [rows, kv_heads, m, head_dim].
         first_slots: slot of each row's first query.
-        terms: see Terms; its bias is not looked at.
+        terms: see Terms.
         bias: float32 [heads or 1, q, m], instead of the rule which slots a query sees.
     """
     kv_heads, num_entries = keys.shape[1:3]
@@ -119,7 +98,8 @@ def probabilities(
     entries = keys.float()
     slots = torch.arange(num_entries, device=keys.device)[None, None]
     first = torch.tensor(first_slots, device=keys.device)[:, None, None, None]
-    sinks = None if terms.sinks is None else terms.sinks.float().view(1, kv_heads, -1)
+    if terms.sinks is not None:
+        terms = terms._replace(sinks=terms.sinks.float().view(1, kv_heads, -1))
     for start in range(0, query.shape[2], QUERY_BLOCK):
         block = grouped[:, :, :, start : start + QUERY_BLOCK]
         own = first + torch.arange(start, start + block.shape[3], device=keys.device)
@@ -128,12 +108,8 @@ def probabilities(
             own = torch.full_like(own, num_entries)
             part = bias[:, start : start + QUERY_BLOCK]
             extra = part[None, None] if len(part) == 1 else part.unflatten(0, (kv_heads, -1))[None]
-        yield (
-            start,
-            attention_probabilities(
-                block, entries, own, slots, terms.scale, terms.softcap, sinks, extra
-            ),
-        )
+        attention = DenseAttention(block, entries, own, slots, terms)
+        yield start, attention_probabilities(attention, extra)
 
 
 def mix(chances: Tensor, values: Tensor) -> Tensor:

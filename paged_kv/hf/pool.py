@@ -33,7 +33,7 @@ class PagePool:
     @property
     def num_held(self) -> int:
         """Pages in use."""
-        return sum(arena.pages.num_held for arena in self._arenas.values())
+        return sum(arena.allocator.num_held for arena in self._arenas.values())
 
     @property
     def num_free(self) -> float:
@@ -90,5 +90,5 @@ class PagePool:
     def check_integrity(self) -> None:
         """Asserts that free and held pages add up, and that the limit holds."""
         for arena in self._arenas.values():
-            arena.pages.check_integrity()
+            arena.allocator.check_integrity()
         assert self.num_pages is None or self.num_held <= self.num_pages

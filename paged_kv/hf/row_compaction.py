@@ -1,212 +1,130 @@
-"""Compactions of a cache's rows: the policy names losers, the newest entries take their places.
+"""Compactions of a cache's rows, which free pages at the end of their tables; see store.compaction.
 
-    before   | s s . x | . x . . | x . x x |         s sink  x survivor  . loser
-    after    | s s x x | x x x   |  freed            the rest stays where it is
-
-vLLM's tables only grow at their end, so there survivors move towards the tail; here pages are freed
-at the tail, and a row stays in the pages that it has. Of a row with a residual, the newest pages
-stay as they are: those before them are freed, and the table closes up.
+Of a row with a residual, the newest pages stay as they are: those before them are freed, and the
+table closes up.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
 
 import numpy as np
 import torch
 
 from paged_kv.hf.allocator import Int64s
-from paged_kv.hf.arena import Arena, Places, entries_of
-from paged_kv.policies.region import Compaction, Region, moves
-
-if TYPE_CHECKING:
-    from paged_kv.hf.sequences import Sequences
+from paged_kv.hf.rows import Rows
+from paged_kv.kernels.operands import Terms
+from paged_kv.policies.region import Compaction, Region
+from paged_kv.store.compaction import Holding, compact
+from paged_kv.store.layers import PageStore
+from paged_kv.store.ragged import to_device
 
 Tensor = torch.Tensor
-MAX_NUMBERS = 1 << 21  # of keys, gathered at once
-_PADDING = torch.iinfo(torch.int64).max
 
 
-class _Part(NamedTuple):
-    """Some rows in some layers.
+def run(rows: Rows, group: int, chosen: Int64s, num_losers: Int64s) -> None:
+    """Rows give up entries in a group of layers, whose budgets and page formats are equal.
 
     Args:
-        arena: where the entries are.
-        layers: int64 [layers], indices among those of the cache.
-        rows: int64 [events].
-        pages: int64 [layers, events, pages], on the device.
-        sizes: int64 [events], entries.
-        num_losers: int64 [events].
-    """
-
-    arena: Arena
-    layers: Int64s
-    rows: Int64s
-    pages: Tensor
-    sizes: Int64s
-    num_losers: Int64s
-
-
-def run(sequences: Sequences, layers: Int64s, rows: Int64s, num_losers: Int64s) -> None:
-    """Rows give up entries in layers whose budgets and page formats are equal.
-
-    Args:
-        sequences: the cache.
-        layers: int64 [layers], indices among those of the cache.
-        rows: int64 [events].
+        rows: of the cache.
+        group: of its layers, an index.
+        chosen: int64 [events], which rows.
         num_losers: int64 [events], entries to give up.
 
     Raises:
         PoolFull: the rows share pages with others, and there is no room for copies of their own.
     """
-    policy = sequences.policy
+    policy, layers = rows.policy, rows.groups[group].layers
     assert policy is not None
-    own(sequences, layers, rows)
-    if sequences.compression.spill:
-        sequences.spilled.own(layers, rows, sequences.tables.arena(layers[0]).geometry)
-    tails = sequences.residual.counts(sequences.num_tokens)
-    for part in _parts(sequences, layers, rows, num_losers):
-        region = _gather(sequences, part)
-        decided = policy.compact(region)
-        _apply(part, region, decided, tails[part.rows])
-        if decided.weights is not None and region.weights is not None:
-            gained = (decided.weights - region.weights).masked_fill(decided.losers, 0.0)
-            sequences.counters.merged.append(gained.sum() / gained.shape[2])
-        if region.spilled is not None and decided.changed is not None:
-            sequences.counters.fetched.append(decided.changed.sum() / decided.changed.shape[2])
-    _shrink(sequences, layers, rows, num_losers)
-    sequences.counters.evicted += int(num_losers.sum()) * len(layers)
-    sequences.counters.compactions += len(layers) * len(rows)
+    own(rows, layers, chosen)
+    store = _store(rows, group)
+    if rows.compression.spill:
+        rows.spilled.own(group, chosen, rows.tables.arena(layers[0]).geometry)
+    holding = _holding(rows, layers, chosen, num_losers)
+    reads_rotary = rows.rotary is not None and "rotary" in policy.reads
+    rotary = rows.rotary() if rows.rotary is not None and reads_rotary else None
+    compact(policy, store, holding, "tail", rotary, partial(_note, rows))
+    _shrink(rows, layers, chosen, num_losers)
+    rows.counters.evicted += int(num_losers.sum()) * len(layers)
+    rows.counters.compactions += len(layers) * len(chosen)
 
 
-def own(sequences: Sequences, layers: Int64s, rows: Int64s) -> None:
+def own(rows: Rows, layers: Int64s, chosen: Int64s) -> None:
     """No page of these will be anybody else's. Raises PoolFull: nothing has changed."""
-    shared = sequences.tables.shared()
+    shared = rows.tables.shared()
     which = np.zeros_like(shared)
-    which[np.ix_(layers, rows)] = shared[np.ix_(layers, rows)]
+    which[np.ix_(layers, chosen)] = shared[np.ix_(layers, chosen)]
     if which.any():
-        sequences.pool.check(int(which.sum()), "a compaction of sequences that share pages")
-        sequences.tables.own(which)
+        rows.pool.check(int(which.sum()), "a compaction of sequences that share pages")
+        rows.tables.own(which)
 
 
-def _shrink(sequences: Sequences, layers: Int64s, rows: Int64s, num_losers: Int64s) -> None:
-    tables, page_size = sequences.tables, sequences.pool.page_size
-    tails = sequences.residual.counts(sequences.num_tokens)
-    for row, num in zip(rows.tolist(), num_losers.tolist(), strict=True):
+def _store(rows: Rows, group: int) -> PageStore:
+    """The layers of a group, which share the pages of an arena."""
+    layers = rows.groups[group].layers
+    arena = rows.tables.arena(layers[0])
+    device, num_heads = arena.geometry.device, arena.geometry.num_heads
+    scale, softcap, sinks = rows.terms[layers[0]]
+    if sinks is not None:
+        every = [rows.terms[layer].sinks for layer in layers]
+        sinks = torch.stack([part for part in every if part is not None]).float()
+        sinks = sinks.view(len(every), 1, num_heads, -1)
+    spilled = None
+    if rows.compression.spill:
+        shape = rows.spilled.shape(group, arena.geometry)
+        spilled = partial(rows.spilled.of, group=group, shape=shape)
+    return PageStore(
+        pages=arena.pages,
+        side=arena.side_data,
+        stack_layers=torch.zeros(len(layers), dtype=torch.int64, device=device),
+        layer_ids=to_device(rows.layers[layers], device),
+        head_ids=torch.arange(num_heads, device=device),
+        terms=Terms(scale, softcap, sinks),
+        ring=rows.ring if rows.ring.window else None,
+        ring_layers=to_device(layers, device),
+        spilled=spilled,
+    )
+
+
+def _holding(rows: Rows, layers: Int64s, chosen: Int64s, num_losers: Int64s) -> Holding:
+    sizes = rows.size[layers[0], chosen]
+    num_pages = -(-int(sizes.max()) // rows.pool.page_size)
+    ids = rows.tables.ids[np.ix_(layers, chosen)][..., :num_pages]
+    return Holding(
+        layers=np.arange(len(layers)),
+        pages=to_device(np.maximum(ids, 0), rows.device),
+        num_tokens=rows.num_tokens[chosen],
+        num_entries=sizes,
+        num_losers=num_losers,
+        tail=rows.residual.counts(rows.num_tokens)[chosen],
+        rows=chosen,
+        first=rows.ring.known[chosen],
+        owners=chosen.tolist(),
+    )
+
+
+def _note(rows: Rows, holding: Holding, region: Region, decided: Compaction) -> None:
+    """Counts what was merged and fetched: tensors, so that nobody waits for a GPU."""
+    heads = region.positions.shape[2]
+    if decided.weights is not None and region.weights is not None:
+        gained = (decided.weights - region.weights).masked_fill(decided.losers, 0.0)
+        rows.counters.merged.append(gained.sum() / heads)
+    if decided.exchanged is not None:
+        fetched = len(decided.exchanged.places[0]) / heads
+        rows.counters.fetched.append(torch.tensor(fetched))
+
+
+def _shrink(rows: Rows, layers: Int64s, chosen: Int64s, num_losers: Int64s) -> None:
+    tables, page_size = rows.tables, rows.pool.page_size
+    tails = rows.residual.counts(rows.num_tokens)
+    for row, num in zip(chosen.tolist(), num_losers.tolist(), strict=True):
         if tails[row]:
-            end = int(sequences.size[layers[0], row] - tails[row])
+            end = int(rows.size[layers[0], row] - tails[row])
             assert end % page_size == num % page_size == 0, "the residual begins with a page"
             for layer in layers:
                 tables.move_to_end(layer, row, (end - num) // page_size, end // page_size)
-    sequences.size[np.ix_(layers, rows)] -= num_losers
+    rows.size[np.ix_(layers, chosen)] -= num_losers
     count = tables.count.copy()
-    left = sequences.size[np.ix_(layers, rows)]
-    count[np.ix_(layers, rows)] = -(-left // page_size)
+    left = rows.size[np.ix_(layers, chosen)]
+    count[np.ix_(layers, chosen)] = -(-left // page_size)
     tables.truncate(count)
-
-
-def _parts(sequences: Sequences, layers: Int64s, rows: Int64s, num_losers: Int64s) -> list[_Part]:
-    """Rows of similar size, in a few layers at a time: keys and copies of them can be large."""
-    tables, page_size = sequences.tables, sequences.pool.page_size
-    arena = tables.arena(layers[0])
-    sizes = sequences.size[layers[0], rows]
-    parts = []
-    magnitude = np.frexp(sizes)[1]
-    for one in np.unique(magnitude):
-        chosen = magnitude == one
-        num_pages = -(-int(sizes[chosen].max()) // page_size)
-        entry = arena.geometry.num_heads * arena.geometry.key_size
-        numbers = int(chosen.sum()) * num_pages * page_size * entry
-        at_once = max(1, MAX_NUMBERS // numbers)
-        for start in range(0, len(layers), at_once):
-            some = layers[start : start + at_once]
-            ids = tables.ids[np.ix_(some, rows[chosen])][..., :num_pages]
-            pages = torch.from_numpy(np.maximum(ids, 0)).to(arena.geometry.device)
-            own = rows[chosen], pages, sizes[chosen], num_losers[chosen]
-            parts.append(_Part(arena, some, *own))
-    return parts
-
-
-def _gather(sequences: Sequences, part: _Part) -> Region:
-    """What the rows hold, as the policy sees it."""
-    policy, arena = sequences.policy, part.arena
-    assert policy is not None
-    reads = policy.reads | ({"keys"} if policy.observation_window else frozenset())
-    device = arena.geometry.device
-    num_tokens, num_entries, num_losers = (
-        torch.from_numpy(array).to(device, non_blocking=True)
-        for array in (sequences.num_tokens[part.rows], part.sizes, part.num_losers)
-    )
-    index = torch.arange(part.pages.shape[-1] * sequences.pool.page_size, device=device)
-    valid = index < num_entries[:, None, None]
-
-    def side(name: str, padding: float) -> Tensor | None:
-        if name != "positions" and name not in reads:
-            return None
-        return entries_of(arena.side[name], part.pages).masked_fill(~valid, padding)
-
-    positions = entries_of(arena.side["positions"], part.pages).long().masked_fill(~valid, _PADDING)
-    terms = sequences.terms[part.layers[0]]
-    sinks = None
-    if terms.sinks is not None:
-        every = [sequences.terms[layer].sinks for layer in part.layers]
-        sinks = torch.stack([own for own in every if own is not None]).float()
-        sinks = sinks.view(len(every), 1, arena.geometry.num_heads, -1)
-    heads = arena.geometry.num_heads
-    look = (part.layers, part.rows, heads, terms.scale, terms.softcap, sinks)
-    return Region(
-        num_tokens=num_tokens,
-        num_entries=num_entries,
-        num_losers=num_losers,
-        max_losers=int(part.num_losers.max()),
-        layers=torch.from_numpy(sequences.layers[part.layers]).to(device),
-        heads=torch.arange(arena.geometry.num_heads, device=device),
-        positions=positions,
-        keys=arena.entries("keys", part.pages).float() if "keys" in reads else None,
-        values=arena.entries("values", part.pages).float() if "values" in reads else None,
-        weights=side("weights", 0.0),
-        scores=side("scores", 0.0),
-        queries=sequences.ring.queries(*look),
-        rotary=sequences.rotary() if sequences.rotary and "rotary" in reads else None,
-        spilled=sequences.spilled.views(part.layers, part.rows),
-    )
-
-
-def _apply(part: _Part, region: Region, decided: Compaction, tails: Int64s) -> None:
-    """Survivors of what is freed move into the losers' places; those that changed are written.
-
-    Args:
-        part: whose entries they are.
-        region: what they hold.
-        decided: what becomes of it.
-        tails: int64 [events], entries behind the freed ones, which stay where they are.
-    """
-    arena, pages = part.arena, part.pages
-    index = torch.arange(region.positions.shape[-1], device=pages.device)
-    end = (region.num_entries - torch.from_numpy(tails).to(pages.device))[:, None, None]
-    freed = (index >= end - region.num_losers[:, None, None]) & (index < end)
-    source, target = moves(decided, freed, region.max_losers, spare=0)
-    head = torch.arange(arena.geometry.num_heads, device=pages.device)[:, None]
-
-    def places(slots: Tensor) -> Places:
-        page = pages[:, :, None].expand(*slots.shape[:3], -1).gather(-1, slots // arena.page_size)
-        return head.expand_as(slots), page, slots % arena.page_size
-
-    read, write = places(source), places(target)
-    arena.move(read, write)
-    for tensor in arena.side.values():
-        tensor[write] = tensor[read]
-    if decided.changed is None:
-        return
-    # What has not changed keeps its bytes: quantized again, it could become something else.
-    new = decided.changed.gather(-1, source)
-    column, there = source[new], (write[0][new], write[1][new], write[2][new])
-    layer, event, own_head, _ = new.nonzero(as_tuple=True)
-    for name in ("keys", "values"):
-        numbers = getattr(decided, name)
-        if numbers is not None:
-            arena.put(name, there, numbers[layer, event, own_head, column])
-    for name, tensor in arena.side.items():
-        numbers = getattr(decided, name)
-        if numbers is not None:
-            tensor[there] = numbers[layer, event, own_head, column].to(tensor.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
@@ -10,9 +10,7 @@ from transformers.cache_utils import Cache
 from paged_kv.hf.layer_state import crop_layers
 from paged_kv.hf.marks import check_crop
 from paged_kv.hf.paged_layer import PagedLayer
-
-if TYPE_CHECKING:
-    from paged_kv.hf.sequences import Sequences
+from paged_kv.hf.sequences import Sequences
 
 Tensor = torch.Tensor
 
@@ -45,7 +43,7 @@ class RowOperations(Cache):
                 f"crop(-{count}): {self.progress[0] - self._padded_at} tokens were processed since "
                 "the last padding, and no more can be removed"
             )
-        check_crop(self.sequences, count)
+        check_crop(self.sequences, self.sequences.marks, count)
         if count or self.sequences.waits_for_crop:
             crop_layers(self._others(), count)
         self.sequences.crop(count)

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from paged_kv.config import CompressionConfig
 from paged_kv.hf import fingerprint, layer_state, page_state, state_file
 from paged_kv.hf.arena import Geometry
+from paged_kv.hf.counters import Counters
 from paged_kv.hf.modes import keeps
-from paged_kv.hf.paged_attention import Terms
 from paged_kv.hf.rope import of_file
 from paged_kv.hf.sequences import Sequences, interrupted
 from paged_kv.hf.spilled import part_of
-from paged_kv.hf.stats import Counters
-
-if TYPE_CHECKING:
-    from paged_kv.hf.cache import PagedCache
+from paged_kv.hf.state_of_cache import CacheState
+from paged_kv.kernels.operands import Terms
 
 Tensor = torch.Tensor
 
@@ -73,7 +71,7 @@ _FLAGS = ("waits_for_crop", "knows_prompts", "is_late", "num_passes")
 _PLACES = ("spill_dir", "spill_host_budget")  # options that say where something lies
 
 
-def save(cache: PagedCache, path: str | os.PathLike[str]) -> None:
+def save(cache: CacheState, path: str | os.PathLike[str]) -> None:
     """See Saveable."""
     cache._check_open()
     sequences = cache.sequences
@@ -101,12 +99,12 @@ def save(cache: PagedCache, path: str | os.PathLike[str]) -> None:
 
 @keeps
 def load(
-    kind: type[PagedCache],
+    kind: Any,
     path: str | os.PathLike[str],
     config: Any,
     device: str | torch.device | None,
     options: dict[str, Any],
-) -> PagedCache:
+) -> Any:
     """See Saveable."""
     tensors, about = state_file.read(path)
     geometry = _geometry(about["rows"]["geometry"], device)
@@ -135,7 +133,7 @@ def load(
     return cache
 
 
-def recognizes(cache: PagedCache, owner: Any) -> bool:
+def recognizes(cache: CacheState, owner: Any) -> bool:
     """Whether a cache from a file, which no model has used yet, is of the model of this config."""
     return not fingerprint.differences(
         fingerprint.fingerprint(cache._config), fingerprint.fingerprint(owner)
@@ -147,9 +145,9 @@ def state_of(sequences: Sequences) -> tuple[dict[str, Tensor], dict[str, Any]]:
     parts = {
         "": {name: torch.from_numpy(getattr(sequences, name).copy()) for name in _ROWS},
         "pages.": page_state.state_of(sequences.tables),
-        "ring.": sequences.ring.state(),
-        "residual.": sequences.residual.state(),
-        "spilled.": sequences.spilled.state(),
+        "ring.": sequences.ring.state(sequences.num_tokens),
+        "residual.": sequences.residual.state(sequences.num_tokens),
+        "spilled.": sequences.spilled.state(sequences.num_rows),
         "sinks.": {
             str(at): one.sinks for at, one in enumerate(sequences.terms) if one.sinks is not None
         },
@@ -195,7 +193,8 @@ def restore(
     page_state.restore(sequences.tables, part_of(tensors, "pages."))
     for name in _ROWS:
         setattr(sequences, name, tensors[name].numpy().copy())
-    sequences.ring.restore(part_of(tensors, "ring."), geometry.device)
+    num_tokens = sequences.num_tokens
+    sequences.ring.restore(part_of(tensors, "ring."), num_tokens, geometry.device)
     sequences.residual.restore(part_of(tensors, "residual."), geometry.device)
     sequences.spilled.restore(part_of(tensors, "spilled."), geometry)
     for name in _FLAGS:

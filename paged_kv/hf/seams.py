@@ -9,23 +9,15 @@ from __future__ import annotations
 import copy
 import sys
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers.modeling_outputs import MoEModelOutputWithPastAndCrossAttentions
 
 from paged_kv.hf.rope import Rope, of_embedding
+from paged_kv.kernels.operands import Terms
 
 Tensor = torch.Tensor
-
-
-class Terms(NamedTuple):
-    """How a layer computes its attention; see paged_kv.policies.region.Queries."""
-
-    scale: float
-    softcap: float = 0.0
-    sinks: Tensor | None = None  # float32 [heads]
-    sliding_window: int | None = None
 
 
 ENGINE = "paged_kv_engine"  # the argument
@@ -35,7 +27,15 @@ class Attends(ABC):
     """What takes over the attention of a model in a forward pass with it as argument ENGINE."""
 
     @abstractmethod
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, terms: Any) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        terms: Terms,
+        sliding_window: int | None,
+    ) -> Tensor:
         """[heads, n, head_dim] from query of that shape and [kv_heads, n, head_dim] key, value.
 
         Args:
@@ -43,7 +43,8 @@ class Attends(ABC):
             query: after RoPE.
             key: the new keys.
             value: the new values.
-            terms: Terms of the layer.
+            terms: of the layer.
+            sliding_window: how many of the last tokens a query sees, its own included; None: all.
         """
 
 
@@ -62,9 +63,9 @@ def engine_attention(
     """[1, n, heads, head_dim], of query [1, heads, n, head_dim]; the engine knows its masks."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     sinks = None if s_aux is None else s_aux.float()
-    terms = Terms(scale, softcap or 0.0, sinks, sliding_window)
+    terms = Terms(scale, softcap or 0.0, sinks)
     engine: Attends = options[ENGINE]
-    output = engine.attend(module.layer_idx, query[0], key[0], value[0], terms)
+    output = engine.attend(module.layer_idx, query[0], key[0], value[0], terms, sliding_window)
     return output.transpose(0, 1)[None].contiguous(), None
 
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-import torch
-
-if TYPE_CHECKING:
-    from paged_kv.hf.sequences import Sequences
+from paged_kv.hf.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -19,9 +15,9 @@ class CacheStats:
 
     Args:
         sequences: rows.
-        tokens: processed, over all sequences.
+        tokens: processed, over all rows.
         pages: held; one that sequences share counts once.
-        entries: held, over all layers and sequences.
+        entries: held, over all layers and rows.
         evicted: entries dropped so far.
         merged: tokens that went into other entries so far (mean over KV heads).
         spilled: entries that are on a lower tier.
@@ -55,60 +51,27 @@ class CacheStats:
         return self.bytes_by_tier["device"]
 
 
-@dataclass
-class Counters:
-    """What is added up while a cache lives."""
+def snapshot(rows: Rows, marks_bytes: int) -> CacheStats:
+    """What a cache holds, and what it has given up.
 
-    evicted: int = 0
-    compactions: int = 0
-    peak_bytes: int = 0
-    merged: list[torch.Tensor] = field(default_factory=list)  # scalars, read when asked for
-    fetched: list[torch.Tensor] = field(default_factory=list)  # the same
-
-    @property
-    def num_merged(self) -> float:
-        """Tokens that went into other entries."""
-        return _sum(self.merged)
-
-    @property
-    def num_fetched(self) -> float:
-        """Entries that came back."""
-        return _sum(self.fetched)
-
-    def copy(self) -> Counters:
-        """Goes on by itself."""
-        return replace(self, merged=list(self.merged), fetched=list(self.fetched))
-
-    def note_bytes(self, num_bytes: int) -> None:
-        """Keys and values take so many now."""
-        self.peak_bytes = max(self.peak_bytes, num_bytes)
-
-
-def snapshot(sequences: Sequences) -> CacheStats:
-    """What a cache holds, and what it has given up."""
-    tables, counters = sequences.tables, sequences.counters
+    Args:
+        rows: of the cache.
+        marks_bytes: memory of what crop must have again.
+    """
+    tables, counters = rows.tables, rows.counters
     num_bytes, side_bytes = tables.num_bytes
-    stores = sequences.spilled.stores
-    lower = {tier: sum(one.num_bytes[tier] for one in stores) for tier in ("host", "mmap")}
     return CacheStats(
-        sequences=sequences.num_rows,
-        tokens=int(sequences.num_tokens.sum()),
+        sequences=rows.num_rows,
+        tokens=int(rows.num_tokens.sum()),
         pages=tables.num_pages,
-        entries=int(sequences.size.sum()),
+        entries=int(rows.size.sum()),
         evicted=counters.evicted,
         merged=counters.num_merged,
-        spilled=sum(store.num_entries for store in stores),
+        spilled=sum(store.num_entries for store in rows.spilled.stores),
         fetched=counters.num_fetched,
         compactions=counters.compactions,
-        page_format=sequences.page_format,
-        bytes_by_tier={"device": num_bytes + sequences.residual.num_bytes, **lower},
-        side_bytes=side_bytes + sequences.ring.num_bytes + sequences.marks.num_bytes,
+        page_format=rows.page_format,
+        bytes_by_tier={"device": num_bytes + rows.residual.num_bytes, **rows.spilled.num_bytes},
+        side_bytes=side_bytes + rows.ring.num_bytes + marks_bytes,
         peak_bytes=counters.peak_bytes,
     )
-
-
-def _sum(scalars: list[torch.Tensor]) -> float:
-    """Of all; leaves one in their place."""
-    if len(scalars) > 1:
-        scalars[:] = [torch.stack(scalars).sum()]
-    return float(scalars[0]) if scalars else 0.0

@@ -9,9 +9,11 @@ import torch
 
 from paged_kv.hf.allocator import Int64s
 from paged_kv.hf.tables import PageTables
+from paged_kv.store.query_ring import RingWrite
+from paged_kv.store.ragged import ragged, to_device
+from paged_kv.store.residual_ring import Newest
 
 Tensor = torch.Tensor
-_WHEN_WRITTEN = {"weights": 1.0, "scores": 0.0}
 
 
 class Step:
@@ -30,25 +32,25 @@ class Step:
         self.counts, self.tables = counts, tables
         self._size = size
         self.done: set[int] = set()  # layers that have stored theirs
-        row = np.repeat(np.arange(len(counts)), counts)
-        nth = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+        row, nth = ragged(counts)
         slot, page_size = size[:, row] + nth, tables.pool.page_size
         page = tables.ids[np.arange(len(size))[:, None], row, slot // page_size]
         places = page * page_size + slot % page_size
         self._device = tables.parts[0].arena.geometry.device
         # int64 [layers, tokens of all rows]: where in the arena, counted in entries
-        self.places = torch.from_numpy(np.ascontiguousarray(places)).to(self._device)
+        self.places = to_device(places, self._device)
+        self.queries: RingWrite | None = None  # where the last queries go, if they are kept
+        self.newest: Newest | None = None  # of the residual, if there is one
         self._forget(num_tokens[row] + nth)
 
     def _forget(self, tokens: Int64s) -> None:
         """Nothing is known of the new entries but that they hold these tokens."""
         for arena, layers in self.tables.parts:
-            places = self.places[torch.from_numpy(layers)]
-            for name, tensor in arena.side.items():
-                new: Tensor | float = _WHEN_WRITTEN.get(name, 0.0)
-                if name == "positions":
-                    new = torch.from_numpy(tokens).to(tensor).repeat(len(places))
-                tensor.flatten(1)[:, places.flatten()] = new
+            if arena.side:
+                places = self.places[torch.from_numpy(layers)].flatten()
+                positions = to_device(tokens, self._device).repeat(len(layers))
+                page_size = arena.page_size
+                arena.side_data.reset(places // page_size, places % page_size, positions)
 
     def store(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Stores the new entries of a layer.
@@ -77,4 +79,4 @@ class Step:
         return self._int32(np.concatenate([[0], np.cumsum(self.counts)]))
 
     def _int32(self, numbers: Int64s) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(numbers, dtype=np.int32)).to(self._device)
+        return to_device(numbers.astype(np.int32), self._device)

@@ -17,7 +17,7 @@ Bools = npt.NDArray[np.bool_]
 _NOWHERE = 1 << 40  # a page that no pool has
 
 
-class Part(NamedTuple):
+class ArenaLayers(NamedTuple):
     """Layers whose pages are in one arena.
 
     Args:
@@ -47,7 +47,8 @@ class PageTables:
     ) -> None:
         self.pool, self.is_private, self.is_bounded = pool, is_private, is_bounded
         self.formats = np.array(formats)
-        self.parts: list[Part] = []  # known with the first keys
+        self.parts: list[ArenaLayers] = []  # known with the first keys
+        self._arenas: list[Arena] = []  # of each layer
         num_layers = len(formats)
         self.ids = np.full((num_layers, 0, 0), -1, dtype=np.int64)
         self.count = np.zeros((num_layers, 0), dtype=np.int64)
@@ -61,17 +62,18 @@ class PageTables:
         """The first keys have come. Raises ValueError: see PagePool.arena."""
         names = dict.fromkeys(self.formats.tolist())
         self.parts = [
-            Part(
+            ArenaLayers(
                 self.pool.arena(geometry._replace(page_format=name), grows=len(names) > 1),
                 np.flatnonzero(self.formats == name),
             )
             for name in names
         ]
+        arenas = {part.arena.geometry.page_format: part.arena for part in self.parts}
+        self._arenas = [arenas[name] for name in self.formats.tolist()]
 
     def arena(self, layer: int) -> Arena:
         """Where a layer's pages are."""
-        return next(part.arena for part in self.parts if part.arena.geometry.page_format
-                    == self.formats[layer])  # fmt: skip
+        return self._arenas[layer]
 
     def changed(self, may_share: bool = False) -> None:
         """The tables have changed; may_share: there may be pages in them that others hold, too."""
@@ -123,9 +125,9 @@ class PageTables:
         new = self.ids[:, indices]
         self._may_share |= len(np.unique(indices)) < len(indices)
         for arena, held in self._held(new):
-            arena.pages.share(held)
+            arena.allocator.share(held)
         for arena, held in self._held(self.ids):
-            arena.pages.release(held)
+            arena.allocator.release(held)
         self.ids, self.count = new, self.count[:, indices]
         self._start = self._start[:, indices]
         self.changed()
@@ -134,9 +136,10 @@ class PageTables:
         """Somebody else's tables of the same pages: who writes to one copies it before."""
         other = copy.copy(self)
         other.parts, other._start = list(self.parts), self._start.copy()
+        other._arenas = list(self._arenas)
         other.ids, other.count = self.ids.copy(), self.count.copy()
         for arena, held in self._held(self.ids):
-            arena.pages.share(held)
+            arena.allocator.share(held)
         self._may_share = other._may_share = True
         return other
 
@@ -144,7 +147,7 @@ class PageTables:
         """Keeps the first pages only: count [layers, rows]."""
         gone = np.arange(self.ids.shape[2]) >= np.minimum(count, self.count)[..., None]
         for arena, held in self._held(np.where(gone, self.ids, -1)):
-            arena.pages.release(held)
+            arena.allocator.release(held)
         self.ids = np.where(gone, -1, self.ids)
         self.count = np.minimum(count, self.count)
         self.changed()
@@ -162,7 +165,7 @@ class PageTables:
             return found
         for arena, layers in self.parts:
             ids = self.ids[layers]
-            found[layers] = (ids >= 0) & (arena.pages.references[np.maximum(ids, 0)] > 1)
+            found[layers] = (ids >= 0) & (arena.allocator.references[np.maximum(ids, 0)] > 1)
         self._may_share = bool(found.any())
         return found
 
@@ -177,10 +180,10 @@ class PageTables:
             if not old.size:
                 continue
             self.need(arena, old.size)
-            new = arena.pages.find_free(old.size)
-            arena.pages.take(new)
+            new = arena.allocator.find_free(old.size)
+            arena.allocator.take(new)
             arena.copy(old, new)
-            arena.pages.release(old)
+            arena.allocator.release(old)
             self.ids[place] = new
             self.changed()
 
@@ -206,54 +209,67 @@ class PageTables:
         self.changed()
 
     def _extend(self, arena: Arena, layers: Int64s, rows: Int64s, num: int) -> None:
-        """num more pages for each of these tables."""
-        held = self.count[layers, rows]
-        following = self._last(layers, rows)[:, None] + 1 + np.arange(num)
-        grows = arena.pages.are_free(following).all(1)
-        # Rows that share their last page want the same neighbour; only one can have it.
-        grows &= np.isin(np.arange(len(held)), np.unique(following[:, 0], return_index=True)[1])
-        arena.pages.take(following[grows].ravel())
-        columns = held[:, None] + np.arange(num)
-        self.ids[layers[grows, None], rows[grows, None], columns[grows]] = following[grows]
-        for size in np.unique(held[~grows]):
-            chosen = ~grows & (held == size)
-            self._place(arena, layers[chosen], rows[chosen], int(size), num)
+        """num more pages for each of these tables: the neighbours of their last ones, if free.
 
-    def _place(self, arena: Arena, layers: Int64s, rows: Int64s, held: int, num: int) -> None:
-        """num more pages for tables of `held` pages that have no free neighbour: they move."""
-        length, count = held + num, len(layers)
-        old = self.ids[layers, rows, :held]
-        alone = bool((arena.pages.references[old] == 1).all())
-        room = length + length // 4 + 2 if self.pool.num_pages is None else length
-        starts = arena.pages.find_runs(count, room) if alone else None
-        if starts is None and alone and self.pool.num_pages is None:
+        | a a a . . | b b b c c |      a grows in place; b's next page is taken: b moves
+        """
+        count = self.count[layers, rows]
+        following = self._last(layers, rows)[:, None] + 1 + np.arange(num)
+        grows = arena.allocator.are_free(following).all(1)
+        # Rows that share their last page want the same neighbour; only one can have it.
+        grows &= np.isin(np.arange(len(count)), np.unique(following[:, 0], return_index=True)[1])
+        arena.allocator.take(following[grows].ravel())
+        columns = count[:, None] + np.arange(num)
+        self.ids[layers[grows, None], rows[grows, None], columns[grows]] = following[grows]
+        # The others, those of equal length at once: their page ids are one array.
+        for length in np.unique(count[~grows]):
+            chosen = ~grows & (count == length)
+            self._place(arena, layers[chosen], rows[chosen], int(length), num)
+
+    def _place(self, arena: Arena, layers: Int64s, rows: Int64s, length: int, num: int) -> None:
+        """num more pages for tables of `length` pages that have no free neighbour.
+
+        before | a a a b b b . . . . . . . . |
+        after  | . . . b b b a a a n . . . . |      a, with its new page n, where there is room
+        """
+        count, longer = len(layers), length + num
+        old = self.ids[layers, rows, :length]
+        # Pages that others hold, too, stay where they are: a copy would share nothing.
+        is_alone = bool((arena.allocator.references[old] == 1).all())
+        # In memory without a limit each gets room for more, so that it seldom moves again.
+        is_unlimited = self.pool.num_pages is None
+        room = longer + longer // 4 + 2 if is_unlimited else longer
+        starts = arena.allocator.find_runs(count, room) if is_alone else None
+        if starts is None and is_alone and is_unlimited:
             self._grow(arena, count * room)
-            starts = arena.pages.find_runs(count, room)
+            starts = arena.allocator.find_runs(count, room)
         if starts is None:  # a crowded pool, or shared pages: wherever there is room
             self.need(arena, count * num)
-            more = arena.pages.find_free(count * num)
-            arena.pages.take(more)
-            self.ids[layers, rows, held:length] = more.reshape(count, num)
+            more = arena.allocator.find_free(count * num)
+            arena.allocator.take(more)
+            self.ids[layers, rows, length:longer] = more.reshape(count, num)
             return
-        new = starts[:, None] + np.arange(length)
-        arena.pages.take(new.ravel())
-        arena.copy(old.ravel(), new[:, :held].ravel())
-        arena.pages.release(old.ravel())
-        self.ids[layers, rows, :length] = new
+        new = starts[:, None] + np.arange(longer)
+        arena.allocator.take(new.ravel())
+        arena.copy(old.ravel(), new[:, :length].ravel())
+        arena.allocator.release(old.ravel())
+        self.ids[layers, rows, :longer] = new
 
     def need(self, arena: Arena, num_pages: int) -> None:
         """So many pages are free."""
-        if self.pool.num_pages is None and arena.pages.num_free < num_pages:
+        if self.pool.num_pages is None and arena.allocator.num_free < num_pages:
             self._grow(arena, num_pages)
-        elif arena.pages.num_free < num_pages:  # of several arenas under one limit
-            self._grow(arena, num_pages - arena.pages.num_free)
+        elif arena.allocator.num_free < num_pages:  # of several arenas under one limit
+            self._grow(arena, num_pages - arena.allocator.num_free)
 
     def _grow(self, arena: Arena, num_pages: int) -> None:
         """More memory, of which the pool's limit has enough left."""
         limit = self.pool.num_pages
-        assert limit is None or arena.pages.capacity + num_pages <= limit, "was not checked before"
-        held = np.flatnonzero(arena.pages.references)
-        arena.resize(arena.pages.capacity + num_pages, held, held)
+        assert limit is None or arena.allocator.capacity + num_pages <= limit, (
+            "was not checked before"
+        )
+        held = np.flatnonzero(arena.allocator.references)
+        arena.resize(arena.allocator.capacity + num_pages, held, held)
 
     def _last(self, layers: Int64s, rows: Int64s) -> Int64s:
         """Last page of each of these tables; of an empty one, the page before its first."""
@@ -265,7 +281,7 @@ class PageTables:
         """Whether all of these tables have the pages that they need behind their last one."""
         last = self._last(layers, rows)[:, None]
         wanted = last + 1 + np.minimum(np.arange(need.max()), need[:, None] - 1)
-        return bool(arena.pages.are_free(wanted).all())
+        return bool(arena.allocator.are_free(wanted).all())
 
     def trim(self) -> None:
         """Gives memory back that a pool of this cache alone has, but hardly needs."""
@@ -273,15 +289,15 @@ class PageTables:
             count = self.count[part.layers]
             least = int((count + 1).sum())
             most = least + count.size if self.is_bounded else 2 * least
-            if part.arena.pages.capacity > most:
+            if part.arena.allocator.capacity > most:
                 self._lay_out(part, self.count, spare=1)
 
-    def _is_alone(self, part: Part) -> bool:
+    def _is_alone(self, part: ArenaLayers) -> bool:
         """Whether the memory of an arena is for these tables alone."""
         held = self.count[part.layers].sum()
-        return self.is_private and part.arena.pages.num_references == held
+        return self.is_private and part.arena.allocator.num_references == held
 
-    def _lay_out(self, part: Part, count: Int64s, spare: int | None = None) -> None:
+    def _lay_out(self, part: ArenaLayers, count: Int64s, spare: int | None = None) -> None:
         """Memory of an arena for these tables alone: each a run, with room to grow.
 
         Args:

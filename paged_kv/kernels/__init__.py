@@ -1,1 +1,3 @@
-"""Operations on pages. `reference` (torch) is the ground truth for every other implementation."""
+"""Operations on pages. The ground truth is torch: `packed_reference` for packed pages, `reference`
+for attention over dense keys.
+"""

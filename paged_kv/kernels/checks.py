@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from paged_kv.kernels.operands import Queries, Segment, Terms
+from paged_kv.kernels.index import Index
+from paged_kv.kernels.operands import DenseAttention, Queries, Segment, Side, Terms
 from paged_kv.kernels.page_layout import PageLayout
-from paged_kv.kernels.pages import Index
 
 Tensor = torch.Tensor
 
@@ -17,20 +17,10 @@ MAX_SIZE = 2048  # numbers of a key or value
 MAX_GROUP = 256  # query heads per KV head
 
 
-def blocks(found: Tensor, layout: PageLayout, dims: int, what: str = "blocks") -> None:
-    """uint8 [(layers,) pages, kv_heads, block_bytes] of the layout."""
-    if found.dtype != torch.uint8 or found.dim() != dims or found.stride(-1) != 1:
-        raise _wrong(what, found, f"{dims} dimensions of uint8, bytes of a block side by side")
-    if found.shape[-1] != layout.block_bytes:
-        raise _wrong(what, found, f"blocks of {layout.block_bytes} bytes, as the layout says")
-    if max(layout.key.size, layout.value.size) > MAX_SIZE:
-        raise ValueError(f"head_dim {layout.key.size}: packed pages hold at most {MAX_SIZE}")
-
-
-def write(found: Tensor, layout: PageLayout, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+def write(blocks: Tensor, layout: PageLayout, keys: Tensor, values: Tensor, slots: Tensor) -> None:
     """Operands of ops.write."""
-    blocks(found, layout, 3)
-    heads = found.shape[1]
+    _blocks("blocks", blocks, layout, 3)
+    heads = blocks.shape[1]
     for what, part, size in (
         ("keys", keys, layout.key.size),
         ("values", values, layout.value.size),
@@ -40,45 +30,39 @@ def write(found: Tensor, layout: PageLayout, keys: Tensor, values: Tensor, slots
         if part.shape != (len(slots), heads, size) or part.stride(-1) != 1:
             raise _wrong(what, part, f"[{len(slots)}, {heads}, {size}], numbers side by side")
     _vector("slots", slots, torch.int64)
-    _same_device(found, keys, values, slots)
+    _same_device(blocks, keys, values, slots)
 
 
-def part(name: str) -> None:
-    """The name of a part of an entry."""
-    if name not in ("key", "value"):
-        raise ValueError(f"part must be key or value, not {name!r}")
-
-
-def gather(stack: Tensor, layout: PageLayout, name: str, layers: Tensor, pages: Tensor) -> None:
+def gather(stack: Tensor, layout: PageLayout, part: str, layers: Tensor, pages: Tensor) -> None:
     """Operands of ops.gather."""
-    blocks(stack, layout, 4, "stack")
-    part(name)
+    _stack(stack, layout, part)
     _vector("layers", layers, torch.int64)
     if pages.dtype != torch.int64 or pages.dim() != 2:
         raise _wrong("pages", pages, "int64 [rows, pages]")
     _same_device(stack, layers, pages)
 
 
-def index(stack: Tensor, layout: PageLayout, name: str, found: Sequence[Index]) -> None:
-    """The stack and the indices of ops.store and ops.move."""
-    blocks(stack, layout, 4, "stack")
-    part(name)
-    for one in found:
-        for tensor in one:
-            if tensor.dtype != torch.int64:
-                raise _wrong("index", tensor, "int64")
-        _same_device(stack, *one)
+def index(stack: Tensor, layout: PageLayout, part: str, indices: Sequence[Index]) -> None:
+    """The stack and the indices of ops.take, ops.store and ops.move."""
+    _stack(stack, layout, part)
+    for index in indices:
+        for axis in index:
+            if axis.dtype != torch.int64:
+                raise _wrong("index", axis, "int64")
+        _same_device(stack, *index)
 
 
-def numbers(found: Tensor, layout: PageLayout, name: str, places: Index) -> None:
+def numbers(numbers: Tensor, layout: PageLayout, part: str, index: Index) -> None:
     """The numbers of ops.store."""
-    size = layout.key.size if name == "key" else layout.value.size
-    wanted = (*torch.broadcast_shapes(*(tensor.shape for tensor in places)), size)
-    if found.dtype != torch.float32 or found.shape != wanted:
-        raise _wrong("numbers", found, f"float32 {list(wanted)}")
+    size = layout.key.size if part == "key" else layout.value.size
+    wanted = (*torch.broadcast_shapes(*(axis.shape for axis in index)), size)
+    if numbers.dtype != torch.float32 or numbers.shape != wanted:
+        raise _wrong("numbers", numbers, f"float32 {list(wanted)}")
 
 
-def attend(output: Tensor, queries: Queries, segments: list[Segment], terms: Terms) -> None:
+def attend(
+    output: Tensor, queries: Queries, segments: list[Segment], terms: Terms, side: Side
+) -> None:
     """Operands of ops.attend."""
     states, starts = queries
     if not 1 <= len(segments) <= 2:
@@ -96,50 +80,95 @@ def attend(output: Tensor, queries: Queries, segments: list[Segment], terms: Ter
     wanted = (tokens, heads, first.layout.value.size)
     if output.dtype != states.dtype or output.shape != wanted or output.stride(-1) != 1:
         raise _wrong("output", output, f"{list(wanted)} of the queries' dtype")
-    for one in segments:
-        _segment(one, first, rows)
-    _terms(terms, first, heads)
+    for segment in segments:
+        _segment(segment, first, rows)
+    _softcap(terms)
+    if terms.sinks is not None:
+        _vector("sinks", terms.sinks, torch.float32)
+        if len(terms.sinks) != heads:
+            raise _wrong("sinks", terms.sinks, f"float32 [{heads}]")
+    _side(side, first)
     if states.device != output.device or states.device != first.blocks.device:
         _same_device(states, output, first.blocks)
 
 
-def _segment(found: Segment, first: Segment, rows: int) -> None:
-    layout, table = found.layout, found.table
-    blocks(found.blocks, layout, 3)
-    sizes = (layout.key.size, layout.value.size, found.blocks.shape[1])
+def dense(attention: DenseAttention) -> None:
+    """Operands of ops.attention_mass."""
+    queries, keys, query_positions, key_positions, terms = attention
+    if not queries.is_floating_point() or queries.dim() < 4:
+        raise _wrong("queries", queries, "floats [..., kv_heads, group, queries, head_dim]")
+    lead, (group, num_queries, size) = queries.shape[:-3], queries.shape[-3:]
+    if keys.dim() < 2 or keys.shape[-1] != size:
+        raise _wrong("keys", keys, f"[..., kv_heads, entries, {size}], as the queries have")
+    num_entries = keys.shape[-2]
+    _broadcasts("keys", keys, queries.dtype, (*lead, num_entries, size))
+    _broadcasts("query_positions", query_positions, torch.int64, (*lead, group, num_queries))
+    _broadcasts("key_positions", key_positions, torch.int64, (*lead, num_entries))
+    _softcap(terms)
+    if terms.sinks is not None:
+        _broadcasts("sinks", terms.sinks, torch.float32, (*lead, group))
+        _same_device(queries, terms.sinks)
+    _same_device(queries, keys, query_positions, key_positions)
+
+
+def _blocks(what: str, blocks: Tensor, layout: PageLayout, dims: int) -> None:
+    """uint8 [(layers,) pages, kv_heads, block_bytes] of the layout."""
+    if blocks.dtype != torch.uint8 or blocks.dim() != dims or blocks.stride(-1) != 1:
+        raise _wrong(what, blocks, f"{dims} dimensions of uint8, bytes of a block side by side")
+    if blocks.shape[-1] != layout.block_bytes:
+        raise _wrong(what, blocks, f"blocks of {layout.block_bytes} bytes, as the layout says")
+    if max(layout.key.size, layout.value.size) > MAX_SIZE:
+        raise ValueError(f"head_dim {layout.key.size}: packed pages hold at most {MAX_SIZE}")
+
+
+def _stack(stack: Tensor, layout: PageLayout, part: str) -> None:
+    _blocks("stack", stack, layout, 4)
+    if part not in ("key", "value"):
+        raise ValueError(f"part must be key or value, not {part!r}")
+
+
+def _segment(segment: Segment, first: Segment, rows: int) -> None:
+    layout, table = segment.layout, segment.table
+    _blocks("blocks", segment.blocks, layout, 3)
+    sizes = (layout.key.size, layout.value.size, segment.blocks.shape[1])
     if sizes != (first.layout.key.size, first.layout.value.size, first.blocks.shape[1]):
         raise ValueError(f"segments: both need one head_dim and number of KV heads, not {sizes}")
     if table.dtype != torch.int32 or table.dim() != 2 or table.shape[0] != rows:
         raise _wrong("table", table, f"int32 [{rows}, pages]")
     if table.shape[1] > 1 and table.stride(1) != 1:
         raise _wrong("table", table, "page ids of a row side by side")
-    _vector("counts", found.counts, torch.int32)
-    if len(found.counts) != rows:
-        raise _wrong("counts", found.counts, f"int32 [{rows}]")
+    _vector("counts", segment.counts, torch.int32)
+    if len(segment.counts) != rows:
+        raise _wrong("counts", segment.counts, f"int32 [{rows}]")
 
 
-def _terms(terms: Terms, first: Segment, heads: int) -> None:
+def _softcap(terms: Terms) -> None:
     if terms.softcap < 0:
         raise ValueError(f"softcap {terms.softcap}: must not be negative")
-    if terms.sinks is not None:
-        _vector("sinks", terms.sinks, torch.float32)
-        if len(terms.sinks) != heads:
-            raise _wrong("sinks", terms.sinks, f"float32 [{heads}]")
-    for what, side in (("weights", terms.weights), ("scores", terms.scores)):
-        if side is None:
+
+
+def _side(side: Side, first: Segment) -> None:
+    wanted = (first.blocks.shape[1], first.layout.page_size)
+    for what, numbers in side._asdict().items():
+        if numbers is None:
             continue
-        wanted = (first.blocks.shape[1], first.layout.page_size)
-        if side.dtype != torch.float32 or side.dim() != 3 or side.shape[1:] != wanted:
-            raise _wrong(what, side, f"float32 [pages, {wanted[0]}, {wanted[1]}]")
-        if side.stride(2) != 1:
-            raise _wrong(what, side, "slots of a page side by side")
+        if numbers.dtype != torch.float32 or numbers.dim() != 3 or numbers.shape[1:] != wanted:
+            raise _wrong(what, numbers, f"float32 [pages, {wanted[0]}, {wanted[1]}]")
+        if numbers.stride(2) != 1:
+            raise _wrong(what, numbers, "slots of a page side by side")
 
 
-def _vector(what: str, found: Tensor, dtype: torch.dtype) -> None:
-    if found.dtype != dtype or found.dim() != 1 or not found.is_contiguous():
-        raise _wrong(
-            what, found, f"contiguous {str(dtype).removeprefix('torch.')} of one dimension"
-        )
+def _vector(what: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    if tensor.dtype != dtype or tensor.dim() != 1 or not tensor.is_contiguous():
+        raise _wrong(what, tensor, f"contiguous {_names([dtype])} of one dimension")
+
+
+def _broadcasts(what: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """As Tensor.expand wants it."""
+    pairs = zip(reversed(tensor.shape), reversed(shape), strict=False)
+    fits = tensor.dim() <= len(shape) and all(size in (1, wanted) for size, wanted in pairs)
+    if tensor.dtype != dtype or not fits:
+        raise _wrong(what, tensor, f"{_names([dtype])} that broadcasts to {list(shape)}")
 
 
 def _same_device(*tensors: Tensor) -> None:
@@ -152,7 +181,8 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def _wrong(what: str, found: Tensor, allowed: str) -> ValueError:
-    dtype = str(found.dtype).removeprefix("torch.")
-    strides = f", strides {list(found.stride())}"
-    return ValueError(f"{what} is {dtype} {list(found.shape)}{strides}: needs {allowed}")
+def _wrong(what: str, tensor: Tensor, allowed: str) -> ValueError:
+    shape, strides = list(tensor.shape), list(tensor.stride())
+    return ValueError(
+        f"{what} is {_names([tensor.dtype])} {shape}, strides {strides}: needs {allowed}"
+    )

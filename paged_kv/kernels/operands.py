@@ -1,4 +1,4 @@
-"""What the kernels over packed pages are given, beside numbers."""
+"""What the kernels are given, beside numbers."""
 
 from __future__ import annotations
 
@@ -46,20 +46,70 @@ class Segment(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """How attention is computed.
+    """How a layer computes attention, whatever it attends to.
 
     Args:
         scale: factor of the logits.
         softcap: logits become softcap * tanh(logit / softcap); 0 for none.
-        sinks: float32 [heads], logits that take part in the softmax and get nothing.
+        sinks: float32 [heads], logits that take part in the softmax and get nothing; None for none.
+    """
+
+    scale: float
+    softcap: float = 0.0
+    sinks: Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether SDPA can compute it."""
+        return not self.softcap and self.sinks is None
+
+
+class Side(NamedTuple):
+    """What lies beside the pages, a number for each slot; None where nobody wants it.
+
+    Args:
         weights: float32 [pages, kv_heads, page_size], by slot, positive; their logarithm is added
             to the logits: an entry that stands for several.
         scores: float32 [pages, kv_heads, page_size], by slot: what each entry gets, summed over
             its query heads and the new tokens, is added.
     """
 
-    scale: float
-    softcap: float = 0.0
-    sinks: Tensor | None = None
     weights: Tensor | None = None
     scores: Tensor | None = None
+
+
+NO_SIDE = Side()
+
+
+class DenseAttention(NamedTuple):
+    """Attention of some queries to keys that lie in a tensor, not in pages.
+
+    Args:
+        queries: float32 [..., kv_heads, group, queries, head_dim], after RoPE.
+        keys: float32, broadcasts to [..., kv_heads, entries, head_dim].
+        query_positions: int64, broadcasts to [..., kv_heads, group, queries]; -1 for no query.
+        key_positions: int64, broadcasts to [..., kv_heads, entries]; a query does not see larger
+            ones than its own.
+        terms: see Terms; but the sinks broadcast to [..., kv_heads, group].
+    """
+
+    queries: Tensor
+    keys: Tensor
+    query_positions: Tensor
+    key_positions: Tensor
+    terms: Terms
+
+    def expanded(self) -> DenseAttention:
+        """With the queries' leading dimensions everywhere; views."""
+        queries, keys, query_positions, key_positions, terms = self
+        lead, (group, num_queries) = queries.shape[:-3], queries.shape[-3:-1]
+        num_entries, size = keys.shape[-2:]
+        if terms.sinks is not None:
+            terms = terms._replace(sinks=terms.sinks.float().expand(*lead, group))
+        return DenseAttention(
+            queries,
+            keys.expand(*lead, num_entries, size),
+            query_positions.expand(*lead, group, num_queries),
+            key_positions.expand(*lead, num_entries),
+            terms,
+        )

@@ -1,33 +1,42 @@
-"""Operations on packed pages in plain torch: the ground truth for the C++ and Triton kernels."""
+"""The operations of protocol.Kernels in plain torch: the ground truth for C++ and Triton.
+
+It does their work where there are none. What the operands mean is said in the protocol.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from paged_kv.kernels.operands import Queries, Segment, Terms
+from paged_kv.kernels import bounds
+from paged_kv.kernels.index import NOWHERE, Index, region_index
+from paged_kv.kernels.operands import DenseAttention, Queries, Segment, Side, Terms
 from paged_kv.kernels.page_layout import SCALE_BYTES, WORD, Codec, PageLayout
-from paged_kv.kernels.pages import Index, region_index
-from paged_kv.kernels.reference import attention_probabilities
+from paged_kv.kernels.reference import attention_mass, attention_probabilities
+
+__all__ = ["attend", "attention_mass", "gather", "move", "store", "take", "write"]
 
 Tensor = torch.Tensor
 
 
 def write(blocks: Tensor, layout: PageLayout, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-    """Stores new entries; see ops.write."""
-    kept = slots >= 0
-    if not kept.any():
+    """Stores new entries."""
+    bounds.inside("slots: slot", slots, len(blocks) * layout.page_size, lowest=None)
+    stored = slots >= 0
+    if not stored.any():
         return
-    page, offset = slots[kept] // layout.page_size, slots[kept] % layout.page_size
+    page, offset = slots[stored] // layout.page_size, slots[stored] % layout.page_size
     head = torch.arange(blocks.shape[1], device=blocks.device)[:, None]
     index = (page[None], head, offset[None])
     for part, numbers in (("key", keys), ("value", values)):
         codec: Codec = getattr(layout, part)
-        bits = codec.encode(numbers[kept].float().transpose(0, 1))
+        bits = codec.encode(numbers[stored].float().transpose(0, 1))
         _put(blocks, layout, part, index, bits)
 
 
 def gather(stack: Tensor, layout: PageLayout, part: str, layers: Tensor, pages: Tensor) -> Tensor:
-    """Entries of regions; see ops.gather."""
+    """Keys or values of whole pages."""
+    bounds.inside("layers: layer", layers, len(stack))
+    bounds.inside("pages: page", pages, stack.shape[1])
     index = region_index(layers, pages, stack.shape[2], layout.page_size)
     codec: Codec = getattr(layout, part)
     return codec.decode(_bits(stack, layout, part, index)).flatten(-3, -2)
@@ -55,52 +64,59 @@ def take(stack: Tensor, layout: PageLayout, part: str, index: Index) -> Tensor:
 
 
 def store(stack: Tensor, layout: PageLayout, part: str, index: Index, numbers: Tensor) -> None:
-    """Stores entries that a merge has made; see ops.store."""
+    """Stores numbers in slots."""
     codec: Codec = getattr(layout, part)
-    _put(stack, layout, part, index, codec.encode(numbers))
+    layer, page, head, offset = torch.broadcast_tensors(*index)
+    kept = offset != NOWHERE
+    places = layer[kept], page[kept], head[kept], offset[kept]
+    bounds.entries(stack, layout, places)
+    _put(stack, layout, part, places, codec.encode(numbers[kept]))
 
 
 def move(stack: Tensor, layout: PageLayout, part: str, source: Index, target: Index) -> None:
-    """Copies entries between slots; see ops.move."""
+    """Copies the bytes of entries between slots."""
+    bounds.entries(stack, layout, source)
+    bounds.entries(stack, layout, target)
     _put(stack, layout, part, target, _bits(stack, layout, part, source))
 
 
-def attend(output: Tensor, queries: Queries, segments: list[Segment], terms: Terms) -> None:
-    """Attention of new tokens to what their rows hold; see ops.attend."""
+def attend(
+    output: Tensor, queries: Queries, segments: list[Segment], terms: Terms, side: Side
+) -> None:
+    """Attention of new tokens to all that their rows hold."""
+    bounds.rows(queries, segments, side)
     starts = queries.starts.tolist()
     for row in range(len(starts) - 1):
         tokens = slice(starts[row], starts[row + 1])
         if tokens.start == tokens.stop:
             continue
         keys, values = (_entries(part, row, segments) for part in ("key", "value"))
-        output[tokens] = _attend_row(queries.states[tokens], keys, values, row, segments, terms)
+        page, offset = _places(row, segments[0], keys.shape[1])
+        weights = None if side.weights is None else side.weights[page, :, offset].T
+        probabilities = _probabilities(queries.states[tokens], keys, terms, weights)
+        if side.scores is not None:
+            side.scores[page, :, offset] += probabilities.sum((1, 2)).T
+        mixed = probabilities @ values[:, None]
+        output[tokens] = mixed.flatten(0, 1).transpose(0, 1).to(output.dtype)
 
 
-def _attend_row(
-    states: Tensor, keys: Tensor, values: Tensor, row: int, segments: list[Segment], terms: Terms
-) -> Tensor:
-    """[tokens, heads, size], of states [tokens, heads, head_dim] and [kv_heads, m, size]."""
-    num_tokens = len(states)
+def _probabilities(states: Tensor, keys: Tensor, terms: Terms, weights: Tensor | None) -> Tensor:
+    """[kv_heads, group, tokens, m], of states [tokens, heads, head_dim] of the newest entries.
+
+    Args:
+        states: see Queries; of one row.
+        keys: float32 [kv_heads, m, head_dim], all of the row.
+        terms: see Terms.
+        weights: float32 [kv_heads, m]; see Side.
+    """
     num_kv_heads, size = keys.shape[:2]
     place = torch.arange(size, device=keys.device)
+    if terms.sinks is not None:
+        terms = terms._replace(sinks=terms.sinks.float().view(num_kv_heads, -1))
     grouped = states.float().transpose(0, 1).unflatten(0, (num_kv_heads, -1))
-    sinks = None if terms.sinks is None else terms.sinks.float().view(num_kv_heads, -1)
-    weights = _side(terms.weights, row, segments[0], size)
-    probabilities = attention_probabilities(
-        grouped,
-        keys,
-        torch.arange(size - num_tokens, size, device=keys.device),
-        place,
-        terms.scale,
-        terms.softcap,
-        sinks,
-        None if weights is None else weights.log()[:, None, None],
-    )
-    if terms.scores is not None:
-        page, offset = _places(row, segments[0], size)
-        terms.scores[page, :, offset] += probabilities.sum((1, 2)).T
-    mixed = probabilities @ values[:, None]
-    return mixed.flatten(0, 1).transpose(0, 1).to(states.dtype)
+    attention = DenseAttention(grouped, keys, place[size - len(states) :], place, terms)
+    bias = None if weights is None else weights.log()[:, None, None]
+    return attention_probabilities(attention, bias)
 
 
 def _entries(part: str, row: int, segments: list[Segment]) -> Tensor:
@@ -111,8 +127,8 @@ def _entries(part: str, row: int, segments: list[Segment]) -> Tensor:
         page_size = segment.layout.page_size
         pages = segment.table[row, : -(-count // page_size)].long()
         layer = torch.zeros(1, dtype=torch.int64, device=pages.device)
-        found = gather(segment.blocks[None], segment.layout, part, layer, pages[None])
-        parts.append(found[0, 0, :, :count])
+        numbers = gather(segment.blocks[None], segment.layout, part, layer, pages[None])
+        parts.append(numbers[0, 0, :, :count])
     return torch.cat(parts, 1)
 
 
@@ -121,13 +137,6 @@ def _places(row: int, first: Segment, size: int) -> tuple[Tensor, Tensor]:
     slot = torch.arange(size, device=first.table.device)
     page_size = first.layout.page_size
     return first.table[row, slot // page_size].long(), slot % page_size
-
-
-def _side(side: Tensor | None, row: int, first: Segment, size: int) -> Tensor | None:
-    if side is None:
-        return None
-    page, offset = _places(row, first, size)
-    return side[page, :, offset].T
 
 
 def _columns(layout: PageLayout, part: str) -> Tensor:

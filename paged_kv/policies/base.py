@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 
 from paged_kv.core.options import Option
-from paged_kv.kernels import reference
+from paged_kv.kernels import selection
 from paged_kv.policies.region import Compaction, Region
 
 Int64s = npt.NDArray[np.int64]
@@ -54,6 +54,9 @@ class Policy(ABC):
     """Whether accumulate adds the probabilities, summed over group and queries, and no more: a
     kernel can then do it on its way, instead of a second pass."""
 
+    reads_partly: frozenset[str] = frozenset()
+    """Keys or values of which it reads some entries only; they are in Region.partly."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "accumulate" in vars(cls) and "sums_attention" not in vars(cls):
@@ -71,6 +74,12 @@ class Policy(ABC):
     def observation_window(self) -> int:
         """How many of the last queries the policy looks at before a compaction; 0 for none."""
         return 0
+
+    @property
+    def reads_wholly(self) -> frozenset[str]:
+        """What a region has as tensors; an observation window is for keys."""
+        asked = frozenset({"keys"}) if self.observation_window else frozenset()
+        return (self.reads | asked) - self.reads_partly
 
     @property
     def num_protected(self) -> int:
@@ -126,7 +135,7 @@ class ScoringPolicy(Policy):
             keep = keep | spared
         scores = self.score(region).expand(region.positions.shape)
         limit = min(region.max_losers + 1, scores.shape[-1])
-        return reference.lowest(scores, region.positions, keep, count, limit)
+        return selection.lowest(scores, region.positions, keep, count, limit)
 
 
 @dataclass(frozen=True)

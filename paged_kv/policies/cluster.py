@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from paged_kv.core.options import MOST_OBSERVED, choice, integer
-from paged_kv.kernels import reference
+from paged_kv.kernels import selection
 from paged_kv.policies.base import Policy
 from paged_kv.policies.entries import put, ranks, take
 from paged_kv.policies.region import Compaction, Region
@@ -64,7 +64,7 @@ class Cluster(Policy):
             exists = best.values >= 0
             keep = put(keep, best.indices, exists, exists)
         count, limit = region.num_losers[:, None], min(region.max_losers, keep.shape[-1])
-        losers = reference.lowest(place.float(), region.positions, keep, count, limit)
+        losers = selection.lowest(place.float(), region.positions, keep, count, limit)
         if self.merges:
             return self._merge(region, losers, member, best.indices)
         return Compaction(losers)

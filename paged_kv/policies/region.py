@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple, Protocol, cast
 
 import torch
 
-from paged_kv.kernels import ops, reference
+from paged_kv.kernels import ops, reference, selection
+from paged_kv.kernels.operands import DenseAttention, Terms
 from paged_kv.kernels.rotary import Rotary
-
-if TYPE_CHECKING:
-    from paged_kv.policies.spill import Tier
+from paged_kv.policies.tier import Tier
 
 Tensor = torch.Tensor
+RegionIndex = tuple[Tensor, Tensor, Tensor, Tensor]
+"""int64 (layer, event, KV head, slot) of entries of a region, [n] each."""
+_UNREAD = cast(Tensor, None)  # policies read only what they declare, and that is there
+_NO_QUERIES = cast("Queries", None)
+
+
+class EntryReader(Protocol):
+    """Keys or values of a region of which not all are read; float32."""
+
+    def take(self, index: RegionIndex) -> Tensor:
+        """What lies there: [n, size]."""
+
+    def of_event(self, event: int) -> Tensor:
+        """All that one sequence holds: [layers, kv_heads, m, size]."""
+
+
+class WholeEntries(NamedTuple):
+    """The same of a tensor [layers, events, kv_heads, m, ...]."""
+
+    tensor: Tensor
+
+    def take(self, index: RegionIndex) -> Tensor:
+        """What lies there: [n, ...]."""
+        return self.tensor[index]
+
+    def of_event(self, event: int) -> Tensor:
+        """All that one sequence holds: [layers, kv_heads, m, ...]."""
+        return self.tensor[:, event]
 
 
 @dataclass(frozen=True)
@@ -63,6 +90,7 @@ class Region:
         queries: the observation window.
         rotary: the model's RoPE.
         spilled: what each event has on a lower tier, in these layers; None: nobody spills.
+        partly: keys or values by name, of which the policy reads some only (Policy.reads_partly).
     """
 
     num_tokens: Tensor
@@ -72,13 +100,21 @@ class Region:
     layers: Tensor
     heads: Tensor
     positions: Tensor
-    keys: Any = None
-    values: Any = None
-    weights: Any = None
-    scores: Any = None
-    queries: Any = None
+    keys: Tensor = _UNREAD
+    values: Tensor = _UNREAD
+    weights: Tensor = _UNREAD
+    scores: Tensor = _UNREAD
+    queries: Queries = _NO_QUERIES
     rotary: Rotary | None = None
     spilled: Sequence[Tier] | None = None
+    partly: Mapping[str, EntryReader] = field(default_factory=dict)
+
+    @property
+    def content(self) -> dict[str, EntryReader]:
+        """What entries hold, by name, as far as the policy reads it; without weights."""
+        whole = {name: getattr(self, name) for name in ("keys", "values", "positions", "scores")}
+        tensors = {name: tensor for name, tensor in whole.items() if tensor is not None}
+        return {**self.partly, **{name: WholeEntries(tensors[name]) for name in tensors}}
 
     @cached_property
     def valid(self) -> Tensor:
@@ -92,18 +128,30 @@ class Region:
 
         float32; a query does not see later positions. All 0 for a query that is missing.
         """
-        return reference.attention_probabilities(*self._attention_terms())
+        return reference.attention_probabilities(self._window_attention())
 
     @cached_property
     def attention_mass(self) -> Tensor:
         """attention, summed over group and window: [..., m]. Much faster than attention."""
-        return ops.attention_mass(*self._attention_terms())
+        return ops.attention_mass(self._window_attention())
 
-    def _attention_terms(self) -> tuple[Any, ...]:
-        queries: Queries = self.queries
+    def _window_attention(self) -> DenseAttention:
+        queries = self.queries
         positions = queries.positions[:, None, None, :]
-        terms = (queries.scale, queries.softcap, queries.sinks)
-        return queries.states, self.keys, positions, self.positions, *terms
+        terms = Terms(queries.scale, queries.softcap, queries.sinks)
+        return DenseAttention(queries.states, self.keys, positions, self.positions, terms)
+
+
+class Exchanged(NamedTuple):
+    """Survivors that hold other entries from now on, [n] in all.
+
+    Args:
+        places: where those survivors lie.
+        content: what they hold, by name, [n, head_dim] or [n].
+    """
+
+    places: RegionIndex
+    content: Mapping[str, Tensor]
 
 
 class Compaction(NamedTuple):
@@ -118,6 +166,7 @@ class Compaction(NamedTuple):
         max_changed: the most of them in a row; None: losers plus one.
         positions: int64 [..., m], of what survivors hold from now on; None if unchanged.
         scores: float32 [..., m], theirs; None if unchanged.
+        exchanged: other survivors that change, where they are few: told one by one.
     """
 
     losers: Tensor
@@ -128,6 +177,19 @@ class Compaction(NamedTuple):
     max_changed: int | None = None
     positions: Tensor | None = None
     scores: Tensor | None = None
+    exchanged: Exchanged | None = None
+
+    def written_out(self, region: Region) -> Compaction:
+        """The same without `exchanged`: as tensors of all that the region holds."""
+        if self.exchanged is None:
+            return self
+        places, content = self.exchanged
+        changed = torch.zeros_like(self.losers)
+        changed[places] = True
+        new = {name: getattr(region, name).clone() for name in content}
+        for name, rows in content.items():
+            new[name][places] = rows.to(new[name])
+        return self._replace(**new, changed=changed, exchanged=None)
 
 
 def moves(decided: Compaction, freed: Tensor, limit: int, spare: int) -> tuple[Tensor, Tensor]:
@@ -143,12 +205,12 @@ def moves(decided: Compaction, freed: Tensor, limit: int, spare: int) -> tuple[T
         limit: the most losers of a row.
         spare: a slot that stays, in every row.
     """
-    source, target = reference.pair_moves(decided.losers, freed, limit, spare)
+    source, target = selection.pair_moves(decided.losers, freed, limit, spare)
     if decided.changed is None:
         return source, target
     size = decided.losers.shape[-1]
     most = limit + 1 if decided.max_changed is None else decided.max_changed
-    places = reference.first_places(decided.changed & ~freed, min(most, size))
+    places = selection.first_places(decided.changed & ~freed, min(most, size))
     unused = places == size
     source = torch.cat([source, torch.where(unused, source[..., :1], places)], -1)
     target = torch.cat([target, torch.where(unused, target[..., :1], places)], -1)

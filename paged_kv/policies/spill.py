@@ -2,101 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from dataclasses import replace
+from typing import NamedTuple, cast
 
 import torch
 
-from paged_kv.kernels import reference
+from paged_kv.kernels import selection
 from paged_kv.policies import spill_ranking as ranking
 from paged_kv.policies.base import Policy, ScoringPolicy, Wrapper
-from paged_kv.policies.region import Compaction, Queries, Region
+from paged_kv.policies.region import Compaction, Exchanged, Queries, Region, RegionIndex
+from paged_kv.policies.tier import Memo, Places, Spilled, Tier
 
 Tensor = torch.Tensor
-Places = tuple[Tensor, Tensor, Tensor]  # int64 (layer, KV head, slot), of shapes that broadcast
-Index = tuple[Tensor, Tensor, Tensor, Tensor]  # int64 (layer, event, KV head, slot) of a region
-
-
-@dataclass(frozen=True)
-class Spilled:
-    """Entries that go down a tier.
-
-    Args:
-        row: int64 [n], layer * kv_heads + head, ascending.
-        content: by name (keys, values, positions; scores, if the policy reads them), what they
-            hold, [n, head_dim] or [n]; and their importance, float32 [n]: when the tier is full,
-            the least important go, of equal ones the oldest.
-    """
-
-    row: Tensor
-    content: dict[str, Tensor]
-
-
-class Memo(NamedTuple):
-    """What a sequence's compactions leave for the next one.
-
-    Args:
-        num_tokens: at the last compaction.
-        looked: at the last one that looked at the tier.
-        fetched: int64 [layers, kv_heads, n], positions that it fetched; -1 for none.
-    """
-
-    num_tokens: int
-    looked: int
-    fetched: Tensor
-
-
-class Tier(Protocol):
-    """What one sequence has spilled, in the layers of a region: slots [0, num_entries).
-
-    Layers and heads are counted from 0, as in the region. What is read lies in host memory.
-    """
-
-    @property
-    def page_size(self) -> int:
-        """Neighbouring slots that have one summary."""
-
-    @property
-    def num_entries(self) -> int:
-        """Per layer and KV head."""
-
-    def summaries(self) -> tuple[Tensor, Tensor]:
-        """Least and largest number in each channel of a page's keys.
-
-        [layers, kv_heads, ceil(num_entries / page_size), head_dim] each.
-        """
-
-    def read(self, name: str, places: Places) -> Tensor:
-        """Keys or values [..., head_dim], positions or scores [...], of the places' shape."""
-
-    def recall(self) -> Memo | None:
-        """What was remembered of these layers last; None: nothing yet."""
-
-    def remember(self, memo: Memo) -> None:
-        """Keeps this for the next compaction of the sequence, whatever layers that asks for."""
-
-    def exchange(self, taken: Places, given: Spilled) -> None:
-        """Entries leave and others come; may go on after it has returned.
-
-        Args:
-            taken: distinct places that are free from now on, [n] each, on any device.
-            given: of each layer and KV head as many as are taken there, and some more: equally many
-                everywhere.
-        """
-
-
-class Exchanged(NamedTuple):
-    """What a compaction with spill decided.
-
-    Args:
-        losers: see Compaction.
-        places: survivors that hold something else from now on, [n] each.
-        content: what they hold, by name, [n, head_dim] or [n].
-    """
-
-    losers: Tensor
-    places: Index
-    content: dict[str, Tensor]
 
 
 class _Fetched(NamedTuple):
@@ -155,6 +72,8 @@ class Spill(Wrapper):
         self, inner: Policy, fetch_limit: int, window: int, threshold: float, interval: int = 0
     ) -> None:
         super().__init__(inner)
+        # Whole keys and values are large; only those that come or go are read.
+        self.reads_partly = type(self).reads - inner.reads_wholly
         self.fetch_limit, self.window, self.threshold = fetch_limit, window, threshold
         self.interval = interval
 
@@ -165,20 +84,6 @@ class Spill(Wrapper):
 
     def compact(self, region: Region) -> Compaction:
         """The inner policy's losers go; some survivors hold other entries from now on."""
-        losers, places, content = self.exchange(region)
-        changed = torch.zeros_like(losers)
-        changed[places] = True
-        new = {name: getattr(region, name).clone() for name in content}
-        for name, rows in content.items():
-            new[name][places] = rows
-        return Compaction(losers, **new, changed=changed, max_changed=self.fetch_limit)
-
-    def exchange(self, region: Region) -> Exchanged:
-        """What compact does, in no more numbers than it takes.
-
-        Of the region's keys and values only some are read, if the inner policy reads none:
-        values[:, event] or values[layer, event, head, slot].
-        """
         assert region.spilled is not None, "the engine keeps no tiers"
         memos = [tier.recall() for tier in region.spilled]
         spared = self.inner.protected(region)
@@ -196,11 +101,14 @@ class Spill(Wrapper):
             tier.remember(Memo(num_tokens, looked, fetched.positions))
             below, part = _fetch(region, event, tier, fetched)
             parts.append(part)
-            tier.exchange(below, _given(region, event, losers[:, event], fetched))
-        places = [torch.cat(of) for of in zip(*(part[0] for part in parts), strict=True)]
-        names = parts[0][1]
-        content = {name: torch.cat([part[1][name] for part in parts]) for name in names}
-        return Exchanged(losers, (places[0], places[1], places[2], places[3]), content)
+            tier.exchange(below, _spilled(region, event, losers[:, event], fetched))
+        places = [
+            torch.cat(column) for column in zip(*(part.places for part in parts), strict=True)
+        ]
+        content = {name: torch.cat([part.content[name] for part in parts])
+                   for name in parts[0].content}  # fmt: skip
+        exchanged = Exchanged(cast(RegionIndex, tuple(places)), content)
+        return Compaction(losers, max_changed=self.fetch_limit, exchanged=exchanged)
 
     def _losers(
         self, region: Region, memos: list[Memo | None], protected: Tensor
@@ -231,7 +139,11 @@ class Spill(Wrapper):
         return looking, inner.losers(narrowed, region.num_losers[:, None], spared)
 
     def _ask(self, region: Region, event: int, losers: Tensor, spared: Tensor) -> _Fetched:
-        """The best candidate against the weakest survivor...
+        """The best candidate against the weakest survivor, the second best against the next...
+
+            offered   | losers of the region | candidates of the tier |    by attention, best first
+            at stake  | free survivors |                                   by attention, least first
+                        column k of both: an exchange if offered[k] > threshold * at stake[k]
 
         Args:
             region: see Region.
@@ -242,20 +154,27 @@ class Spill(Wrapper):
         assert region.spilled is not None
         number = ranking.CANDIDATES * self.fetch_limit
         candidates = ranking.find(region, event, region.spilled[event], number)
+        # What the last queries give to each, in one softmax: float32 [layers, kv_heads, m + n].
         mass = ranking.mass(region, event, candidates)
         mass = ranking.pooled(mass, candidates.positions, spared)
+        # One integer per entry that sorts by (attention, position): no two are equal.
+        order = selection.sort_keys(mass, candidates.positions)
         size = losers.shape[-1]
         limit = min(self.fetch_limit, size)
-        order = reference.sort_keys(mass, candidates.positions)
-        offered, free = torch.cat([losers, candidates.exists], -1), ~(losers | spared)
+        offered = torch.cat([losers, candidates.exists], -1)
+        free = ~(losers | spared)
         bounds = torch.iinfo(torch.int64)
+        # The best that would be dropped, or has been: int64 [layers, kv_heads, limit].
         best = order.masked_fill(~offered, bounds.min).topk(limit).indices
+        # The weakest that the inner policy keeps and may lose, in the same columns.
         weakest = order[..., :size].masked_fill(~free, bounds.max)
         weakest = weakest.topk(limit, largest=False).indices
         chosen = mass.gather(-1, best) > self.threshold * mass.gather(-1, weakest)
+        # topk fills up with what was masked: rows with fewer than `limit` of either.
         chosen &= offered.gather(-1, best) & free.gather(-1, weakest)
         layer, head, _ = chosen.nonzero(as_tuple=True)
         source = best[chosen]
+        # Columns from m on are candidates: theirs are slots of the tier.
         below = source >= size
         slot = source.clone()
         slot[below] = candidates.slots[layer[below], head[below], source[below] - size]
@@ -265,9 +184,9 @@ class Spill(Wrapper):
 
 def _narrowed(region: Region, window: int) -> Region:
     """The region with the last `window` of its queries; 0: none."""
-    queries: Queries = region.queries
+    queries = region.queries
     if not window:
-        return replace(region, queries=None)
+        return replace(region, queries=cast(Queries, None))
     if window == queries.positions.shape[-1]:
         return region
     index = queries.positions.topk(window).indices.flip(-1)
@@ -276,41 +195,33 @@ def _narrowed(region: Region, window: int) -> Region:
     return replace(region, queries=replace(queries, states=states, positions=positions))
 
 
-def _among(positions: Tensor, some: Tensor) -> Tensor:
-    """bool [layers, kv_heads, m]: which of these are among some [layers, kv_heads, n]."""
-    ordered = some.to(positions.device).sort(-1).values.contiguous()
+def _among(positions: Tensor, wanted: Tensor) -> Tensor:
+    """bool [layers, kv_heads, m]: which positions are among those wanted [layers, kv_heads, n]."""
+    ordered = wanted.to(positions.device).sort(-1).values.contiguous()
     if not ordered.shape[-1]:
         return torch.zeros_like(positions, dtype=torch.bool)
     place = torch.searchsorted(ordered, positions.contiguous())
     return ordered.gather(-1, place.clamp_max(ordered.shape[-1] - 1)) == positions
 
 
-def _content(region: Region) -> dict[str, Any]:
-    """What entries hold, by name."""
-    names = ("keys", "values", "positions", "scores")
-    return {name: held for name in names if (held := getattr(region, name)) is not None}
-
-
-def _fetch(
-    region: Region, event: int, tier: Tier, fetched: _Fetched
-) -> tuple[Places, tuple[Index, dict[str, Tensor]]]:
-    """Places in the tier that are read, and what lies where from now on; see Exchanged."""
+def _fetch(region: Region, event: int, tier: Tier, fetched: _Fetched) -> tuple[Places, Exchanged]:
+    """Places in the tier that are read, and what lies where in the region from now on."""
     layer, head, place, below, slot, _ = fetched
-    own = _at(event, layer[~below], head[~below], slot[~below])
-    other = layer[below].cpu(), head[below].cpu(), slot[below].cpu()
+    spared = _at(event, layer[~below], head[~below], slot[~below])
+    places = layer[below].cpu(), head[below].cpu(), slot[below].cpu()
     content = {}
-    for name, held in _content(region).items():
-        of_own = held[own]
-        content[name] = torch.cat([of_own, tier.read(name, other).to(of_own)])
+    for name, entries in region.content.items():
+        rows = entries.take(spared)
+        content[name] = torch.cat([rows, tier.read(name, places).to(rows)])
     order = torch.cat([(~below).nonzero()[:, 0], below.nonzero()[:, 0]])
-    return other, (_at(event, layer[order], head[order], place[order]), content)
+    return places, Exchanged(_at(event, layer[order], head[order], place[order]), content)
 
 
-def _at(event: int, layer: Tensor, head: Tensor, slot: Tensor) -> Index:
+def _at(event: int, layer: Tensor, head: Tensor, slot: Tensor) -> RegionIndex:
     return layer, torch.full_like(layer, event), head, slot
 
 
-def _given(region: Region, event: int, losers: Tensor, fetched: _Fetched) -> Spilled:
+def _spilled(region: Region, event: int, losers: Tensor, fetched: _Fetched) -> Spilled:
     """What goes down: losers that were not fetched, and survivors that had to make way."""
     layer, head, place, below, slot, _ = fetched
     which = losers.clone()
@@ -318,11 +229,13 @@ def _given(region: Region, event: int, losers: Tensor, fetched: _Fetched) -> Spi
     which[layer[~below], head[~below], slot[~below]] = False
     places = which.nonzero(as_tuple=True)
     layer, head, _ = places
-    held = _content(region)
     if len(layer) * 4 > which.numel():  # of so many, whole pages are read faster than rows
-        content = {name: part[:, event][places] for name, part in held.items()}
+        content = {
+            name: entries.of_event(event)[places] for name, entries in region.content.items()
+        }
     else:
-        content = {name: part[_at(event, *places)] for name, part in held.items()}
+        index = _at(event, *places)
+        content = {name: entries.take(index) for name, entries in region.content.items()}
     wanted = ranking.mean_query(region.queries, event)[layer, head]
     content["importance"] = torch.linalg.vecdot(content["keys"], wanted)
     return Spilled(layer * which.shape[1] + head, content)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from paged_kv.kernels import ops
+from paged_kv.kernels.operands import DenseAttention, Terms
 from paged_kv.policies.region import Queries, Region
-
-if TYPE_CHECKING:
-    from paged_kv.policies.spill import Tier
+from paged_kv.policies.tier import Tier
 
 Tensor = torch.Tensor
 
@@ -46,10 +45,10 @@ def find(region: Region, event: int, tier: Tier, limit: int) -> Candidates:
     Args:
         region: see Region.
         event: the sequence.
-        tier: its.
+        tier: what the sequence has spilled.
         limit: CANDIDATES for each entry that may be fetched.
     """
-    keys, positions = region.keys[:, event], region.positions[:, event]
+    keys, positions = region.content["keys"].of_event(event), region.positions[:, event]
     device, num_entries, page_size = keys.device, tier.num_entries, tier.page_size
     num_layers, heads = positions.shape[:2]
     if not num_entries:
@@ -62,12 +61,12 @@ def find(region: Region, event: int, tier: Tier, limit: int) -> Candidates:
     exists = slots < num_entries
     slots = slots.masked_fill(~exists, 0)
     places = torch.arange(num_layers)[:, None, None], torch.arange(heads)[:, None], slots.cpu()
-    found = tier.read("positions", places).to(device).long().masked_fill(~exists, _PADDING)
+    spilled = tier.read("positions", places).to(device).long().masked_fill(~exists, _PADDING)
     return Candidates(
         slots=slots,
         exists=exists,
         keys=torch.cat([keys, tier.read("keys", places).to(device, keys.dtype)], -2),
-        positions=torch.cat([positions, found], -1),
+        positions=torch.cat([positions, spilled], -1),
     )
 
 
@@ -103,14 +102,15 @@ def logit_bounds(states: Tensor, least: Tensor, largest: Tensor) -> Tensor:
 def mass(region: Region, event: int, candidates: Candidates) -> Tensor:
     """float32 [layers, kv_heads, m + n]: attention of the window to region and candidates."""
     queries: Queries = region.queries
+    sinks = None if queries.sinks is None else queries.sinks[:, 0]
     return ops.attention_mass(
-        queries.states[:, event],
-        candidates.keys,
-        queries.positions[event],
-        candidates.positions,
-        queries.scale,
-        queries.softcap,
-        None if queries.sinks is None else queries.sinks[:, 0],
+        DenseAttention(
+            queries.states[:, event],
+            candidates.keys,
+            queries.positions[event],
+            candidates.positions,
+            Terms(queries.scale, queries.softcap, sinks),
+        )
     )
 
 

@@ -10,15 +10,12 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 
+from paged_kv.policies.tier import Memo, Places, Spilled
 from paged_kv.tiers import spill_places
 from paged_kv.tiers.spill_memory import SpillMemory, SpillSpace
-
-if TYPE_CHECKING:
-    from paged_kv.policies.spill import Memo, Places, Spilled
 
 Tensor = torch.Tensor
 PAGE_SIZE = 32  # entries that have one summary
@@ -144,24 +141,24 @@ class SpillStore:
         for _, one in work:
             one.result()
 
-    def submit(self, layers: Tensor, taken: Places, given: Spilled) -> None:
+    def submit(self, layers: Tensor, taken: Places, spilled: Spilled) -> None:
         """exchange of a view, in the background."""
         ready = None
-        if given.row.is_cuda:  # what is given may still be in the making
+        if spilled.row.is_cuda:  # what is given may still be in the making
             ready = torch.cuda.Event()
             ready.record()
-        work = _executor().submit(self._receive, layers, taken, given, ready)
+        work = _executor().submit(self._receive, layers, taken, spilled, ready)
         self._work.append((set(layers.tolist()), work))
 
     @torch.no_grad()
     def _receive(
-        self, layers: Tensor, taken: Places, given: Spilled, ready: torch.cuda.Event | None
+        self, layers: Tensor, taken: Places, spilled: Spilled, ready: torch.cuda.Event | None
     ) -> None:
         if ready is not None:
             ready.synchronize()
-        content = {name: tensor.cpu() for name, tensor in given.content.items()}
+        content = {name: tensor.cpu() for name, tensor in spilled.content.items()}
         layer, head, slot = (index.cpu() for index in taken)
-        self.arrive(layers, (layer, head, slot), given.row.cpu(), content)
+        self.arrive(layers, (layer, head, slot), spilled.row.cpu(), content)
 
     def arrive(
         self, layers: Tensor, taken: Places, row: Tensor, content: dict[str, Tensor]
@@ -266,9 +263,9 @@ class SpillView:
         for layer, fetched in zip(self.layers.tolist(), memo.fetched.unbind(0), strict=True):
             self.store.memos[layer] = memo._replace(fetched=fetched)
 
-    def exchange(self, taken: Places, given: Spilled) -> None:
+    def exchange(self, taken: Places, spilled: Spilled) -> None:
         """See Tier."""
-        self.store.submit(self.layers, taken, given)
+        self.store.submit(self.layers, taken, spilled)
 
 
 @cache

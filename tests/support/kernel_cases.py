@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from paged_kv.core.page_formats import FORMATS
 from paged_kv.kernels import packed_reference
-from paged_kv.kernels.operands import Queries, Segment, Terms
+from paged_kv.kernels.operands import Queries, Segment, Side, Terms
 from paged_kv.kernels.page_layout import PageLayout
 from paged_kv.quant import make_layout
 
@@ -65,6 +65,7 @@ class Problem(NamedTuple):
     queries: Queries
     segments: list[Segment]
     terms: Terms
+    side: Side
     value_size: int
 
 
@@ -125,15 +126,17 @@ def make(case: Case) -> Problem:
     if any(newest):
         native = make_layout("native", case.dtype, case.key_size, case.value_size, case.page_size)
         segments.append(segment(case, native, newest, [0] * len(newest), generator))
-    side = (len(segments[0].blocks), case.kv_heads, case.page_size)
+    slots = (len(segments[0].blocks), case.kv_heads, case.page_size)
     terms = Terms(
         scale=case.key_size**-0.5,
         softcap=case.softcap,
         sinks=normal(generator, heads) if case.sinks else None,
-        weights=1 + 8 * torch.rand(side, generator=generator) if case.weights else None,
-        scores=torch.rand(side, generator=generator) if case.scores else None,
     )
-    return Problem(Queries(states, starts), segments, terms, case.value_size)
+    side = Side(
+        weights=1 + 8 * torch.rand(slots, generator=generator) if case.weights else None,
+        scores=torch.rand(slots, generator=generator) if case.scores else None,
+    )
+    return Problem(Queries(states, starts), segments, terms, side, case.value_size)
 
 
 def segment(
@@ -192,10 +195,10 @@ def poisoned_output(problem: Problem) -> Tensor:
 
 def expected(problem: Problem) -> tuple[Tensor, Tensor | None]:
     """(output, scores) of the reference; the problem's own scores stay."""
-    output, scores = poisoned_output(problem), problem.terms.scores
+    output, scores = poisoned_output(problem), problem.side.scores
     scores = None if scores is None else scores.clone()
-    terms = problem.terms._replace(scores=scores)
-    packed_reference.attend(output, problem.queries, problem.segments, terms)
+    side = problem.side._replace(scores=scores)
+    packed_reference.attend(output, *problem[:3], side)
     return output, scores
 
 

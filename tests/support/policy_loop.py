@@ -152,33 +152,27 @@ class PolicySequence(Sequence_):
 @contextmanager
 def recorded_losers(llm: Any) -> Iterator[dict[str, Losers]]:
     """Positions that each compaction of the engine drops, by request."""
-    from paged_kv.vllm.worker import regions
-
     result: dict[str, Losers] = defaultdict(dict)
-    gather, apply = regions._gather, regions._apply
+    compactor = engines.worker(llm).compactor
+    note = compactor._note
     ids = engines.worker(llm).model_runner.input_batch.req_ids
-    requests: dict[int, list[str]] = {}  # by region
 
-    def gathering(policy, stack, layers, pages, batch, rotary):
-        region = gather(policy, stack, layers, pages, batch, rotary)
-        requests[id(region)] = [ids[row] for row in batch.rows]
-        return region
-
-    def applying(stack, layers, pages, region, decided):
-        for event, request in enumerate(requests.pop(id(region))):
+    def noting(holding, region, decided):
+        names = [ids[one] if isinstance(one, int) else one for one in holding.owners]
+        for event, request in enumerate(names):
             for index, layer in enumerate(region.layers.tolist()):
                 key = int(region.num_tokens[event]), layer
                 rows = zip(
                     region.positions[index, event], decided.losers[index, event], strict=True
                 )
                 result[request][key] = [set(row[lost].tolist()) for row, lost in rows]
-        return apply(stack, layers, pages, region, decided)
+        note(holding, region, decided)
 
-    regions._gather, regions._apply = gathering, applying
+    compactor._note = noting
     try:
         yield result
     finally:
-        regions._gather, regions._apply = gather, apply
+        compactor._note = note
 
 
 def complete_and_check(

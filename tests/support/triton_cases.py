@@ -17,6 +17,7 @@ from kernel_cases import SPECIAL, Case, Row
 import paged_kv.kernels.triton as kernels
 from paged_kv.core.page_formats import FORMATS
 from paged_kv.kernels import packed_reference, reference
+from paged_kv.kernels.operands import DenseAttention, Terms
 from paged_kv.kernels.page_layout import PageLayout
 from paged_kv.kernels.triton.attend import _Call
 from paged_kv.quant import make_layout
@@ -31,10 +32,10 @@ def check(case: Case) -> None:
     problem = kernel_cases.make(case)
     wanted, scores = kernel_cases.expected(problem)
     output = kernel_cases.poisoned_output(problem)
-    kernels.attend(output, problem.queries, problem.segments, problem.terms)
+    kernels.attend(output, *problem[:4])
     kernel_cases.assert_close(output, wanted)
     if scores is not None:
-        kernel_cases.assert_close(problem.terms.scores, scores)
+        kernel_cases.assert_close(problem.side.scores, scores)
 
 
 @pytest.mark.parametrize("page_format", FORMATS)
@@ -56,7 +57,7 @@ def test_rows_are_split():
     """Or the cases above would not meet the second stage."""
     problem = kernel_cases.make(Case(EDGES[-1:]))
     output = kernel_cases.poisoned_output(problem)
-    assert _Call(output, problem.queries, problem.segments, problem.terms).splits[0] > 1
+    assert _Call(output, *problem[:3], problem.side.weights).splits[0] > 1
 
 
 SMALL = kernel_cases.cases(max_rows=3, max_entries=70, max_tokens=5, page_sizes=(16, 32, 48))
@@ -86,7 +87,7 @@ def test_other_rows_do_not_see_nan(odd):
     spoilt = torch.full((1, case.kv_heads, case.key_size), odd)
     kernels.write(first.blocks, first.layout, spoilt, spoilt, torch.tensor([slot]))
     output = kernel_cases.poisoned_output(problem)
-    kernels.attend(output, problem.queries, problem.segments, problem.terms)
+    kernels.attend(output, *problem[:4])
     assert output[1].isnan().all()
     kernel_cases.assert_close(output[::2], wanted[::2])
 
@@ -161,6 +162,7 @@ def test_observe(size, softcap):
     held = torch.randint(1, 65, (layers, rows, heads, entries))
     sinks = torch.randn(layers, 1, heads, group)
     for extra in (None, sinks):
-        arguments = (queries, keys, asked, held, size**-0.5, softcap, extra)
-        found = kernels.attention_mass(*arguments)
-        torch.testing.assert_close(found, reference.attention_mass(*arguments), atol=1e-5, rtol=0)
+        terms = Terms(size**-0.5, softcap, extra)
+        attention = DenseAttention(queries, keys, asked, held, terms)
+        found = kernels.attention_mass(attention)
+        torch.testing.assert_close(found, reference.attention_mass(attention), atol=1e-5, rtol=0)

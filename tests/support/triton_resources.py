@@ -26,7 +26,7 @@ from triton.runtime.jit import JITFunction
 
 import paged_kv.kernels.triton as kernels
 from paged_kv.core.page_formats import FORMATS
-from paged_kv.kernels.operands import Queries, Segment, Terms
+from paged_kv.kernels.operands import DenseAttention, Queries, Segment, Side, Terms
 from paged_kv.quant import make_layout
 
 KV_HEADS, GROUP, PAGE_SIZE, ROWS, NUM_PAGES = 3, 3, 32, 8, 64
@@ -77,9 +77,9 @@ def attend(page_format: str, dtype: torch.dtype, size: int, tokens: int) -> None
     heads = KV_HEADS * GROUP
     states = torch.zeros(ROWS * tokens, heads, size, dtype=dtype)
     starts = torch.zeros(ROWS + 1, dtype=torch.int32)
-    side = torch.ones(NUM_PAGES, KV_HEADS, PAGE_SIZE)
-    terms = Terms(size**-0.5, 0.0, torch.zeros(heads), side, side.clone())
-    kernels.attend(torch.empty_like(states), Queries(states, starts), [segment], terms)
+    weights = torch.ones(NUM_PAGES, KV_HEADS, PAGE_SIZE)
+    terms, side = Terms(size**-0.5, 0.0, torch.zeros(heads)), Side(weights, weights.clone())
+    kernels.attend(torch.empty_like(states), Queries(states, starts), [segment], terms, side)
 
 
 def copy(page_format: str, dtype: torch.dtype, size: int) -> None:
@@ -95,13 +95,14 @@ def copy(page_format: str, dtype: torch.dtype, size: int) -> None:
 
 def observe(size: int) -> None:
     window, entries = 32, 256
-    kernels.attention_mass(
+    attention = DenseAttention(
         torch.zeros(2, KV_HEADS, GROUP, window, size),
         torch.zeros(2, KV_HEADS, entries, size),
         torch.zeros(window, dtype=torch.int64),
         torch.zeros(entries, dtype=torch.int64),
-        size**-0.5,
+        Terms(size**-0.5),
     )
+    kernels.attention_mass(attention)
 
 
 def cases(options: Any) -> Iterator[tuple[str, Any]]:

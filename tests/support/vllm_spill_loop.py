@@ -199,22 +199,18 @@ def of_neighbours(mass: dict[int, float]) -> dict[int, float]:
 @contextmanager
 def recorded_exchanges(llm: Any) -> Iterator[dict[str, Exchanges]]:
     """What each compaction of the engine fetches, by request."""
-    from paged_kv.vllm.worker import regions
-
     result: dict[str, Exchanges] = defaultdict(dict)
-    gather, policy = regions._gather, engines.worker(llm).compactor.policy
-    ids = engines.worker(llm).model_runner.input_batch.req_ids
-    requests: dict[int, list[str]] = {}  # by region
+    compactor = engines.worker(llm).compactor
+    policy, note = compactor.policy, compactor._note
+    tiers_of: dict[int, list[torch.Tensor]] = {}  # before a region's compaction
 
-    def gathering(policy, stack, layers, pages, batch, rotary):
-        region = gather(policy, stack, layers, pages, batch, rotary)
-        requests[id(region)] = [ids[row] for row in batch.rows]
-        return region
+    def compacting(region):
+        tiers_of[id(region)] = [_positions(tier, region) for tier in region.spilled]
+        return type(policy).compact(policy, region)
 
-    def exchanging(region):
-        tiers = [_positions(tier, region) for tier in region.spilled]
-        exchanged = type(policy).exchange(policy, region)
-        names = requests.pop(id(region))
+    def noting(holding, region, decided):
+        tiers, names = tiers_of.pop(id(region)), holding.owners
+        exchanged = decided.exchanged
         for event, request in enumerate(names):
             for index, layer in enumerate(region.layers.tolist()):
                 pages = [tier.split(PAGE) for tier in tiers[event][index]]
@@ -227,14 +223,14 @@ def recorded_exchanges(llm: Any) -> Iterator[dict[str, Exchanges]]:
             exchange = result[names[event]][key][head]
             exchange.displaced.add(int(before))
             exchange.fetched.add(int(after))
-        return exchanged
+        note(holding, region, decided)
 
-    regions._gather, policy.exchange = gathering, exchanging
+    compactor._note, policy.compact = noting, compacting
     try:
         yield result
     finally:
-        regions._gather = gather
-        del policy.exchange
+        compactor._note = note
+        del policy.compact
 
 
 def _positions(tier: Any, region: Any) -> torch.Tensor:

@@ -24,7 +24,7 @@ from paged_kv.eval.reference.layer_cache import LayerCache, Window
 from paged_kv.eval.reference.packing import Packing
 from paged_kv.hf import dispatch, paged_attention, seams
 from paged_kv.hf.arguments import check_page_format
-from paged_kv.hf.seams import Terms
+from paged_kv.kernels.operands import Terms
 from paged_kv.plan import make_plan
 from paged_kv.policies.base import Policy
 from paged_kv.policies.region import Region
@@ -176,7 +176,15 @@ class ReferenceEngine(seams.Attends):
                 )
         return other
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        terms: Terms,
+        sliding_window: int | None,
+    ) -> Tensor:
         """Called by the model in each layer; see paged_kv.hf.seams.Attends."""
         own = self.layers[layer]
         own.terms, cache = terms, own.cache
@@ -190,10 +198,9 @@ class ReferenceEngine(seams.Attends):
             own.packing.attended(name, cache[name], self.num_tokens + num_new) for name in stored
         )
         own.window.append(query, self.num_tokens)
-        bias = _outside(terms.sliding_window, num_new, cache.size, key.device)
-        plain = paged_attention.Terms(terms.scale, terms.softcap, terms.sinks)
-        if self._reads_scores or not plain.is_plain:
-            return self._explicit(cache, query, keys, values, positions, plain, bias)
+        bias = _outside(sliding_window, num_new, cache.size, key.device)
+        if self._reads_scores or not terms.is_plain:
+            return self._explicit(cache, query, keys, values, positions, terms, bias)
         states = query[None], keys[None], values[None]
         if bias is not None:
             return paged_attention.masked(*states, bias[None], terms.scale)[0]
@@ -206,7 +213,7 @@ class ReferenceEngine(seams.Attends):
         keys: Tensor,
         values: Tensor,
         positions: Tensor,
-        terms: paged_attention.Terms,
+        terms: Terms,
         bias: Tensor | None,
     ) -> Tensor:
         """Attention by its probabilities, which the policy may want to accumulate."""
@@ -239,7 +246,8 @@ class ReferenceEngine(seams.Attends):
                 layers[0].spill_to(self._space)
             reads, window = self.policy.reads, self.policy.observation_window
             region = self.region(layers, alike.num_losers, reads, window)
-            apply(layers, alike.num_losers, self.policy.compact(region))
+            decided = self.policy.compact(region).written_out(region)
+            apply(layers, alike.num_losers, decided)
 
     def region(
         self, layers: Sequence[Layer], num_losers: int, reads: frozenset[str], window: int = 0

@@ -10,7 +10,7 @@ import torch
 
 from paged_kv.eval.reference.layer_cache import LayerCache, Window
 from paged_kv.eval.reference.packing import Packing
-from paged_kv.hf.seams import Terms
+from paged_kv.kernels.operands import Terms
 from paged_kv.kernels.rotary import Rotary
 from paged_kv.policies.region import Compaction, Queries, Region
 from paged_kv.tiers.spill_memory import SpillSpace
@@ -95,6 +95,8 @@ def make_region(
         rotary: makes the model's RoPE tables.
     """
     fields: dict[str, Any] = {name: _stack(layers, name) for name in sorted(reads - {"rotary"})}
+    if observation_window:
+        fields["queries"] = _queries(layers, num_tokens, observation_window)
     stores = [layer.spilled for layer in layers if layer.spilled is not None]
     positions = _stack(layers, "positions")
 
@@ -110,7 +112,6 @@ def make_region(
         heads=torch.arange(positions.shape[2], device=positions.device),
         positions=positions,
         **fields,
-        queries=_queries(layers, num_tokens, observation_window) if observation_window else None,
         rotary=rotary() if "rotary" in reads else None,
         spilled=[store.select([0]) for store in stores] or None,
     )

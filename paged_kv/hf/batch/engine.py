@@ -23,9 +23,10 @@ from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 
 from paged_kv.hf.arena import Geometry
 from paged_kv.hf.batch.page_counts import Ledger
-from paged_kv.hf.paged_attention import Bias, Terms
+from paged_kv.hf.paged_attention import Bias
 from paged_kv.hf.seams import ENGINE, Attends
 from paged_kv.hf.sequences import Sequences
+from paged_kv.kernels.operands import Terms
 
 Tensor = torch.Tensor
 
@@ -182,19 +183,27 @@ class BatchCache(Attends):
             self.rows = [self.rows[row] for row in kept]
             self._gone.clear()
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, terms: Any) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        terms: Terms,
+        sliding_window: int | None,
+    ) -> Tensor:
         """[heads, n, size] from [heads, n, head_dim] and [kv_heads, n, ...]: n tokens, flat."""
-        part, window = self._holder[layer], terms.sliding_window
-        own = Terms(terms.scale, terms.softcap, terms.sinks, _window(window) if window else None)
+        part = self._holder[layer]
+        rules = terms, _window(sliding_window) if sliding_window else None
         if part.step is None:
             counts = np.zeros(len(self.rows), dtype=np.int64)
             counts[self._row_of] = self._lengths
             part.begin(counts, _geometry(key, value))
         if self._row_of == list(range(len(self.rows))) and set(self._lengths) == {1}:
             one, its_key, its_value = (x.transpose(0, 1)[:, :, None] for x in (query, key, value))
-            return part.attend(layer, one, its_key, its_value, own)[:, :, 0].transpose(0, 1)
+            return part.attend(layer, one, its_key, its_value, *rules)[:, :, 0].transpose(0, 1)
         queries, keys, values = (self._by_row(x) for x in (query, key, value))
-        outputs = part.attend_ragged(layer, queries, keys, values, own)
+        outputs = part.attend_ragged(layer, queries, keys, values, *rules)
         return torch.cat([outputs[row] for row in self._row_of], 1)
 
     def _by_row(self, flat: Tensor) -> list[Tensor]:

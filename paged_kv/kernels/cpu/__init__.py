@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from paged_kv.kernels.cpu import builds, structs
-from paged_kv.kernels.operands import Queries, Segment, Terms
+from paged_kv.kernels.index import Index
+from paged_kv.kernels.operands import DenseAttention, Queries, Segment, Side, Terms
 from paged_kv.kernels.page_layout import PageLayout
-from paged_kv.kernels.pages import Index
 
 Tensor = torch.Tensor
 
@@ -23,14 +23,14 @@ def available() -> bool:
 
 
 @lru_cache(maxsize=1)
-def kernels() -> Kernels | None:
+def kernels() -> CompiledKernels | None:
     """The best build for this CPU, or None."""
-    found = builds.best()
-    return None if found is None else Kernels(found)
+    library = builds.best()
+    return None if library is None else CompiledKernels(library)
 
 
-class Kernels:
-    """The operations of paged_kv.kernels.ops, of one build. Operands have been checked there.
+class CompiledKernels:
+    """protocol.Kernels by one build.
 
     Args:
         library: a loaded build.
@@ -42,7 +42,7 @@ class Kernels:
     def write(
         self, blocks: Tensor, layout: PageLayout, keys: Tensor, values: Tensor, slots: Tensor
     ) -> None:
-        """See ops.write."""
+        """See protocol.Kernels."""
         work = structs.WriteStruct(
             structs.blocks_struct(blocks, layout),
             keys.data_ptr(),
@@ -58,7 +58,7 @@ class Kernels:
     def gather(
         self, stack: Tensor, layout: PageLayout, part: str, layers: Tensor, pages: Tensor
     ) -> Tensor:
-        """See ops.gather."""
+        """See protocol.Kernels."""
         rows, columns = pages.shape
         heads = torch.arange(stack.shape[2])[:, None]
         index = (
@@ -68,20 +68,20 @@ class Kernels:
             torch.zeros((), dtype=torch.int64),
         )
         size = layout.key.size if part == "key" else layout.value.size
-        found = torch.empty(len(layers), rows, stack.shape[2], columns * layout.page_size, size)
-        self._entries("gather", stack, layout, part, found, source=index)
-        return found
+        numbers = torch.empty(len(layers), rows, stack.shape[2], columns * layout.page_size, size)
+        self._entries("gather", stack, layout, part, numbers, source=index)
+        return numbers
 
     def store(
         self, stack: Tensor, layout: PageLayout, part: str, index: Index, numbers: Tensor
     ) -> None:
-        """See ops.store."""
+        """See protocol.Kernels."""
         self._entries("store", stack, layout, part, numbers.contiguous(), target=index)
 
     def move(
         self, stack: Tensor, layout: PageLayout, part: str, source: Index, target: Index
     ) -> None:
-        """See ops.move."""
+        """See protocol.Kernels."""
         self._entries("move", stack, layout, part, None, source, target)
 
     def _entries(
@@ -94,27 +94,32 @@ class Kernels:
         source: Index | None = None,
         target: Index | None = None,
     ) -> None:
-        size = torch.broadcast_shapes(*(one.shape for one in (*(source or ()), *(target or ()))))
+        shape = torch.broadcast_shapes(*(axis.shape for axis in (*(source or ()), *(target or ()))))
         # Kept until the call is over: the structs have addresses only.
         read, written = (
-            [one.expand(size).contiguous() for one in index or ()] for index in (source, target)
+            [axis.expand(shape).contiguous() for axis in index or ()] for index in (source, target)
         )
         work = structs.EntriesStruct(
             structs.blocks_struct(stack, layout),
             part == "value",
-            size.numel(),
-            structs.PlacesStruct(*(one.data_ptr() for one in read)),
-            structs.PlacesStruct(*(one.data_ptr() for one in written)),
+            shape.numel(),
+            structs.PlacesStruct(*(axis.data_ptr() for axis in read)),
+            structs.PlacesStruct(*(axis.data_ptr() for axis in written)),
             None if numbers is None else numbers.data_ptr(),
         )
         _run(getattr(self.library, f"paged_kv_{name}"), work, "index", layout)
 
     def attend(
-        self, output: Tensor, queries: Queries, segments: list[Segment], terms: Terms
+        self,
+        output: Tensor,
+        queries: Queries,
+        segments: list[Segment],
+        terms: Terms,
+        side: Side,
     ) -> None:
-        """See ops.attend."""
+        """See protocol.Kernels."""
         states, starts = queries
-        own = [structs.segment_struct(segment) for segment in segments]
+        described = [structs.segment_struct(segment) for segment in segments]
         tokens, heads, _ = states.shape
         work = structs.AttendStruct(
             output.data_ptr(),
@@ -127,49 +132,39 @@ class Kernels:
             len(starts) - 1,
             heads,
             segments[0].blocks.shape[1],
-            len(own),
-            (structs.SegmentStruct * 2)(*own),
+            len(described),
+            (structs.SegmentStruct * 2)(*described),
             terms.scale,
             terms.softcap,
             None if terms.sinks is None else terms.sinks.data_ptr(),
-            structs.side_struct(terms.weights),
-            structs.side_struct(terms.scores),
+            structs.side_struct(side.weights),
+            structs.side_struct(side.scores),
         )
         _run(self.library.paged_kv_attend, work, "table", segments[0].layout)
 
-    def attention_mass(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        query_positions: Tensor,
-        key_positions: Tensor,
-        scale: float,
-        softcap: float = 0.0,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
-        """See reference.attention_mass."""
-        lead, (group, number, size) = queries.shape[:-3], queries.shape[-3:]
+    def attention_mass(self, attention: DenseAttention) -> Tensor:
+        """See protocol.Kernels."""
+        queries, keys, query_positions, key_positions, terms = attention.expanded()
+        lead, (group, num_queries, size) = queries.shape[:-3], queries.shape[-3:]
+        # Kept until the call is over: the struct has addresses only.
         operands = [
-            queries.contiguous(),
-            keys.expand(*lead, *keys.shape[-2:]).contiguous(),
-            None if sinks is None else sinks.float().expand(*lead, group).contiguous(),
-            query_positions.expand(*lead, group, number).contiguous(),
-            key_positions.expand(*lead, keys.shape[-2]).contiguous(),
+            None if operand is None else operand.contiguous()
+            for operand in (queries, keys, terms.sinks, query_positions, key_positions)
         ]
-        found = torch.empty(*lead, keys.shape[-2])
+        mass = torch.empty(key_positions.shape)
         work = structs.MassStruct(
-            *(None if one is None else one.data_ptr() for one in operands),
-            found.data_ptr(),
+            *(None if operand is None else operand.data_ptr() for operand in operands),
+            mass.data_ptr(),
             lead.numel(),
-            group * number,
+            group * num_queries,
             keys.shape[-2],
             size,
             group,
-            scale,
-            softcap,
+            terms.scale,
+            terms.softcap,
         )
         _run(self.library.paged_kv_attention_mass, work, "", None)
-        return found
+        return mass
 
 
 _NO_MEMORY = 7

@@ -13,8 +13,12 @@ INLINE Error check_place(const Blocks& b, const Places& p, int64_t i) {
   return kFine;
 }
 
-INLINE Error check_places(Entries& e, const Places& p) {
+// NOWHERE of kernels/index.py.
+INLINE bool is_left_out(const Places& p, int64_t i) { return p.offset[i] == INT64_MIN; }
+
+INLINE Error check_places(Entries& e, const Places& p, bool may_leave_out = false) {
   for (int64_t i = 0; i < e.count; ++i) {
+    if (may_leave_out && is_left_out(p, i)) continue;
     Error error = check_place(e.blocks, p, i);
     if (error == kFine) continue;
     const int64_t* found[] = {p.page, p.offset, p.layer, p.head};
@@ -91,12 +95,13 @@ EXPORT int paged_kv_gather(Entries* e) {
 }
 
 EXPORT int paged_kv_store(Entries* e) {
-  if (Error error = check_places(*e, e->target)) return error;
+  if (Error error = check_places(*e, e->target, true)) return error;
   const Part& part = e->of_values ? e->blocks.layout->value : e->blocks.layout->key;
 #pragma omp parallel for schedule(static) if (e->count >= 64)
   for (int64_t i = 0; i < e->count; ++i)
-    write_entry(e->blocks, e->of_values, place(e->blocks, e->target, i), e->target.offset[i],
-                e->numbers + i * part.size, kFloat32);
+    if (!is_left_out(e->target, i))
+      write_entry(e->blocks, e->of_values, place(e->blocks, e->target, i), e->target.offset[i],
+                  e->numbers + i * part.size, kFloat32);
   return kFine;
 }
 

@@ -1,15 +1,14 @@
-"""The operations of kernels/ops.py on a GPU, in Triton. Imported only where there is one.
+"""The operations of protocol.Kernels on a GPU, in Triton. Imported only where there is one.
 
-The arguments are those of kernels/ops.py, which has checked them; nothing is copied to the host,
-so no call waits for the GPU.
+ops has checked the operands; nothing is copied to the host, so no call waits for the GPU.
 """
 
 from __future__ import annotations
 
 import torch
 
+from paged_kv.kernels.index import Index
 from paged_kv.kernels.page_layout import PageLayout
-from paged_kv.kernels.pages import Index
 from paged_kv.kernels.triton.attend import attend
 from paged_kv.kernels.triton.copying import (
     gather_kernel,
@@ -18,7 +17,7 @@ from paged_kv.kernels.triton.copying import (
     write_kernel,
 )
 from paged_kv.kernels.triton.mass import attention_mass
-from paged_kv.kernels.triton.parts import Part, part_of, places
+from paged_kv.kernels.triton.parts import PartLayout, part_layout, places
 
 __all__ = ["attend", "attention_mass", "gather", "move", "store", "write"]
 
@@ -30,7 +29,7 @@ EXACT = {"enable_fp_fusion": False, "num_warps": 8}
 
 
 def write(blocks: Tensor, layout: PageLayout, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-    """Stores new entries; see ops.write."""
+    """Stores new entries; see protocol.Kernels."""
     words = blocks.view(torch.int32)
     num_tokens, num_heads = keys.shape[:2]
     if not num_tokens:
@@ -44,16 +43,16 @@ def write(blocks: Tensor, layout: PageLayout, keys: Tensor, values: Tensor, slot
         *words.stride()[:2],
         *keys.stride()[:2],
         *values.stride()[:2],
-        KEY=part_of(layout, "key"),
-        VALUE=part_of(layout, "value"),
+        KEY=part_layout(layout, "key"),
+        VALUE=part_layout(layout, "value"),
         TOKENS=ENTRIES,
         **EXACT,
     )
 
 
 def gather(stack: Tensor, layout: PageLayout, part: str, layers: Tensor, pages: Tensor) -> Tensor:
-    """Keys or values of whole pages; see ops.gather."""
-    words, place = stack.view(torch.int32), part_of(layout, part)
+    """Keys or values of whole pages; see protocol.Kernels."""
+    words, place = stack.view(torch.int32), part_layout(layout, part)
     num_pages, num_heads = pages.numel(), stack.shape[2]
     shape = (len(layers), *pages.shape, num_heads, layout.page_size, place.size)
     result = torch.empty(shape, dtype=torch.float32, device=stack.device)
@@ -73,8 +72,8 @@ def gather(stack: Tensor, layout: PageLayout, part: str, layers: Tensor, pages: 
 
 
 def store(stack: Tensor, layout: PageLayout, part: str, index: Index, numbers: Tensor) -> None:
-    """Stores entries that a merge has made; see ops.store."""
-    words, place = stack.view(torch.int32), part_of(layout, part)
+    """Stores entries that a merge has made; see protocol.Kernels."""
+    words, place = stack.view(torch.int32), part_layout(layout, part)
     blocks, offsets = places(words, index)
     if len(blocks):
         store_kernel[(-(-len(blocks) // ENTRIES),)](
@@ -90,13 +89,13 @@ def store(stack: Tensor, layout: PageLayout, part: str, index: Index, numbers: T
 
 
 def move(stack: Tensor, layout: PageLayout, part: str, source: Index, target: Index) -> None:
-    """Copies the bytes of entries between slots; see ops.move."""
+    """Copies the bytes of entries between slots; see protocol.Kernels."""
     words = stack.view(torch.int32)
-    _move(words, part_of(layout, part), places(words, source), places(words, target))
+    _move(words, part_layout(layout, part), places(words, source), places(words, target))
 
 
 def _move(
-    words: Tensor, part: Part, source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]
+    words: Tensor, part: PartLayout, source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]
 ) -> None:
     num_entries = len(source[0])
     if num_entries:

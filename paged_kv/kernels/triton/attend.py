@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import triton
 
-from paged_kv.kernels.operands import Queries, Segment, Terms
+from paged_kv.kernels.operands import Queries, Segment, Side, Terms
 from paged_kv.kernels.triton.attention import rotate_kernel, segment_kernel
-from paged_kv.kernels.triton.parts import part_of
+from paged_kv.kernels.triton.parts import part_layout
 from paged_kv.kernels.triton.sums import combine_kernel, score_kernel
 
 Tensor = torch.Tensor
@@ -27,10 +27,15 @@ class _Call:
     """What the launches of one call share."""
 
     def __init__(
-        self, output: Tensor, queries: Queries, segments: list[Segment], terms: Terms
+        self,
+        output: Tensor,
+        queries: Queries,
+        segments: list[Segment],
+        terms: Terms,
+        weights: Tensor | None,
     ) -> None:
         self.states, self.starts = queries
-        self.segments, self.terms = segments, terms
+        self.segments, self.terms, self.weights = segments, terms, weights
         self.num_rows = len(queries.starts) - 1
         self.num_tokens, self.num_heads = self.states.shape[:2]
         self.num_kv_heads = segments[0].blocks.shape[1]
@@ -79,9 +84,9 @@ class _Call:
 
     def arguments(self, number: int, states: Tensor) -> dict[str, Any]:
         """What segment_kernel and score_kernel both take."""
-        first, segment, terms = self.segments[0], self.segments[number], self.terms
+        first, segment = self.segments[0], self.segments[number]
         words = segment.blocks.view(torch.int32)
-        weights = terms.weights
+        terms, weights = self.terms, self.weights
         return {
             "states": states,
             "starts": self.starts,
@@ -102,7 +107,7 @@ class _Call:
             "side_step": first.table.stride(0),
             "side_page_step": 0 if weights is None else weights.stride(0),
             "side_head_step": 0 if weights is None else weights.stride(1),
-            "KEY": part_of(segment.layout, "key"),
+            "KEY": part_layout(segment.layout, "key"),
             "SIDE_PAGE": first.layout.page_size,
             "GROUP": self.group,
             "QUERIES": self.num_queries,
@@ -113,14 +118,16 @@ class _Call:
         }
 
 
-def attend(output: Tensor, queries: Queries, segments: list[Segment], terms: Terms) -> None:
-    """Attention of new tokens to all that their rows hold; see ops.attend.
+def attend(
+    output: Tensor, queries: Queries, segments: list[Segment], terms: Terms, side: Side
+) -> None:
+    """Attention of new tokens to all that their rows hold; see protocol.Kernels.
 
     One token per row, or chunks of many; one segment or two.
     """
     if not output.numel():
         return
-    call = _Call(output, queries, segments, terms)
+    call = _Call(output, queries, segments, terms, side.weights)
     shared = [call.arguments(i, call.rotated(segment)) for i, segment in enumerate(segments)]
     size, splits = output.shape[2], sum(call.splits)
     device = output.device
@@ -136,11 +143,11 @@ def attend(output: Tensor, queries: Queries, segments: list[Segment], terms: Ter
             first_split=sum(call.splits[:number]),
             num_splits=call.splits[number],
             all_splits=splits,
-            VALUE=part_of(segment.layout, "value"),
+            VALUE=part_layout(segment.layout, "value"),
             **shared[number],
         )
     log_totals = None
-    if terms.scores is not None:
+    if side.scores is not None:
         log_totals = torch.empty(shape[:2], dtype=torch.float32, device=device)
     combine_kernel[shape[:2]](
         output,
@@ -157,9 +164,9 @@ def attend(output: Tensor, queries: Queries, segments: list[Segment], terms: Ter
         ROTATION=segments[0].layout.value.rotation,
         enable_fp_fusion=True,
     )
-    if terms.scores is not None:
+    if side.scores is not None:
         assert log_totals is not None
-        _add_scores(terms.scores, log_totals, call, shared)
+        _add_scores(side.scores, log_totals, call, shared)
 
 
 def _add_scores(

@@ -43,11 +43,13 @@ def write_kernel(
 
 @triton.jit
 def store_kernel(words, blocks, offsets, numbers, num_entries, PART: tl.constexpr, N: tl.constexpr):
-    """Grid: blocks of N entries; numbers: [entries, size]."""
+    """Grid: blocks of N entries; numbers: [entries, size]. Offset NOWHERE: left out."""
     entry = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
     inside = entry < num_entries
     block = tl.load(blocks + entry, mask=inside, other=0)
-    offset = tl.load(offsets + entry, mask=inside, other=0)
+    offset = tl.load(offsets + entry, mask=inside, other=-1)
+    inside = offset >= 0
+    offset = tl.where(inside, offset, 0)
     _store_rows(words, block, offset, inside, numbers, entry * PART.size, PART)
 
 

@@ -50,7 +50,7 @@ def load_numbers(words, block, offset, inside, PART: tl.constexpr):
         block: int64 [n], the block's first word.
         offset: int64 [n], slot in the page.
         inside: bool [n], which entries to read.
-        PART: see parts.Part; columns is the next power of two of its size.
+        PART: see parts.PartLayout; columns is the next power of two of its size.
     """
     NUM_WORDS: tl.constexpr = PART.size * PART.bits // 32
     word = tl.arange(0, triton.next_power_of_2(NUM_WORDS))

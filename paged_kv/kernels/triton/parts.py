@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 import torch
 
+from paged_kv.kernels.index import Index
 from paged_kv.kernels.page_layout import SCALE_BYTES, WORD, PageLayout
-from paged_kv.kernels.pages import Index
 
 INT4 = 4  # the only code with minimums; see Codec.code
 
 
-class Part(NamedTuple):
+class PartLayout(NamedTuple):
     """Places are counted from the block's first byte, in 32-bit words, scales in 16-bit ones.
 
     Args:
@@ -40,12 +40,12 @@ class Part(NamedTuple):
     slot_step: int
 
 
-def part_of(layout: PageLayout, part: str) -> Part:
+def part_layout(layout: PageLayout, part: str) -> PartLayout:
     """The keys ("key") or values ("value") of a layout."""
     is_key = part == "key"
     codec = layout.key if is_key else layout.value
     words = codec.data_bytes // WORD
-    return Part(
+    return PartLayout(
         code=codec.code,
         size=codec.size,
         bits=codec.data_bytes * 8 // codec.size,

@@ -15,9 +15,9 @@ from typing import Protocol
 import torch
 
 from paged_kv.kernels import ops
-from paged_kv.kernels.packed_pages import PackedPages
+from paged_kv.kernels.index import Index, region_index
 from paged_kv.kernels.page_layout import PageLayout
-from paged_kv.kernels.pages import Index, Pages, region_index
+from paged_kv.store.pages import Pages
 
 Tensor = torch.Tensor
 ALIGNMENT = 64  # bytes; of every part of a slot
@@ -84,7 +84,7 @@ class Converted:
         layout: of the blocks in host memory.
     """
 
-    def __init__(self, pages: Pages | PackedPages, layout: PageLayout) -> None:
+    def __init__(self, pages: Pages, layout: PageLayout) -> None:
         self.pages = pages
         self.layout = layout
         self.layers = torch.arange(pages.num_layers, device=pages.device)

@@ -148,8 +148,8 @@ class Copier:
             parts += self._pages(names)
             compactor = self.compactor
             if compactor is not None and not compactor.positional and names[0] in compactor.layers:
-                for stack in compactor.stacks_of(names):
-                    parts += [Side(self._by_page(one)) for one in stack.side.tensors.values()]
+                for store in compactor.stores_of(names):
+                    parts += [Side(self._by_page(one)) for one in store.side.tensors.values()]
         return parts
 
     def _pages(self, names: tuple[str, ...]) -> list[Part]:

@@ -13,89 +13,97 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
-from paged_kv.kernels.packed_pages import PackedPages
+from paged_kv.kernels.operands import Terms
 from paged_kv.kernels.page_layout import PageLayout
-from paged_kv.kernels.pages import Number, Pages
-from paged_kv.kernels.reference import move_entries
 from paged_kv.policies.base import Policy
+from paged_kv.store import side_data
+from paged_kv.store.layers import PageStore
+from paged_kv.store.pages import Number, Pages, move_entries, native_pages, packed_pages
+from paged_kv.store.query_ring import QueryRing
+from paged_kv.store.side_data import SideData
+from paged_kv.store.spill_stores import SpillShape, SpillStores
 from paged_kv.vllm.worker.layout import probe_elements, stack_layers
-from paged_kv.vllm.worker.side_data import SideData
 
 
-class Stack:
-    """Equal layers whose pages lie evenly in memory: one index operation serves all.
-
-    Args:
-        names: of the layers.
-        layers: vLLM's Attention layers.
-        pages: of these layers.
-        policy: says what is kept beside the pages.
-    """
-
-    def __init__(
-        self, names: list[str], layers: list[Any], pages: Pages | PackedPages, policy: Policy
-    ) -> None:
-        first, device = layers[0], pages.device
-        self.pages = pages
-        self.dtype: torch.dtype = first.dtype  # the model's
-        shape = (pages.num_layers, pages.num_pages, pages.num_heads, pages.page_size)
-        self.side = SideData(policy, shape, device)
-        self.ring = None  # [layers, rows, window, query heads, head_dim]: token t at t % window
-        self.ring_rows: list[torch.Tensor] = []  # the same memory: [rows * window, ...] by layer
-        if policy.observation_window:
-            size = (len(layers), 0, policy.observation_window, first.num_heads, first.head_size)
-            self.ring = torch.zeros(size, dtype=first.dtype, device=device)
-        self.layer_ids = torch.tensor([extract_layer_index(name) for name in names], device=device)
-        first_head = get_tensor_model_parallel_rank() * pages.num_heads
-        self.head_ids = torch.arange(pages.num_heads, device=device) + first_head
-        impl = first.impl
-        self.scale = float(impl.scale)
-        self.softcap = float(getattr(impl, "logits_soft_cap", None) or 0.0)
-        self.sinks = _sinks(layers, pages.num_heads)
-
-    def make_room(self, num_rows: int) -> None:
-        """Gives the ring at least so many rows."""
-        if self.ring is not None and self.ring.shape[1] < num_rows:
-            more = num_rows - self.ring.shape[1]
-            self.ring = torch.nn.functional.pad(self.ring, (0, 0, 0, 0, 0, 0, 0, more))
-            self.ring_rows = list(self.ring.flatten(1, 2))
-
-    def grouped(self, queries: torch.Tensor) -> torch.Tensor:
-        """float32 [..., kv_heads, group, queries, head_dim] of [..., queries, heads, head_dim]."""
-        heads = queries.unflatten(-2, (self.pages.num_heads, -1)).float()
-        return heads.movedim(-4, -2)
-
-
-def make_stacks(
+def make_stores(
     names: tuple[str, ...],
     layers: dict[str, Any],
     policy: Policy,
     layouts: Mapping[str, PageLayout],
-) -> list[Stack]:
-    """The stacks of these layers; see Stack. layouts: of those with packed pages."""
+    spilled: SpillStores[str] | None,
+) -> list[PageStore]:
+    """Stores of these layers, each of equal neighbours.
+
+    Args:
+        names: of the layers.
+        layers: vLLM's Attention layers by name.
+        policy: says what is kept beside the pages.
+        layouts: of those with packed pages.
+        spilled: what requests have spilled, if the policy spills.
+    """
     return [
-        Stack(part, [layers[name] for name in part], pages, policy)
+        _make_store([layers[name] for name in part], part, pages, policy, spilled)
         for part, pages in _pages(names, layers, layouts)
     ]
 
 
+def _make_store(
+    layers: list[Any],
+    names: list[str],
+    pages: Pages,
+    policy: Policy,
+    spilled: SpillStores[str] | None,
+) -> PageStore:
+    first, device = layers[0], pages.device
+    shape = pages.num_layers, pages.num_pages, pages.num_heads, pages.page_size
+    side = {
+        name: torch.zeros(shape, dtype=side_data.DTYPES[name], device=device)
+        for name in side_data.names(policy)
+    }
+    index = torch.arange(len(layers), device=device)
+    ring = None
+    if policy.observation_window:
+        ring = QueryRing(len(layers), policy.observation_window)
+        ring.bind((ring.window, first.num_heads, first.head_size), first.dtype, device)
+    layer_ids = [extract_layer_index(name) for name in names]
+    first_head = get_tensor_model_parallel_rank() * pages.num_heads
+    softcap = float(getattr(first.impl, "logits_soft_cap", None) or 0.0)
+    terms = Terms(float(first.impl.scale), softcap, _sinks(layers, pages.num_heads))
+    store_of = None
+    if spilled is not None:
+        sizes = pages.keys.size, pages.values.size
+        entry = SpillShape((pages.num_layers, pages.num_heads), sizes, first.dtype)
+        store_of = partial(spilled.of, group=names[0], shape=entry)
+    return PageStore(
+        pages=pages,
+        side=SideData(side),
+        stack_layers=index,
+        layer_ids=torch.tensor(layer_ids, device=device),
+        head_ids=torch.arange(pages.num_heads, device=device) + first_head,
+        terms=terms,
+        ring=ring,
+        ring_layers=index,
+        spilled=store_of,
+    )
+
+
 def make_pages(
     names: tuple[str, ...], layers: dict[str, Any], layouts: Mapping[str, PageLayout]
-) -> list[Pages | PackedPages]:
-    """The pages of these layers, of each stack; see make_stacks."""
+) -> list[Pages]:
+    """The pages of these layers, of each stack of equal neighbours; see make_stores."""
     return [pages for _, pages in _pages(names, layers, layouts)]
 
 
 def _pages(
     names: tuple[str, ...], layers: dict[str, Any], layouts: Mapping[str, PageLayout]
-) -> Iterator[tuple[list[str], Pages | PackedPages]]:
+) -> Iterator[tuple[list[str], Pages]]:
     for part, cache, elements in _caches(names, layers, layouts):
         first = layers[part[0]]
         if part[0] in layouts:
-            yield part, PackedPages(cache, layouts[part[0]])
+            yield part, packed_pages(cache, layouts[part[0]])
         else:
             key, value = _number(first, "_k_scale_float"), _number(first, "_v_scale_float")
-            yield part, Pages(cache, first.head_size, key, value, elements)
+            yield part, native_pages(cache, first.head_size, key, value, elements)
 
 
 def movers(
@@ -103,7 +111,7 @@ def movers(
 ) -> list[Callable[..., None]]:
     """Functions (source, target) that move entries in all of these layers; see move_entries."""
     return [
-        PackedPages(cache, layouts[part[0]]).move
+        packed_pages(cache, layouts[part[0]]).move
         if part[0] in layouts
         else partial(move_entries, cache, elements=elements)
         for part, cache, elements in _caches(names, layers, layouts)

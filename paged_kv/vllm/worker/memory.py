@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from paged_kv.core.schedule import Schedule, cdiv
-from paged_kv.vllm.worker import side_data
+from paged_kv.store import side_data
 from paged_kv.vllm.worker.layer_group import row_bytes
 from paged_kv.vllm.worker.residual import Residual
 from paged_kv.vllm.worker.step import Compactor

@@ -8,15 +8,18 @@ needed. Cumulative policies compute every step's attention a second time.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from paged_kv.kernels.pages import region_index
+from paged_kv.kernels.index import region_index
+from paged_kv.kernels.operands import DenseAttention, Terms
 from paged_kv.kernels.reference import attention_probabilities
 from paged_kv.policies.base import Int64s, Policy
-from paged_kv.vllm.worker.layer_group import Stack
+from paged_kv.store.layers import PageStore
+from paged_kv.store.query_ring import grouped
+from paged_kv.store.ragged import to_device
 
 MAX_PROBABILITIES = 1 << 24  # computed at once
 
@@ -37,35 +40,6 @@ class StepRows(NamedTuple):
     after: Int64s
     evicted: Int64s
     ring: Int64s
-
-
-class RingWrite(NamedTuple):
-    """Which tokens of the batch go where in the ring; int64 [tokens].
-
-    Args:
-        token: rising; None for all of them.
-        place: row * window + column.
-    """
-
-    token: torch.Tensor | None
-    place: torch.Tensor
-
-
-def last_queries(rows: StepRows, window: int, device: torch.device) -> RingWrite:
-    """The last `window` tokens of each sequence in this step."""
-    kept = np.minimum(rows.num_new, window)
-    sequence, offset = ragged(kept)
-    back = kept[sequence] - offset  # 1 for the newest token
-    token = (rows.start + rows.num_new)[sequence] - back
-    place = rows.ring[sequence] * window + (rows.after[sequence] - back) % window
-    every = len(token) == rows.num_new.sum()
-    return RingWrite(None if every else _to(token, device), _to(place, device))
-
-
-def ragged(counts: Int64s) -> tuple[Int64s, Int64s]:
-    """(row, place in the row) of each of counts.sum() items."""
-    row = np.repeat(np.arange(len(counts)), counts)
-    return row, np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 class QueryBatch(NamedTuple):
@@ -97,7 +71,12 @@ def query_batches(rows: StepRows, table: torch.Tensor, page_size: int) -> Iterat
         positions = np.where(real, (after - count)[:, None] + offset, -1)
         pages = page_ids(table, chosen, evicted, after, page_size)
         device = table.device
-        yield QueryBatch(_to(token, device), _to(positions, device), pages, _to(evicted, device))
+        yield QueryBatch(
+            to_device(token, device),
+            to_device(positions, device),
+            pages,
+            to_device(evicted, device),
+        )
 
 
 def page_ids(
@@ -116,48 +95,37 @@ def page_ids(
     column = np.arange(num_pages.max())
     real = column < num_pages[:, None]
     index = np.where(real, (first // page_size)[:, None] + column, 0)
-    row, index_, real_ = (_to(array, table.device) for array in (rows, index, real))
+    row, index_, real_ = (to_device(array, table.device) for array in (rows, index, real))
     return torch.where(real_, table[row[:, None], index_].long(), 0)
 
 
 def accumulate(
-    policy: Policy, stack: Stack, layer: int, query: torch.Tensor, batch: QueryBatch
+    policy: Policy, store: PageStore, layer: int, query: torch.Tensor, batch: QueryBatch
 ) -> None:
     """Adds the attention of a step's queries to the scores of the entries.
 
     Args:
         policy: says what becomes of the scores.
-        stack: the layer's stack.
-        layer: index in the stack.
+        store: the layer's.
+        layer: index in the store.
         query: [tokens, heads, head_dim], after RoPE.
         batch: see QueryBatch.
     """
-    pages = stack.pages
+    pages, terms = store.pages, store.terms
     chosen = torch.tensor([layer], device=pages.device)
-    index = region_index(chosen, batch.pages, pages.num_heads, pages.page_size)
     keys = pages.keys.gather(chosen, batch.pages)[0]
-    stored = stack.side.read("scores", index)
-    assert stored is not None
-    scores = stored.flatten(-2)[0]
+    scores = store.side.gather("scores", chosen, batch.pages)[0]
     size = scores.shape[-1]
     slots = batch.first_slot[:, None] + torch.arange(size, device=pages.device)
     at_once = max(1, MAX_PROBABILITIES // (len(batch.token) * query.shape[1] * size))
-    sinks = None if stack.sinks is None else stack.sinks[layer]
+    sinks = None if terms.sinks is None else terms.sinks[layer]
+    terms = Terms(terms.scale, terms.softcap, sinks)
     for token, positions in zip(
         batch.token.split(at_once, 1), batch.positions.split(at_once, 1), strict=True
     ):
-        probabilities = attention_probabilities(
-            stack.grouped(query[token]),
-            keys,
-            positions[:, None, None, :],
-            slots[:, None, :],
-            stack.scale,
-            stack.softcap,
-            sinks,
-        )
+        states, places = grouped(query[token], pages.num_heads), positions[:, None, None, :]
+        attention = DenseAttention(states, keys, places, slots[:, None, :], terms)
+        probabilities = attention_probabilities(attention)
         scores = policy.accumulate(scores, probabilities, positions)
-    stack.side.write("scores", index, scores.reshape(stored.shape))
-
-
-def _to(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(array).to(device, non_blocking=True)
+    index = region_index(chosen, batch.pages, pages.num_heads, pages.page_size)
+    store.side.store("scores", index, scores[None].unflatten(-1, (-1, pages.page_size)))

@@ -21,11 +21,13 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from paged_kv.core.page_formats import NATIVE
 from paged_kv.kernels import ops
-from paged_kv.kernels.operands import Queries, Segment, Terms
+from paged_kv.kernels.operands import Queries, Segment, Side, Terms
 from paged_kv.kernels.page_layout import PageLayout
 from paged_kv.quant import PAGE_SIZES, make_layout
+from paged_kv.store.attention import attend
+from paged_kv.store.residual_ring import Newest
 from paged_kv.vllm.worker.layer_group import packed_view
-from paged_kv.vllm.worker.residual import Newest, Residual
+from paged_kv.vllm.worker.residual import Residual
 
 if TYPE_CHECKING:
     from paged_kv.vllm.worker.step import Compactor
@@ -96,7 +98,7 @@ def packed_backend(
                 metadata.seq_lens[:rows],
             )
             if residual is not None:
-                made.newest = residual.newest(common_attn_metadata, made.counts)
+                made.newest = residual.newest(common_attn_metadata)
             return made
 
     overrides = {
@@ -160,15 +162,14 @@ class PackedAttention:
         assert output_block_scale is None
         if metadata is None:  # vLLM warms up
             return output
-        segments = [Segment(self._blocks_of(cache), self.layout, metadata.table, metadata.counts)]
+        pages = Segment(self._blocks_of(cache), self.layout, metadata.table, metadata.counts)
+        newest = None
         if metadata.newest is not None:
-            newest = metadata.newest
-            segments[0] = segments[0]._replace(counts=newest.counts_before)
             assert self.residual is not None
-            segments.append(self.residual.segment(self.name, newest))
+            newest = self.residual.segment(self.name, metadata.newest)
         tokens = metadata.num_actual_tokens
         queries = Queries(query[:tokens], metadata.starts)
-        ops.attend(output[:tokens], queries, segments, self._terms_now())
+        attend(output[:tokens], queries, pages, newest, self._terms_now(), self._side())
         return output
 
     def _terms_now(self) -> Terms:
@@ -178,8 +179,10 @@ class PackedAttention:
             softcap = float(getattr(impl, "logits_soft_cap", None) or 0.0)
             sinks = None if sinks is None else sinks.float()
             self._terms = Terms(float(impl.scale), softcap, sinks)
-        scores = None if self.compactor is None else self.compactor.scores(self.name)
-        return self._terms if scores is None else self._terms._replace(scores=scores)
+        return self._terms
+
+    def _side(self) -> Side:
+        return Side(scores=None if self.compactor is None else self.compactor.scores(self.name))
 
     def _blocks_of(self, cache: Tensor) -> Tensor:
         if self._cache is not cache or self._blocks is None:

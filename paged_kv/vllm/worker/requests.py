@@ -79,11 +79,17 @@ class RequestRows:
             computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
             self._fresh |= {request: computed[request] for request in cached.resumed_req_ids}
 
-    def hits(self, metadata: CommonAttentionMetadata) -> dict[int, int]:
-        """Prefix hit in tokens of the requests that are new in this step, by batch index."""
+    def begin_batch(self, metadata: CommonAttentionMetadata) -> dict[int, int]:
+        """Learns the requests that are new in this step; resumed ones get their rows.
+
+        Each layer group calls it, and the first one's call counts.
+
+        Returns:
+            the prefix hit in tokens of the new requests, by batch index.
+        """
         places = self._batch_index(metadata)
         for request in self._resumed.keys() & self._fresh:
-            # Now: all layer groups write this step's queries to it, whichever asks first.
+            # Now: all layer groups write this step's queries to it.
             self._take(self._keys[request], self._resumed.pop(request))
         return {places[request]: hit for request, hit in self._fresh.items()}
 

@@ -1,57 +1,32 @@
-"""The residual: the newest pages of each request once more, in the model's dtype.
-
-Every entry is written to its quantized page. While it is among the newest it also lies in a small
-ring of native pages that belong to the request, and is read there; so nothing is quantized later,
-and pages are shared, moved and copied as ever. With k residual pages of size p, after n tokens:
-
-    positions   0 ................. (ceil(n / p) - k) * p ........ n
-                read quantized      read from the ring: page of token t is t // p % k
-
-What a request has not computed itself (a prefix hit) is read quantized. No compaction touches the
-ring's entries: the recent window is at least as long.
-"""
+"""The residual rings of a worker's requests; see store.residual_ring."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from paged_kv.core.page_formats import NATIVE
-from paged_kv.kernels import ops
 from paged_kv.kernels.operands import Segment
 from paged_kv.kernels.page_layout import PageLayout
 from paged_kv.quant import make_layout
-from paged_kv.vllm.worker.observation import ragged
+from paged_kv.store.residual_ring import Newest, ResidualRing
 from paged_kv.vllm.worker.requests import RequestRows
 
 Tensor = torch.Tensor
 
 
-class Newest(NamedTuple):
-    """What a batch reads from the ring.
-
-    Args:
-        counts_before: int32 [rows], entries that are read from the quantized pages.
-        counts: int32 [rows], entries that are read from the ring.
-        table: int32 [rows, k], pages of the ring, that of the oldest entry first.
-    """
-
-    counts_before: Tensor
-    counts: Tensor
-    table: Tensor
-
-
 class Residual:
-    """The rings of a worker's requests.
+    """A ring for each run of equal layers; all have the same rows.
 
     Args:
         runner: vLLM's model runner.
-        num_pages: of each request's ring in a layer, k.
+        num_pages: of each request's ring in a layer.
         page_size: tokens per page.
         layers: vLLM's Attention layers with quantized pages, by name.
     """
@@ -63,8 +38,14 @@ class Residual:
         self.layouts = {name: self._layout(layer) for name, layer in layers.items()}
         self.requests = RequestRows(runner, 0)
         self._in_step = False
-        self._slots: Tensor | None = None  # of the batch's tokens, in the ring
-        self._rings: dict[str, Tensor] = {}  # uint8 [rows * k, kv_heads, block_bytes]
+        self._newest: Newest | None = None  # of the batch
+        self._rings: list[tuple[ResidualRing, list[str]]] = []
+        self._places: dict[str, tuple[ResidualRing, int]] = {}  # of each layer
+        for _, run in groupby(layers, self._shape):
+            names = list(run)
+            ring = ResidualRing(len(names), num_pages, page_size)
+            self._rings.append((ring, names))
+            self._places |= {name: (ring, index) for index, name in enumerate(names)}
 
     @property
     def row_bytes(self) -> int:
@@ -83,61 +64,52 @@ class Residual:
             yield
         finally:
             self._in_step = False
-            self._slots = None
+            self._newest = None
 
-    def newest(self, metadata: CommonAttentionMetadata, held: Tensor) -> Newest | None:
-        """Which entries the batch reads, and writes, in the ring.
+    def newest(self, metadata: CommonAttentionMetadata) -> Newest | None:
+        """Which entries a batch writes to the rings, and reads there; None in a dummy run.
 
         Args:
             metadata: of the batch, with all tokens that its rows have seen.
-            held: int32 [rows], entries that each row holds.
         """
         if not self._in_step:
             return None
-        k, size = self.num_pages, self.page_size
         after = metadata.seq_lens_cpu_upper_bound.numpy()[: metadata.num_reqs].astype(np.int64)
         starts = metadata.query_start_loc_cpu.numpy()[: metadata.num_reqs + 1].astype(np.int64)
         count = np.diff(starts)
-        self.requests.hits(metadata)
+        self.requests.begin_batch(metadata)
         rows = self.requests.rows(metadata, np.ones(len(after), dtype=bool), after - count)
-        own = -(-self.requests.first_token[rows] // size) * size
-        first = np.minimum(np.maximum((-(-after // size) - k) * size, own), after)
-        sequence, offset = ragged(count)
-        token = (after - count)[sequence] + offset
-        page = rows[sequence] * k + token // size % k
-        slots = np.where(token >= first[sequence], page * size + token % size, -1)
-        self._slots = torch.from_numpy(slots)
-        table = rows[:, None] * k + (first[:, None] // size + np.arange(k)) % k
-        counts = torch.from_numpy((after - first).astype(np.int32))
-        return Newest(held - counts, counts, torch.from_numpy(table.astype(np.int32)))
+        device = metadata.block_table_tensor.device
+        self._make_room(device)
+        known = self.requests.first_token[rows]
+        ring = self._rings[0][0]
+        self._newest = ring.plan(rows, count, after, known, device)
+        return self._newest
 
     def write(self, name: str, key: Tensor, value: Tensor) -> None:
         """Stores the batch's newest tokens in a layer's ring; see PackedAttention.write."""
-        if self._slots is not None:
-            slots = self._slots[: len(key)]
-            new = key[: len(slots)], value[: len(slots)]
-            ops.write(self._ring(name), self.layouts[name], *new, slots)
+        if self._newest is not None:
+            ring, layer = self._places[name]
+            ring.write(layer, key, value, self._newest)
 
     def segment(self, name: str, newest: Newest) -> Segment:
         """What a layer's attention reads of the ring."""
-        return Segment(self._ring(name), self.layouts[name], newest.table, newest.counts)
+        ring, layer = self._places[name]
+        return ring.segment(layer, newest)
 
     def ring_rows(self, row: int) -> list[Tensor]:
-        """A row's pages in the ring of every layer."""
-        pages = slice(row * self.num_pages, (row + 1) * self.num_pages)
-        return [self._ring(name)[pages] for name in self.layers]
+        """A row of every ring, [layers, pages, kv_heads, block_bytes]."""
+        return [tensor for ring, _ in self._rings for tensor in ring.row(row)]
 
-    def _ring(self, name: str) -> Tensor:
-        """A layer's ring; grows with the rows."""
-        num_pages = self.requests.num_rows * self.num_pages
-        ring = self._rings.get(name)
-        if ring is None or len(ring) < num_pages:
-            shape = (num_pages, self.layers[name].num_kv_heads, self.layouts[name].block_bytes)
-            new = torch.zeros(shape, dtype=torch.uint8)
-            if ring is not None:
-                new[: len(ring)] = ring
-            ring = self._rings[name] = new
-        return ring
+    def _make_room(self, device: torch.device) -> None:
+        """As many rows as requests have."""
+        for ring, names in self._rings:
+            ring.add_rows(self.requests.num_rows - ring.num_rows)
+            if ring.tensor is None:
+                ring.bind_pages(*self._shape(names[0]), device)
+
+    def _shape(self, name: str) -> tuple[PageLayout, int]:
+        return self.layouts[name], self.layers[name].num_kv_heads
 
     def _layout(self, layer: Any) -> PageLayout:
         sizes = layer.head_size, layer.head_size_v

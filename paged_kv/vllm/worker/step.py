@@ -23,14 +23,19 @@ from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
 from paged_kv.kernels.page_layout import PageLayout
 from paged_kv.kernels.rotary import Rotary
 from paged_kv.policies.base import Events, Int64s, Policy, PositionalPolicy
+from paged_kv.policies.region import Compaction, Region
+from paged_kv.store.compaction import Holding, compact
+from paged_kv.store.layers import PageStore
+from paged_kv.store.query_ring import RingWrite
+from paged_kv.store.ragged import ragged
 from paged_kv.vllm.scheduler.spec import PagedSpec
-from paged_kv.vllm.worker import observation, regions
+from paged_kv.vllm.worker import observation
 from paged_kv.vllm.worker.block_table import physical, skip
-from paged_kv.vllm.worker.layer_group import Stack, make_stacks, movers, row_bytes
+from paged_kv.vllm.worker.layer_group import make_stores, movers, row_bytes
 from paged_kv.vllm.worker.observation import StepRows
 from paged_kv.vllm.worker.requests import RequestRows
 from paged_kv.vllm.worker.rope import find_rotary
-from paged_kv.vllm.worker.spilled import Spilled, SpillStats
+from paged_kv.vllm.worker.spilling import RequestStores, SpillStats
 
 
 @dataclass
@@ -43,15 +48,15 @@ class _Pending:
     rows: Int64s  # [num_events], row of each event in block_table
     events: Events
     ring: Int64s | None  # [num_events], row of each event's request in the query ring
-    requests: list[str]  # [num_events], their names, if entries are spilled
+    owners: list[Any]  # [num_events], see Holding: names of requests, if entries are spilled
 
 
 @dataclass
 class _Observed:
     """What the forward pass of a builder's layers must note in this step."""
 
-    stacks: dict[str, tuple[Stack, int]]  # layer name -> its stack, its index there
-    ring: observation.RingWrite | None
+    stores: dict[str, tuple[PageStore, int]]  # layer name -> its store, its index there
+    ring: RingWrite | None
     batches: list[observation.QueryBatch]
 
 
@@ -75,7 +80,7 @@ class Compactor:
         policy: Policy,
         layers: dict[str, Any],
         layouts: Mapping[str, PageLayout] | None = None,
-        spilled: Spilled | None = None,
+        spilled: RequestStores | None = None,
     ) -> None:
         self.runner = runner
         self.policy = policy
@@ -92,7 +97,7 @@ class Compactor:
         self._pending: list[_Pending] = []
         self._observed: dict[str, _Observed] = {}  # by layer name
         self._movers: dict[tuple[str, ...], list[Callable[..., None]]] = {}
-        self._stacks: dict[tuple[str, ...], list[Stack]] = {}
+        self._stores: dict[tuple[str, ...], list[PageStore]] = {}
 
     @property
     def observes(self) -> bool:
@@ -105,9 +110,10 @@ class Compactor:
         return row_bytes(list(self.layers.values()), self.policy)
 
     def ring_rows(self, row: int) -> list[torch.Tensor]:
-        """A row of the query ring, [layers, window, heads, head_dim] of each stack."""
-        stacks = [stack for names in sorted(self._stacks) for stack in self._stacks[names]]
-        return [stack.ring[:, row] for stack in stacks if stack.ring is not None]
+        """A row of the query ring, [layers, window, heads, head_dim] of each store."""
+        stores = [store for names in sorted(self._stores) for store in self._stores[names]]
+        rings = [store.ring for store in stores if store.ring is not None]
+        return [tensor for ring in rings for tensor in ring.row(row)]
 
     def spill_stats(self) -> SpillStats | None:
         """What spilling came to; None: nothing is spilled."""
@@ -116,7 +122,7 @@ class Compactor:
     def reset_pages(self) -> None:
         """Forgets the caches: they have been allocated anew."""
         self._movers.clear()
-        self._stacks.clear()
+        self._stores.clear()
         if self.spilled is not None:
             self.spilled.clear()
 
@@ -164,7 +170,7 @@ class Compactor:
         names = tuple(layer_names)
         ring = None
         if not self.positional:
-            hits = self.requests.hits(metadata)
+            hits = self.requests.begin_batch(metadata)
             lens = (prompt_lens, after - count, after)
             ring = self.requests.of_batch(metadata, spec.schedule, *lens)
             step = StepRows(starts[:-1], count, after, evicted, ring)
@@ -173,9 +179,11 @@ class Compactor:
         if rows.size:
             events = Events(evicted[rows], evicted_after[rows], after[rows])
             table = metadata.block_table_tensor
-            own = None if ring is None else ring[rows]
-            requests = self.requests.names(metadata, rows) if self.spilled is not None else []
-            pending = _Pending(names, table, spec.block_size, rows, events, own, requests)
+            owners: list[Any] = rows.tolist()
+            if self.spilled is not None:
+                owners = self.requests.names(metadata, rows)
+            ring_rows = None if ring is None else ring[rows]
+            pending = _Pending(names, table, spec.block_size, rows, events, ring_rows, owners)
             self._pending.append(pending)
         return skip(metadata, evicted, spec.block_size) if evicted.any() else metadata
 
@@ -184,14 +192,12 @@ class Compactor:
         if layer_name not in self._observed:
             return
         observed = self._observed[layer_name]
-        stack, layer = observed.stacks[layer_name]
+        store, layer = observed.stores[layer_name]
         query = query.view(len(query), -1, self.layers[layer_name].head_size)
-        if observed.ring is not None:
-            token, place = observed.ring
-            new = query[: len(place)] if token is None else query.index_select(0, token)
-            stack.ring_rows[layer].index_copy_(0, place, new)
+        if observed.ring is not None and store.ring is not None:
+            store.ring.write(layer, query, observed.ring)
         for batch in observed.batches:
-            observation.accumulate(self.policy, stack, layer, query, batch)
+            observation.accumulate(self.policy, store, layer, query, batch)
 
     def scores(self, layer_name: str) -> torch.Tensor | None:
         """Where a layer's attention has to add its probabilities, [pages, kv_heads, page_size].
@@ -200,8 +206,8 @@ class Compactor:
         """
         if layer_name not in self._observed or not self._summed(layer_name):
             return None
-        stack, layer = self._observed[layer_name].stacks[layer_name]
-        return stack.side.tensors["scores"][layer]
+        store, layer = self._observed[layer_name].stores[layer_name]
+        return store.side.tensors["scores"][layer]
 
     def _summed(self, layer_name: str) -> bool:
         return self.policy.sums_attention and layer_name in self.layouts
@@ -215,48 +221,65 @@ class Compactor:
     ) -> None:
         """Slots that this step writes know nothing yet, nor do those of a prefix hit."""
         table = metadata.block_table_tensor
-        stacks = self.stacks_of(names)
-        size = stacks[0].pages.page_size
+        stores = self.stores_of(names)
+        size = stores[0].pages.page_size
         rows, firsts, counts = np.arange(len(step.start)), step.after - step.num_new, step.num_new
         if hits:  # once per request
             rows = np.append(rows, list(hits))
             counts = np.append(counts, list(hits.values()))
             firsts = np.append(firsts, np.zeros(len(hits), dtype=np.int64))
-        sequence, offset = observation.ragged(counts)
+        sequence, offset = ragged(counts)
         positions = torch.from_numpy(firsts[sequence] + offset).to(table.device)
         page = table[torch.from_numpy(rows[sequence]).to(table.device), positions // size].long()
-        for stack in stacks:
-            stack.side.reset(page, positions % size, positions)
+        for store in stores:
+            store.side.reset(page, positions % size, positions)
         if self.observes:
             self._note_queries(names, table, step)
 
     def _note_queries(self, names: tuple[str, ...], table: torch.Tensor, step: StepRows) -> None:
-        stacks = self.stacks_of(names)
-        for stack in stacks:
-            stack.make_room(self.requests.num_rows)
-        window = self.policy.observation_window
-        ring = observation.last_queries(step, window, table.device) if window else None
+        stores = self.stores_of(names)
+        rings = [store.ring for store in stores if store.ring is not None]
+        for ring in rings:
+            ring.add_rows(self.requests.num_rows - ring.num_rows)
+        write = None
+        if rings:  # all of them have the same rows
+            write = rings[0].plan(step.ring, step.start, step.num_new, step.after, table.device)
         batches: list[observation.QueryBatch] = []
         if "scores" in self.policy.reads and not self._summed(names[0]):
-            batches += observation.query_batches(step, table, stacks[0].pages.page_size)
-        places = [(stack, layer) for stack in stacks for layer in range(stack.pages.num_layers)]
-        observed = _Observed(dict(zip(names, places, strict=True)), ring, batches)
+            batches += observation.query_batches(step, table, stores[0].pages.page_size)
+        places = [(store, layer) for store in stores for layer in range(store.pages.num_layers)]
+        observed = _Observed(dict(zip(names, places, strict=True)), write, batches)
         self._observed |= dict.fromkeys(names, observed)
 
     def _compact(self, pending: _Pending) -> None:
-        if not isinstance(self.policy, PositionalPolicy):
-            assert pending.ring is not None
-            first = self.requests.first_token[pending.ring]
-            batch = regions.Batch(pending.rows, pending.ring, first, pending.events)
-            for stack in self.stacks_of(pending.layer_names):
-                given = self.policy, stack, pending.block_table
-                if self.spilled is None:
-                    regions.compact(*given, batch, self.rotary)
-                else:
-                    own = batch._replace(spilled=self.spilled.of(pending.requests, stack))
-                    self.spilled.num_fetched += regions.compact(*given, own, self.rotary)
+        if isinstance(self.policy, PositionalPolicy):
+            self._move(self.policy, pending)
             return
-        moves = self.policy.moves(pending.events)
+        assert pending.ring is not None
+        events, table = pending.events, pending.block_table
+        first, end = events.evicted_before, events.num_tokens
+        for store in self.stores_of(pending.layer_names):
+            pages = observation.page_ids(table, pending.rows, first, end, store.pages.page_size)
+            holding = Holding(
+                layers=np.arange(store.pages.num_layers),
+                pages=pages[None],
+                num_tokens=end,
+                num_entries=end - first,
+                num_losers=events.evicted_after - first,
+                tail=np.zeros_like(end),  # the residual is newer than what is freed
+                rows=pending.ring,
+                first=self.requests.first_token[pending.ring],
+                owners=pending.owners,
+            )
+            compact(self.policy, store, holding, "head", self.rotary, self._note)
+
+    def _note(self, holding: Holding, region: Region, decided: Compaction) -> None:
+        if self.spilled is not None and decided.exchanged is not None:
+            self.spilled.num_fetched += len(decided.exchanged.places[0])
+
+    def _move(self, policy: PositionalPolicy, pending: _Pending) -> None:
+        """The moves of a policy that decides by position alone: the same in all layers."""
+        moves = policy.moves(pending.events)
         table = pending.block_table
         rows = torch.from_numpy(pending.rows[moves.event]).to(table.device, non_blocking=True)
         source, target = (
@@ -269,10 +292,10 @@ class Compactor:
         for move in self._movers[names]:
             move(source, target)
 
-    def stacks_of(self, layer_names: tuple[str, ...]) -> list[Stack]:
-        """The stacks of a metadata builder's layers; policies that go by position have none."""
-        if layer_names not in self._stacks:
-            self._stacks[layer_names] = make_stacks(
-                layer_names, self.layers, self.policy, self.layouts
+    def stores_of(self, layer_names: tuple[str, ...]) -> list[PageStore]:
+        """The stores of a metadata builder's layers; policies that go by position have none."""
+        if layer_names not in self._stores:
+            self._stores[layer_names] = make_stores(
+                layer_names, self.layers, self.policy, self.layouts, self.spilled
             )
-        return self._stacks[layer_names]
+        return self._stores[layer_names]

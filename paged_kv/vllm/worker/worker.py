@@ -29,7 +29,7 @@ from paged_kv.vllm.worker.attention import observe_layer, wrap_backend
 from paged_kv.vllm.worker.memory import Shares
 from paged_kv.vllm.worker.packed import PackedAttention, layout_of, packed_backend, packed_spec
 from paged_kv.vllm.worker.residual import Residual
-from paged_kv.vllm.worker.spilled import make_spilled
+from paged_kv.vllm.worker.spilling import make_request_stores
 from paged_kv.vllm.worker.step import Compactor
 
 logger = init_logger(f"vllm.{__name__}")
@@ -135,7 +135,7 @@ class PagedWorkerMixin:
 
     def _compactor(self, layers: dict[str, Any], layouts: dict[str, PageLayout]) -> Compactor:
         num_requests = self.vllm_config.scheduler_config.max_num_seqs
-        spilled = make_spilled(self._config(), list(layers.values()), num_requests)
+        spilled = make_request_stores(self._config(), list(layers.values()), num_requests)
         return Compactor(self.model_runner, self._policy(), layers, layouts, spilled)
 
     def _config(self) -> CompressionConfig:

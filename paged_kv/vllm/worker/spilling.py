@@ -1,16 +1,15 @@
-"""Entries that compactions spilled: a store for each running request and stack of equal layers."""
+"""Entries that compactions spilled: the stores of running requests, and what they came to."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import Any, NamedTuple
 
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from paged_kv.config import CompressionConfig
-from paged_kv.tiers.spill_store import SpillSpace, SpillStore
-from paged_kv.vllm.worker.layer_group import Stack
+from paged_kv.store.spill_stores import SpillStores
+from paged_kv.tiers.spill_memory import SpillSpace
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -38,7 +37,7 @@ class SpillStats(NamedTuple):
     mmap_bytes: int
 
 
-class Spilled:
+class RequestStores(SpillStores[str]):
     """The stores of one worker.
 
     A request gets its stores at its first compaction. They end with the request, and when it is
@@ -50,8 +49,7 @@ class Spilled:
     """
 
     def __init__(self, space: SpillSpace) -> None:
-        self.space = space
-        self._stores: defaultdict[str, dict[int, SpillStore]] = defaultdict(dict)  # by id of Stack
+        super().__init__(space)
         self._kept: set[str] = set()
         self.num_fetched = 0  # see SpillStats
         self._num_spilled = self._num_dropped = 0  # by requests that are gone
@@ -83,46 +81,33 @@ class Spilled:
             self.drop(request)
 
     def stats(self) -> SpillStats:
-        """See SpillStats; waits for what is on its way."""
-        stores = [store for own in self._stores.values() for store in own.values()]
-        entries = sum(store.num_entries * store.shape[1] for store in stores)
-        dropped = sum(store.num_lost * store.shape[1] for store in stores)
-        num_bytes = [store.num_bytes for store in stores]
+        """Waits for what is on its way."""
+        dropped = sum(store.num_lost * store.shape[1] for store in self.stores)
+        entries, num_bytes = self.num_entries, self.num_bytes
         return SpillStats(
             requests=len(self._stores),
             entries=entries,
             spilled=self._num_spilled + entries + dropped,
             fetched=self.num_fetched,
             dropped=self._num_dropped + dropped,
-            host_bytes=sum(one["host"] for one in num_bytes),
-            mmap_bytes=sum(one["mmap"] for one in num_bytes),
+            host_bytes=num_bytes["host"],
+            mmap_bytes=num_bytes["mmap"],
         )
 
     def close(self) -> None:
         """Drops everything; logs what it came to."""
         self.clear()
-        found = self.stats()
+        stats = self.stats()
         logger.info(
             "paged_kv spilled %d entries (per layer and KV head), fetched %d, dropped %d for lack "
             "of room",
-            *(found.spilled, found.fetched, found.dropped),
+            *(stats.spilled, stats.fetched, stats.dropped),
         )
 
-    def of(self, requests: list[str], stack: Stack) -> list[SpillStore]:
-        """Stores of some requests for the layers of a stack; new ones are empty."""
-        return [self._of(request, stack) for request in requests]
 
-    def _of(self, request: str, stack: Stack) -> SpillStore:
-        stores = self._stores[request]
-        if id(stack) not in stores:
-            pages = stack.pages
-            shape = pages.num_layers, pages.num_heads
-            sizes = pages.keys.size, pages.values.size
-            stores[id(stack)] = SpillStore(shape, sizes, stack.dtype, self.space)
-        return stores[id(stack)]
-
-
-def make_spilled(config: CompressionConfig, layers: list[Any], num_requests: int) -> Spilled | None:
+def make_request_stores(
+    config: CompressionConfig, layers: list[Any], num_requests: int
+) -> RequestStores | None:
     """Stores as the options say; None without spill. Logs how much memory they may take.
 
     Args:
@@ -133,7 +118,7 @@ def make_spilled(config: CompressionConfig, layers: list[Any], num_requests: int
     if not config.spill:
         return None
     is_pinned = current_platform.is_cuda_alike()
-    space = SpillSpace(config.spill_budget, config.spill_host_budget, config.spill_dir, is_pinned)
+    space = config.spill_space(is_pinned)
     entry = sum(
         layer.num_kv_heads * (layer.head_size + layer.head_size_v) * layer.dtype.itemsize
         for layer in layers
@@ -150,4 +135,4 @@ def make_spilled(config: CompressionConfig, layers: list[Any], num_requests: int
         in_host,
         f" and {in_files} of files in {space.directory}" if space.directory else "",
     )
-    return Spilled(space)
+    return RequestStores(space)

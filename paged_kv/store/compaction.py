@@ -1,0 +1,265 @@
+"""Compactions: what sequences hold becomes a region, the policy decides, survivors move.
+
+The freed places are the leading ones ("head": vLLM's tables only grow at their end, and what comes
+first can be given back) or the trailing ones ("tail": transformers' tables can be cut, and a row
+stays in the pages that it has). Of a row with a residual, the newest entries stay where they are:
+
+    head   before | s s . x | . x . . | x . x x |         s sink  x survivor  . loser
+           after  |  freed  |  freed  | s s x x ...       survivors of what is freed take the
+                                                          losers' places
+    tail   before | s s . x | . x . . | x . x x | r r r   r residual
+           after  | s s x x | x x x . |  freed  | r r r
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from paged_kv.kernels.index import Index, entry_index, slot_index
+from paged_kv.kernels.rotary import Rotary
+from paged_kv.policies.base import Int64s, Policy
+from paged_kv.policies.region import Compaction, Exchanged, Region, RegionIndex, moves
+from paged_kv.store.layers import PageStore
+from paged_kv.store.pages import Entries
+from paged_kv.store.ragged import to_device
+
+Tensor = torch.Tensor
+Freed = Literal["head", "tail"]
+MAX_NUMBERS = 1 << 21  # of keys, gathered at once
+_PADDING = torch.iinfo(torch.int64).max
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What some sequences hold in some equal layers; but for the page ids, host arrays.
+
+    Args:
+        layers: int64 [layers], of the store.
+        pages: int64 [layers or 1, events, n], page ids, any valid one for padding: vLLM's layers
+            share a table, transformers' have one each.
+        num_tokens: int64 [events], tokens seen so far.
+        num_entries: int64 [events], entries held.
+        num_losers: int64 [events], entries to give up, at least one.
+        tail: int64 [events], the newest entries, which stay where they are.
+        rows: int64 [events], of the query ring.
+        first: int64 [events], the first token whose query is there.
+        owners: who they are: request ids (rows of the batch, if nobody spills), or rows of a
+            cache.
+    """
+
+    layers: Int64s
+    pages: Tensor
+    num_tokens: Int64s
+    num_entries: Int64s
+    num_losers: Int64s
+    tail: Int64s
+    rows: Int64s
+    first: Int64s
+    owners: Sequence[Any]
+
+    def of_events(self, events: Int64s, num_pages: int) -> Holding:
+        """Some of the sequences; num_pages: the most that one of them holds."""
+        chosen = {
+            name: getattr(self, name)[events]
+            for name in ("num_tokens", "num_entries", "num_losers", "tail", "rows", "first")
+        }
+        pages = self.pages[:, to_device(events, self.pages.device), :num_pages]
+        return replace(self, **chosen, pages=pages, owners=[self.owners[event] for event in events])
+
+    def of_layers(self, start: int, end: int) -> Holding:
+        """Layers [start, end)."""
+        pages = self.pages if len(self.pages) == 1 else self.pages[start:end]
+        return replace(self, layers=self.layers[start:end], pages=pages)
+
+
+def compact(
+    policy: Policy,
+    store: PageStore,
+    holding: Holding,
+    freed: Freed,
+    rotary: Rotary | None = None,
+    note: Callable[[Holding, Region, Compaction], None] | None = None,
+) -> None:
+    """Sequences give up entries in all layers of a holding.
+
+    Args:
+        policy: decides.
+        store: the layers.
+        holding: see Holding.
+        freed: which places are given back.
+        rotary: the model's RoPE, if the policy reads it.
+        note: called with what was decided, a few layers and sequences at a time.
+    """
+    for part in _parts(store, holding):
+        region = make_region(policy, store, part, rotary)
+        decided = policy.compact(region)
+        apply(store, part, region, decided, freed)
+        if note is not None:
+            note(part, region, decided)
+
+
+def _parts(store: PageStore, holding: Holding) -> Iterator[Holding]:
+    """Sequences of similar size, in a few layers at a time: keys and copies of them are large."""
+    pages = store.pages
+    num_pages = -(-holding.num_entries // pages.page_size)
+    magnitude = np.frexp(num_pages)[1]  # the largest has less than twice the pages of the smallest
+    for exponent in np.unique(magnitude):
+        events = np.flatnonzero(magnitude == exponent)
+        most = int(num_pages[events].max())
+        similar = holding.of_events(events, most)
+        entries = len(events) * most * pages.page_size * pages.num_heads
+        at_once = max(1, MAX_NUMBERS // (entries * pages.keys.size))
+        for start in range(0, len(holding.layers), at_once):
+            yield similar.of_layers(start, start + at_once)
+
+
+def make_region(
+    policy: Policy, store: PageStore, holding: Holding, rotary: Rotary | None = None
+) -> Region:
+    """What a policy sees of a holding."""
+    device, pages = store.pages.device, holding.pages
+    layers = to_device(holding.layers, device)
+    stack_layers = store.stack_layers[layers]
+    num_tokens, num_entries, num_losers = (
+        to_device(array, device)
+        for array in (holding.num_tokens, holding.num_entries, holding.num_losers)
+    )
+    slots = torch.arange(pages.shape[-1] * store.pages.page_size, device=device)
+    padding = slots >= num_entries[:, None, None]
+
+    def side(name: str, filler: float) -> Tensor:
+        return store.side.gather(name, stack_layers, pages).masked_fill(padding, filler)
+
+    fields: dict[str, Any] = {
+        name: getattr(store.pages, name).gather(stack_layers, pages)
+        for name in policy.reads_wholly & {"keys", "values"}
+    }
+    fields |= {name: side(name, 0.0) for name in policy.reads & {"weights", "scores"}}
+    queries = store.queries(layers, holding.rows, holding.num_tokens, holding.first)
+    if queries is not None:
+        fields["queries"] = queries
+    spilled = None
+    if store.spilled is not None:
+        chosen = holding.layers.tolist()
+        spilled = [store.spilled(owner).select(chosen) for owner in holding.owners]
+    return Region(
+        num_tokens=num_tokens,
+        num_entries=num_entries,
+        num_losers=num_losers,
+        max_losers=int(holding.num_losers.max()),
+        layers=store.layer_ids[layers],
+        heads=store.head_ids,
+        positions=side("positions", _PADDING),
+        **fields,
+        rotary=rotary if "rotary" in policy.reads else None,
+        spilled=spilled,
+        partly={
+            name: _PageReader(getattr(store.pages, name), stack_layers, pages)
+            for name in policy.reads_partly
+        },
+    )
+
+
+@dataclass(frozen=True)
+class _PageReader:
+    """Keys or values of a region that are read as they are asked for; see region.EntryReader.
+
+    Args:
+        entries: of the pages.
+        layers: int64 [layers], of the stack.
+        pages: see Holding.
+    """
+
+    entries: Entries
+    layers: Tensor
+    pages: Tensor
+
+    def take(self, index: RegionIndex) -> Tensor:
+        """What lies in some slots: [n, size]."""
+        return self.entries.take(
+            entry_index(self.layers, self.pages, index, self.entries.page_size)
+        )
+
+    def of_event(self, event: int) -> Tensor:
+        """All that one sequence holds: [layers, kv_heads, m, size]."""
+        return self.entries.gather(self.layers, self.pages[..., event : event + 1, :])[:, 0]
+
+
+def apply(
+    store: PageStore, holding: Holding, region: Region, decided: Compaction, freed: Freed
+) -> None:
+    """Survivors move into the losers' places; those that hold something else are written.
+
+    Args:
+        store: the layers.
+        holding: which sequences.
+        region: what they held.
+        decided: what becomes of it.
+        freed: which places are given back.
+    """
+    size, page_size = decided.losers.shape[-1], store.pages.page_size
+    stack_layers = store.stack_layers[to_device(holding.layers, store.pages.device)]
+    # A slot that stays in every row: the last one (padding, in shorter rows), or the first.
+    spare = size - 1 if freed == "head" else 0
+    places = _freed_places(region, holding.tail, freed)
+    source, target = moves(decided, places, region.max_losers, spare)
+    read, write = (
+        slot_index(stack_layers, holding.pages, slots, page_size) for slots in (source, target)
+    )
+    for entries in store.pages:
+        entries.move(read, write)
+    store.side.move(read, write)
+    if decided.changed is not None:
+        _write_changed(store, write, decided, source)
+    if decided.exchanged is not None:
+        # Where each survivor lies now, by where it was.
+        slots = torch.arange(size, device=source.device).expand(*source.shape[:-1], size)
+        slots = slots.scatter(-1, source, target)
+        _write_exchanged(store, stack_layers, holding.pages, slots, decided.exchanged)
+
+
+def _freed_places(region: Region, tail: Int64s, freed: Freed) -> Tensor:
+    """bool [events, 1, m]."""
+    slots = torch.arange(region.positions.shape[-1], device=region.positions.device)
+    num_losers = region.num_losers[:, None, None]
+    if freed == "head":
+        return slots < num_losers
+    end = (region.num_entries - to_device(tail, slots.device))[:, None, None]
+    return (slots >= end - num_losers) & (slots < end)
+
+
+def _write_changed(store: PageStore, write: Index, decided: Compaction, source: Tensor) -> None:
+    """Numbers of survivors that changed, where they lie now.
+
+    What has not changed keeps its bits: quantized again, it could become something else. As many
+    columns are written whatever has changed, so that nobody waits for a GPU.
+    """
+    assert decided.changed is not None
+    changed = decided.changed.gather(-1, source)
+    for name, entries in zip(store.pages._fields, store.pages, strict=True):
+        new: Tensor | None = getattr(decided, name)
+        if new is not None:
+            entries.store(write, new.take_along_dim(source[..., None], -2), changed)
+    for name in store.side.tensors:
+        new = getattr(decided, name)
+        if new is not None:
+            store.side.store(name, write, new.gather(-1, source), changed)
+
+
+def _write_exchanged(
+    store: PageStore, stack_layers: Tensor, pages: Tensor, slots: Tensor, exchanged: Exchanged
+) -> None:
+    """What came in the place of survivors, where these lie now: slots [..., m]."""
+    layer, event, head, _ = exchanged.places
+    moved = layer, event, head, slots[exchanged.places]
+    index = entry_index(stack_layers, pages, moved, store.pages.page_size)
+    for name, rows in exchanged.content.items():
+        if name in store.side.tensors:
+            store.side.store(name, index, rows)
+        else:
+            getattr(store.pages, name).store(index, rows.float())
