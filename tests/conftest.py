@@ -1,4 +1,4 @@
-"""What several test files share: the real test model's directory, and settings for all."""
+"""What several test files share: the models' directories, and settings for all."""
 
 import os
 from pathlib import Path
@@ -10,6 +10,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # others use the cores, too: one each, 
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 import pytest
+import tiny_models
 from hypothesis import settings
 
 from paged_kv import models
@@ -22,3 +23,17 @@ settings.load_profile("paged_kv")
 def smollm2_dir() -> Path:
     """SmolLM2-135M-Instruct in bfloat16, from the user's cache (made there on first use, 20 s)."""
     return models.smollm2()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> str:
+    """The directory of a small random Llama, with weights and a tokenizer."""
+    return tiny_models.saved("llama", tmp_path_factory.mktemp("llama"), tokenizer=True)
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """vLLM looks at a model's class in a process of its own, for CUDA's sake: 10 s each."""
+    from vllm.model_executor.models import registry
+
+    monkeypatch.setattr(registry, "_run_in_subprocess", lambda function: function())

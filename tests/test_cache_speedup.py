@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
 
 from paged_kv import cli
@@ -15,11 +14,6 @@ from paged_kv.hf.driver.decoding import Decoder, dynamic_cache, interleaved
 
 HF_DECODE = Path(__file__).parent.parent / "benchmarks" / "hf_decode.py"
 PNG = b"\x89PNG\r\n"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return tiny_models.saved("llama", tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

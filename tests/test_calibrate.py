@@ -17,11 +17,6 @@ NUM_LAYERS, TOKENS = 6, 90
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return tiny_models.saved("llama", tmp_path_factory.mktemp("models"), tokenizer=True)
-
-
-@pytest.fixture(scope="module")
 def text(tmp_path_factory):
     return tiny_models.write_text(tmp_path_factory.mktemp("text") / "text.txt", 300)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import engines  # noqa: F401  vLLM's environment
 import pytest
 import torch
-from test_layout import as_numbers, cpu_layer, write_through_kernel
+from cpu_pages import as_numbers, cpu_layer, write_through_kernel
 
 from paged_kv.kernels.index import region_index, slot_index
 from paged_kv.store.pages import Number, native_pages

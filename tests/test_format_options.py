@@ -6,12 +6,13 @@ import json
 from types import SimpleNamespace
 from typing import Any
 
-import engines  # noqa: F401  vLLM's environment
 import pytest
 import tiny_models
-from test_support import engine_config, in_process  # noqa: F401  an autouse fixture
+from configs import engine_config
 
 from paged_kv.vllm.frontend import formats
+
+pytestmark = pytest.mark.usefixtures("in_process")
 
 LAYERS = 6
 STREAMING = {"policy": "streaming", "budget": 128}

@@ -10,28 +10,26 @@ from types import SimpleNamespace
 from typing import Any
 
 import engines  # noqa: F401  vLLM's environment
-import numpy as np
 import pytest
 import torch
+from gpu_steps import (
+    AFTER,
+    CASES,
+    EVICTED_AFTER,
+    EVICTED_BEFORE,
+    LAYERS,
+    RUNNERS,
+    SINKS,
+    SPEC,
+    caches,
+    entries,
+    metadata,
+    v1_runner,
+)
 
-from paged_kv.core.schedule import Schedule
 from paged_kv.policies.streaming import Streaming
-from paged_kv.vllm.scheduler.spec import PagedSpec
 from paged_kv.vllm.worker.attention import wrap_backend
 from paged_kv.vllm.worker.step import Compactor
-
-PAGE_SIZE, BUDGET, SINKS = 16, 48, 4
-NUM_PAGES, LAYERS = 24, ["layer.0", "layer.1", "layer.2"]
-SPEC = PagedSpec(
-    block_size=PAGE_SIZE,
-    num_kv_heads=2,
-    head_size=4,
-    dtype=torch.float32,
-    schedule=Schedule(PAGE_SIZE, BUDGET),
-)
-# Two sequences of one step: the last chunk of a prompt of 100, and a decode of a prompt of 60.
-PROMPT_LENS, BEFORE, AFTER = [100, 60], [70, 79], [100, 80]
-EVICTED_BEFORE, EVICTED_AFTER = [0, 16], [48, 32]
 
 
 class OnGpu(torch.Tensor):
@@ -42,77 +40,8 @@ class OnGpu(torch.Tensor):
         return torch.device("cuda")
 
 
-def metadata(block_size: int = PAGE_SIZE, req_idx: Any = None) -> Any:
-    """The step above; page ids count down from the highest, sequence by sequence."""
-    from vllm.v1.attention.backend import CommonAttentionMetadata
-
-    width = -(-max(AFTER) // block_size)
-    last = NUM_PAGES * PAGE_SIZE // block_size - 1
-    table = last - torch.arange(2 * width, dtype=torch.int32).view(2, width)
-    starts = torch.tensor([0, 30, 31], dtype=torch.int32)
-    lens = torch.tensor(AFTER, dtype=torch.int32)
-    return CommonAttentionMetadata(
-        query_start_loc=starts,
-        query_start_loc_cpu=starts,
-        seq_lens=lens,
-        seq_lens_cpu_upper_bound=lens.clone(),
-        num_reqs=2,
-        num_actual_tokens=31,
-        max_query_len=30,
-        max_seq_len=max(AFTER),
-        block_table_tensor=table,
-        slot_mapping=torch.arange(31),
-        req_idx=req_idx,
-    )
-
-
-def v1_runner() -> Any:
-    lens = np.array([*PROMPT_LENS, 7, 7], dtype=np.int32)  # rows of absent requests follow
-    return SimpleNamespace(input_batch=SimpleNamespace(num_prompt_tokens=lens))
-
-
-def v2_runner() -> Any:
-    """Its table of requests is in another order than the batch."""
-    lens = np.array([7, PROMPT_LENS[1], 7, PROMPT_LENS[0]], dtype=np.int32)
-    return SimpleNamespace(req_states=SimpleNamespace(prompt_len=SimpleNamespace(np=lens)))
-
-
-RUNNERS = {"V1": (v1_runner, None), "V2": (v2_runner, np.array([3, 1]))}
-
-
-def caches(layout: str, kernel_page_size: int) -> list[torch.Tensor]:
-    """Views [pages, heads, page size, content] of vLLM's making, every number another one."""
-    from vllm.v1.kv_cache_interface import (
-        KVCacheTensor,
-        compute_layout_strides,
-        create_kv_cache_views,
-    )
-    from vllm.v1.kv_cache_layout import KVCacheLayout
-
-    member = KVCacheLayout[layout]
-    size = SPEC.page_size_bytes * NUM_PAGES * len(LAYERS)
-    raw = torch.randperm(size // 4, generator=torch.Generator().manual_seed(0)).float()
-    strides = compute_layout_strides(SPEC, NUM_PAGES, len(LAYERS), member)
-    tensor = KVCacheTensor(size, LAYERS, layer_stride=strides[0], block_stride=strides[1])
-    return create_kv_cache_views(
-        raw.view(torch.int8), SPEC, NUM_PAGES, member, tensor, kernel_page_size
-    )
-
-
-def entries(cache: torch.Tensor, table: torch.Tensor, row: int) -> torch.Tensor:
-    """[slots, heads, content] of a sequence, in logical order."""
-    pages = cache[table[row].long()]  # [pages, heads, page size, content]
-    return pages.transpose(1, 2).flatten(0, 1).clone()
-
-
-LAYOUTS = ["LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC"]
-
-
 @pytest.mark.parametrize("runner", RUNNERS)
-@pytest.mark.parametrize(
-    ("layout", "kernel_page_size"),
-    [*((layout, PAGE_SIZE) for layout in LAYOUTS), ("LBHNC", 8), ("LBNHC", 8)],
-)
+@pytest.mark.parametrize(("layout", "kernel_page_size"), CASES)
 def test_compaction_in_every_layout(layout, kernel_page_size, runner):
     """Sinks and the newest entries are what a read finds after the step, in every layer."""
     make_runner, req_idx = RUNNERS[runner]

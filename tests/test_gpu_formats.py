@@ -14,21 +14,21 @@ from typing import Any
 import engines  # noqa: F401  vLLM's environment
 import pytest
 import torch
-from test_gpu_code import (
+from gpu_steps import (
     AFTER,
     BEFORE,
+    CASES,
     EVICTED_AFTER,
     EVICTED_BEFORE,
     LAYERS,
-    LAYOUTS,
     NUM_PAGES,
     PAGE_SIZE,
     SINKS,
     SPEC,
     metadata,
+    scheduler_output,
     v1_runner,
 )
-from test_gpu_regions import output
 
 from paged_kv.policies.random import Random
 from paged_kv.policies.streaming import Streaming
@@ -125,9 +125,6 @@ def compactor_of(policy: Any, caches: list[torch.Tensor], cache_dtype: str) -> C
     return Compactor(runner, policy, layers)
 
 
-CASES = [*((layout, PAGE_SIZE) for layout in LAYOUTS), ("LBHNC", 8), ("LBNHC", 8)]
-
-
 @pytest.mark.parametrize("cache_dtype", FORMATS)
 @pytest.mark.parametrize(("layout", "kernel_page_size"), CASES)
 @pytest.mark.parametrize("policy", [Streaming(SINKS, RECENT), Random(SINKS, RECENT)])
@@ -146,7 +143,7 @@ def test_scales_move_with_their_data(policy, layout, kernel_page_size, cache_dty
         layer_group, "caches_of", lambda layers: ([layer.kv_cache for layer in layers], None)
     )
     compactor = compactor_of(policy, caches, cache_dtype)
-    with compactor.step(output(dict(zip("ab", BEFORE, strict=True)))):
+    with compactor.step(scheduler_output(dict(zip("ab", BEFORE, strict=True)))):
         compactor.shift(spec.copy_with_new_block_size(kernel_page_size), LAYERS, step)
     assert compactor.num_events == 2
 

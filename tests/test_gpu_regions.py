@@ -9,9 +9,10 @@ import engines  # noqa: F401  vLLM's environment
 import numpy as np
 import pytest
 import torch
-from test_gpu_code import (
+from gpu_steps import (
     AFTER,
     BEFORE,
+    CASES,
     EVICTED_AFTER,
     EVICTED_BEFORE,
     LAYERS,
@@ -23,6 +24,7 @@ from test_gpu_code import (
     caches,
     entries,
     metadata,
+    scheduler_output,
 )
 
 from paged_kv.policies.knorm import KNorm
@@ -73,24 +75,10 @@ def make_compactor(monkeypatch) -> Any:
     return make
 
 
-def output(new: dict[str, int]) -> Any:
-    """What a step's scheduler output says of requests that come and go."""
-    return SimpleNamespace(
-        finished_req_ids=set(),
-        preempted_req_ids=None,
-        scheduled_new_reqs=[
-            SimpleNamespace(req_id=name, num_computed_tokens=hit) for name, hit in new.items()
-        ],
-        scheduled_cached_reqs=SimpleNamespace(
-            resumed_req_ids=set(), req_ids=[], num_computed_tokens=[]
-        ),
-    )
-
-
 def run_step(compactor: Any, step: Any, kernel_page_size: int, query: torch.Tensor) -> None:
     spec = SPEC.copy_with_new_block_size(kernel_page_size)
     # As if both had been hits: their slots before this step hold what their positions say.
-    with compactor.step(output(dict(zip("ab", BEFORE, strict=True)))):
+    with compactor.step(scheduler_output(dict(zip("ab", BEFORE, strict=True)))):
         compactor.shift(spec, LAYERS, step)
         for name in LAYERS:
             compactor.observe(name, query)
@@ -104,9 +92,6 @@ def survivors(held: torch.Tensor, row: int, losers: set[int]) -> list[list[float
 
 def free(row: int) -> list[int]:
     return [s for s in range(EVICTED_BEFORE[row], AFTER[row]) if SINKS <= s < AFTER[row] - RECENT]
-
-
-CASES = [*((layout, PAGE_SIZE) for layout in LAYOUTS), ("LBHNC", 8), ("LBNHC", 8)]
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
@@ -189,7 +174,7 @@ def test_rows_are_given_back():
     lengths: dict[str, int] = {}
 
     def step(new: dict[str, int], gone: str = "", preempted: str = "", more: int = 1) -> dict:
-        made = output(dict.fromkeys(new, 0))
+        made = scheduler_output(dict.fromkeys(new, 0))
         made.finished_req_ids, made.preempted_req_ids = set(gone), set(preempted)
         rows.begin_step(made)
         batch.req_ids = [*new, *(name for name in batch.req_ids if name not in gone + preempted)]

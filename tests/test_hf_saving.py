@@ -147,10 +147,12 @@ def test_another_process(saved, tmp_path):
         expected = ask(model, cache, QUESTIONS[0])
     code = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent / "support")!r})
-import test_hf_saving as t
-model = t.load("llama")
-with t.PagedCache.load({str(saved)!r}, model.config) as cache:
-    print(t.ask(model, cache, t.QUESTIONS[0]))
+from hf_models import load
+from hf_questions import QUESTIONS, ask
+from paged_kv.hf import PagedCache
+model = load("llama")
+with PagedCache.load({str(saved)!r}, model.config) as cache:
+    print(ask(model, cache, QUESTIONS[0]))
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(run.stdout.splitlines()[-1]) == expected

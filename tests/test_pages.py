@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny_models
 from engines import (
     block_pool,
     engine,
@@ -29,11 +28,6 @@ BUDGET = 96
 STREAMING = {"policy": "streaming", "budget": BUDGET}
 SCHEDULE = Schedule(page_size=32, minimum=BUDGET)
 PROMPT = [token % 250 + 3 for token in range(200)]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny_models.saved("llama", tmp_path_factory.mktemp("model"), tokenizer=True)
 
 
 @pytest.fixture(scope="module")

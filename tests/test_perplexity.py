@@ -25,11 +25,6 @@ SHORT = ["--prompt-tokens", "160", "--score-tokens", "100"]
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return tiny_models.saved("llama", tmp_path_factory.mktemp("models"), tokenizer=True)
-
-
-@pytest.fixture(scope="module")
 def text(tmp_path_factory):
     return tiny_models.write_text(tmp_path_factory.mktemp("text") / "text.txt", 400)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import disks
 import numpy as np
 import pytest
 import torch
@@ -317,15 +317,9 @@ def test_a_full_tier_keeps_the_most_important(rounds, tmp_path):
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 1 MiB: not enough for a second file of 512 entries of 4 KV heads."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
     size = LAYERS * HEADS * 512 * (SIZE + VALUE_SIZE) * 4 * 3 // 2
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
-    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"this machine lets us mount nothing: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    with disks.mounted(tmp_path / "disk", str(size)) as disk:
+        yield disk
 
 
 def test_a_full_disk(small_disk, caplog):

@@ -1,29 +1,14 @@
 """What is refused under a policy, before weights are read, and what vLLM says without one."""
 
 from pathlib import Path
-from typing import Any
 
-import engines  # noqa: F401  vLLM's environment
 import pytest
 import tiny_models
+from configs import engine_config
+
+pytestmark = pytest.mark.usefixtures("in_process")
 
 POLICY = {"policy": "streaming", "budget": 128}
-
-
-@pytest.fixture(autouse=True)
-def in_process(monkeypatch):
-    """vLLM looks at a model's class in a process of its own, for CUDA's sake: 10 s each."""
-    from vllm.model_executor.models import registry
-
-    monkeypatch.setattr(registry, "_run_in_subprocess", lambda function: function())
-
-
-def engine_config(model: str, paged_kv: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-    from vllm import EngineArgs
-
-    additional = {"paged_kv": paged_kv} if paged_kv else {}
-    settings = {"skip_tokenizer_init": True, "enforce_eager": True, **kwargs}
-    return EngineArgs(model=model, additional_config=additional, **settings).create_engine_config()
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import tiny_models
-from engines import Tokens, block_pool, engine, scheduler, worker
-from test_preemption import num_restarts, prompts_of, run
+from engines import Tokens, scheduler
+from preemption import num_restarts, prompts_of, run
+from swapping import GIB, swapping
 
 pytestmark = pytest.mark.vllm
 
@@ -36,46 +35,6 @@ RESETS = (20, 50, 90)
 LONG = prompts_of([200] * 6, seed=2)
 SMALL_POOL = 50  # pages: for less than three of them at their full length
 SLOT_BYTES = 32 * 6 * 2 * 2 * 32 * 4  # a page of the model: 6 layers, 2 KV heads of 32, float32
-GIB = 1 << 30
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny_models.saved("llama", tmp_path_factory.mktemp("model"), tokenizer=True)
-
-
-@contextmanager
-def swapping(model: str, policy: dict[str, Any], num_pages: int = 400, **kw: Any) -> Iterator[Any]:
-    settings = {"swap_space": 0.1, **policy}
-    pool = {"num_gpu_blocks_override": num_pages, "kv_cache_memory_bytes": 256 << 20}
-    more = {"block_size": 32, "max_model_len": 1024, **pool, **kw}
-    with engine(model, settings, **more) as llm:
-        yield llm
-        check_empty(llm)
-
-
-def check_empty(llm: Any) -> None:
-    """Nobody holds a page, or a slot of a tier."""
-    connector, pool = scheduler(llm).connector, block_pool(llm)
-    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
-    if connector is None:
-        return
-    ledger = connector.ledger
-    assert ledger.used == (0, 0)
-    assert not ledger.swapped
-    copier = swap(llm).copier
-    assert not copier.states._first_tokens
-    if copier.spilled is not None:
-        llm.llm_engine.step()  # the worker is told who has ended
-        assert not copier.spilled.stats().requests
-
-
-def swap(llm: Any) -> Any:
-    """The worker's side."""
-    from vllm.distributed.kv_transfer import get_kv_transfer_group
-
-    assert worker(llm)
-    return get_kv_transfer_group()
 
 
 def tokens(outputs: list[Any]) -> list[Tokens]:

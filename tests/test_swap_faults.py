@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
 from engines import Tokens, scheduler
-from test_preemption import prompts_of
-from test_swap import GIB, check_empty, swap, swapping
+from preemption import prompts_of
+from swapping import GIB, check_empty, swap, swapping
 
 pytestmark = pytest.mark.vllm
 
@@ -18,11 +17,6 @@ PROMPTS = prompts_of([200] * 6, seed=3)
 NUM_TOKENS = 400
 POOL = 50  # pages: for two of the six at their full length
 FULL = {"policy": "full"}
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny_models.saved("llama", tmp_path_factory.mktemp("model"), tokenizer=True)
 
 
 @pytest.fixture(scope="module")

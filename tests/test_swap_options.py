@@ -6,14 +6,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import engines  # noqa: F401  vLLM's environment
 import pytest
 import tiny_models
-from test_support import engine_config, in_process  # noqa: F401  an autouse fixture
+from configs import engine_config
 
 from paged_kv.config import CompressionConfig
 from paged_kv.vllm.frontend import options
 from paged_kv.vllm.swap import options as swap
+
+pytestmark = pytest.mark.usefixtures("in_process")
 
 
 @pytest.fixture(scope="module")

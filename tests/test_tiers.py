@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import disks
 import pytest
 import torch
+from memory import free_bytes, resident_bytes
 
 from paged_kv.tiers.host import available_bytes
 from paged_kv.tiers.swap_tiers import SwapTiers
@@ -33,14 +35,8 @@ def tiers(tmp_path: Path) -> Iterator[SwapTiers]:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 64 KiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
-    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"this machine lets us mount nothing: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)  # a test that failed may hold it
+    with disks.mounted(tmp_path / "disk", "64k") as disk:
+        yield disk
 
 
 def fill(tiers: SwapTiers, slots: Any, seed: int) -> torch.Tensor:
@@ -294,14 +290,9 @@ def test_forgotten_jobs_are_not_done(tiers):
     assert (tiers.host[4:6] == 7).all()
 
 
-def resident_bytes() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 MEMORY = """
 import sys
-from test_tiers import resident_bytes
+from memory import resident_bytes
 from paged_kv.tiers.swap_tiers import SwapTiers
 
 before = resident_bytes()
@@ -414,11 +405,6 @@ def test_several_servers_in_one_directory(tmp_path):
         for server in (living, killed):
             server.process.kill()
             server.end()
-
-
-def free_bytes(directory: Path) -> int:
-    found = os.statvfs(directory)
-    return found.f_bavail * found.f_frsize
 
 
 @pytest.mark.parametrize("seed", range(3))

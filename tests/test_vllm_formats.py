@@ -27,11 +27,6 @@ MIXED = ["int8", "int4", "int4", "native", "int4", "int8"]
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> str:
-    return tiny_models.saved("llama", tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
 def model(tiny) -> Any:
     return load_model(tiny)
 

@@ -33,11 +33,6 @@ SNAPKV = {**SPILL, "policy": "snapkv", "observation_window": 8}
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> str:
-    return tiny_models.saved("llama", tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
 def model(tiny) -> Any:
     return load_model(tiny)
 
