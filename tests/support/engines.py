@@ -8,7 +8,9 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
+from unittest import mock
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_CPU_CI_ENV", "1")
@@ -17,6 +19,20 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 Tokens = list[int]
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """vLLM collects garbage nine times in an engine's life: 0.4 s each with all that we import."""
+    nothing = {name: lambda *_: 0 for name in ("collect", "freeze", "unfreeze")}
+    with mock.patch.multiple(gc, **nothing):
+        yield
+
+
+@cache
+def _freeze_what_is_imported() -> None:
+    """At the end of the first engine: what lives then is not looked through any more."""
+    gc.freeze()
 
 
 @contextmanager
@@ -35,14 +51,17 @@ def engine(model: str, paged_kv: dict[str, Any] | None = None, **kwargs: Any) ->
         "seed": 0,
         "additional_config": {"paged_kv": paged_kv} if paged_kv else {},
     }
-    llm = LLM(model, **{**settings, **kwargs})
+    with _without_collections():
+        llm = LLM(model, **{**settings, **kwargs})
     try:
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
+        with _without_collections():
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            cleanup_dist_env_and_memory()
         gc.collect()
-        cleanup_dist_env_and_memory()
+        _freeze_what_is_imported()
 
 
 def kv_cache_planning() -> Any:
