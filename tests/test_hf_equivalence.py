@@ -2,8 +2,8 @@
 
 An engine and 512 tokens for each of 20 policies take 15 minutes: `pytest -m exhaustive` runs all of
 them, `make test` four that cover what policies read and do (test_policy_equivalence.py and
-test_hf_reference.py have each of them on a small model). test_hf_format_equivalence.py has the
-page formats.
+test_hf_against_reference.py have each of them on a small model). Page formats:
+test_hf_format_equivalence.py.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import reference_loop
 import tiny_models
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache
+from coded_cache import coded_cache
 
 from paged_kv import cli
 from paged_kv.config import CompressionConfig
@@ -224,16 +224,12 @@ def test_page_formats(perplexity, tiny, text):
     assert [row["page_format"] for row in rows[::2]] == ["native", "int8", "fp8", "int4"]
     model, tokens = load_model(tiny), encode(tiny, text.read_text())
 
-    class Coded(DynamicCache):
-        def update(self, key, value, *args, **more):
-            key, value = (codec.decode(codec.encode(part)) for part in (key, value))
-            return super().update(key, value, *args, **more)
-
     native = rows[0]["nll"]
     for full, snapkv in zip(rows[2::2], rows[3::2], strict=True):
         codec = QUANTIZED[full["page_format"]](32)
         with torch.inference_mode():
-            logits = model(torch.tensor([tokens[:261]]), past_key_values=Coded()).logits[0]
+            coded = coded_cache(model, full["page_format"])
+            logits = model(torch.tensor([tokens[:261]]), past_key_values=coded).logits[0]
         expected = nll_of(logits[160:260], tokens[161:261])
         assert abs(full["nll"] - expected) < 0.2 * abs(native - expected)
         assert full["bytes_per_token"] == 6 * 2 * 2 * codec.num_bytes

@@ -1,4 +1,4 @@
-"""The vLLM versions we were tested with. What we rely on there is tested in tests/test_seams.py."""
+"""The vLLM versions we were tested with; tests/test_vllm_*seams.py have what we rely on there."""
 
 from __future__ import annotations
 

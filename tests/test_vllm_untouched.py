@@ -1,0 +1,76 @@
+"""Nothing happens to vLLM without being asked: by imports, by the plugin, without a policy."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import engines  # noqa: F401  vLLM's environment
+import pytest
+import tiny_models
+
+UNTOUCHED = """
+import pkgutil, sys
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.kv_cache_spec_registry import _REGISTRY_KVCACHESPEC_LIST as specs
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.core.sched.scheduler import Scheduler
+
+def state():
+    classes = (EngineArgs, InputProcessor, Attention, Scheduler)
+    return [dict(vars(cls)) for cls in classes] + [dict(specs)]
+
+before = state()
+import paged_kv, paged_kv.vllm
+for module in pkgutil.walk_packages(paged_kv.vllm.__path__, "paged_kv.vllm."):
+    __import__(module.name)
+assert state() == before, "an import has changed vLLM"
+
+from paged_kv.vllm.frontend import plugin
+plugin.register()
+once = state()
+assert once != before
+plugin.register()
+assert state() == once, "register() is not idempotent"
+assert once[1:4] == before[1:4], "without a policy only EngineArgs is wrapped"
+"""
+
+CONFIG = """
+import dataclasses, json, sys
+from vllm import EngineArgs
+config = EngineArgs(sys.argv[1], skip_tokenizer_init=True).create_engine_config()
+print(json.dumps({
+    "worker_cls": config.parallel_config.worker_cls,
+    "scheduler_cls": config.scheduler_config.scheduler_cls,
+    "block_size": config.cache_config.block_size,
+    "additional_config": config.additional_config,
+    "hash": config.compute_hash(),
+    "wrapped": hasattr(EngineArgs, "_paged_kv_wrapped") or hasattr(EngineArgs, "plugins"),
+}))
+"""
+
+
+def run(script: str, *arguments: str, **variables: str) -> str:
+    line = [sys.executable, "-c", script, *arguments]
+    done = subprocess.run(line, capture_output=True, text=True, env=os.environ | variables)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.vllm
+def test_importing_changes_nothing_and_registering_twice_is_once():
+    run(UNTOUCHED, VLLM_PLUGINS="")
+
+
+@pytest.mark.vllm
+def test_without_a_policy_the_configuration_is_vllms(tmp_path):
+    model = tiny_models.config_only("llama", tmp_path)
+    without, with_plugin = (
+        json.loads(run(CONFIG, model, VLLM_PLUGINS=names).splitlines()[-1])
+        for names in ("", "paged_kv")
+    )
+    assert (without.pop("wrapped"), with_plugin.pop("wrapped")) == (False, True)
+    assert with_plugin == without

@@ -1,0 +1,101 @@
+"""Workers, runners and attention layers: what we rely on inside vLLM, name by name."""
+
+from __future__ import annotations
+
+import inspect
+
+import engines  # noqa: F401  vLLM's environment
+import pytest
+from signatures import begins_with, has_fields, takes
+
+
+def test_builders_are_made_by_groups_from_the_layers_backend():
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.v1.attention.backend import AttentionMetadataBuilder, subclass_attention_backend
+    from vllm.v1.worker.utils import AttentionGroup
+
+    source = inspect.getsource(AttentionGroup.create_metadata_builders)
+    assert "self.backend.get_builder_cls()" in source
+    begins_with(
+        AttentionMetadataBuilder.__init__,
+        "self",
+        "kv_cache_spec",
+        "layer_names",
+        "vllm_config",
+        "device",
+    )
+    begins_with(AttentionMetadataBuilder.build, "self", "common_prefix_len", "common_attn_metadata")
+    takes(AttentionMetadataBuilder.get_cudagraph_support, "vllm_config", "kv_cache_spec")
+    assert AttentionMetadataBuilder.supports_update_block_table is False
+    takes(subclass_attention_backend, "name_prefix", "attention_backend_cls", "builder_cls")
+    assert "return self.attn_backend" in inspect.getsource(Attention.get_attn_backend)
+
+
+def test_attention_metadata():
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    has_fields(
+        CommonAttentionMetadata,
+        "query_start_loc_cpu",
+        "seq_lens",
+        "seq_lens_cpu_upper_bound",
+        "num_reqs",
+        "max_seq_len",
+        "block_table_tensor",
+        "req_idx",
+        "_num_computed_tokens_cache",
+    )
+    assert callable(CommonAttentionMetadata.replace)
+
+
+def test_runners_know_prompt_lengths():
+    from vllm.v1.worker.gpu.states import RequestState
+    from vllm.v1.worker.gpu_input_batch import InputBatch
+
+    assert "self.num_prompt_tokens = " in inspect.getsource(InputBatch.__init__)
+    assert "self.prompt_len = UvaBackedTensor(" in inspect.getsource(RequestState.__init__)
+    from vllm.v1.worker.gpu.model_states import default
+
+    assert "req_idx=input_batch.idx_mapping_np" in inspect.getsource(default)
+
+
+@pytest.mark.parametrize("name", ["cpu_worker.CPUWorker", "gpu_worker.Worker"])
+def test_worker_methods(name):
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    worker = resolve_obj_by_qualname(f"vllm.v1.worker.{name}")
+    begins_with(worker.load_model, "self")
+    begins_with(worker.get_kv_cache_spec, "self")
+    begins_with(worker.initialize_from_config, "self", "kv_cache_config")
+    begins_with(worker.execute_model, "self", "scheduler_output")
+
+
+def test_the_cpu_kernel_writes_pages_where_we_probe():
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
+    begins_with(
+        CPUAttentionBackendImpl.do_kv_cache_update,
+        "self",
+        "layer",
+        "key",
+        "value",
+        "kv_cache",
+        "slot_mapping",
+    )
+
+
+# ---- packed pages: the layer's impl, its spec and its cache
+
+
+def test_attention_calls_the_impl_as_we_stand_in_for_it():
+    from vllm.model_executor.layers.attention import attention
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
+
+    names = ["layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"]
+    begins_with(CPUAttentionBackendImpl.forward, "self", *names)
+    assert "self.impl.forward(" in inspect.getsource(attention.unified_attention_with_output)
+    source = inspect.getsource(attention.unified_kv_cache_update)
+    assert "attn_layer.impl.do_kv_cache_update(" in source
+    assert CPUAttentionBackend.forward_includes_kv_cache_update is False
+    for name in ("scale", "logits_soft_cap", "sinks"):
+        assert f"self.{name} = " in inspect.getsource(CPUAttentionBackendImpl.__init__)
