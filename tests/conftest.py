@@ -37,3 +37,11 @@ def in_process(monkeypatch):
     from vllm.model_executor.models import registry
 
     monkeypatch.setattr(registry, "_run_in_subprocess", lambda function: function())
+
+
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """Pages and attention are vLLM's, as on a machine that has no compiler."""
+    from paged_kv.kernels import cpu
+
+    monkeypatch.setattr(cpu, "available", lambda: False)

@@ -1,31 +1,17 @@
-"""The scheduler in worlds of integers: when pages are freed, what is refused, and that all ends."""
+"""The scheduler in worlds of integers: when pages are freed, and that all requests end."""
 
 from __future__ import annotations
 
 import random
-from typing import Any
 
 import engines  # noqa: F401, sets vLLM's environment before it is imported
 import pytest
 from random_worlds import random_rules
-from vllm.sampling_params import SamplingParams
-from vllm.v1.engine import FinishReason
-from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
-from vllm.v1.request import Request, RequestStatus
-from world_rules import Rules, start_up_pages
+from world_rules import start_up_pages
 from worlds import World
+from worlds import small_world as world
 
 from paged_kv.core.schedule import cdiv
-from paged_kv.vllm.scheduler import limits
-
-
-def world(**rules) -> World:
-    return World(Rules(**{"num_pages": 60, "max_len": 64, "batch": 40, **rules}))
-
-
-def max_prompt_len(w: World) -> int | None:
-    return limits.max_prompt_len(w.scheduler.vllm_config, w.rules.num_pages)
-
 
 # Freeing
 
@@ -112,7 +98,7 @@ def test_async_holds_what_steps_in_flight_read():
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_prompt_as_long_as_the_pool(asynchronous):
     w = world(num_pages=12, max_len=60, batch=16, asynchronous=asynchronous)
-    assert max_prompt_len(w) == 44
+    assert w.max_prompt_len() == 44
     w.add(list(range(1, 45)), 16)
     w.run(40)
     w.check_empty()
@@ -138,7 +124,7 @@ def test_longest_prompt_is_resumed_in_a_pool_of_its_size(num_pages, budgets, cac
         caching=caching,
         asynchronous=asynchronous,
     )
-    limit = max_prompt_len(w)
+    limit = w.max_prompt_len()
     w.add(list(range(1, limit + 1)), 160 - limit)
     for _ in range(30):
         w.step()
@@ -171,7 +157,7 @@ def test_a_request_alone_never_waits_nor_preempts_itself(seed):
     rng = random.Random(seed)
     rules = random_rules(rng, asynchronous=seed % 2 == 0)
     w = World(rules)
-    longest = min(max_prompt_len(w) or rules.max_len, rules.max_len - 1)
+    longest = min(w.max_prompt_len() or rules.max_len, rules.max_len - 1)
     prompt_len = rng.choice([1, longest, rng.randint(1, longest)])
     name = w.add([1] * prompt_len, rules.max_len)
     resets = rng.sample(range(1, rules.max_len), 3)
@@ -200,7 +186,7 @@ def test_resume_chunk_is_what_the_pool_holds(num_pages, asynchronous):
     if start_up_pages(w.scheduler) > num_pages:
         pytest.skip("vLLM would not start")
     assert 1 <= w.scheduler._resume_chunk <= 24
-    longest = max_prompt_len(w) or 64
+    longest = w.max_prompt_len() or 64
     # Of all three groups at their most, whenever that is; a step later, nothing is in flight.
     peak = sum(m.peak_pages(64, longest) for m in w.scheduler.paged_managers)
     assert peak <= num_pages - 1
@@ -217,72 +203,6 @@ def test_resumed_request_is_recomputed_in_chunks():
     w.run(60)
     begin = w.chunks[name].index((0, 10), 1)
     assert w.chunks[name][begin : begin + 5] == [(0, 10), (10, 18), (18, 26), (26, 34), (34, 42)]
-
-
-# Limits
-
-
-@pytest.mark.parametrize(
-    ("rules", "expected"),
-    [
-        ({"num_pages": 11}, 40),
-        ({"num_pages": 17}, None),  # max_len is 64
-        ({"num_pages": 16}, 60),
-        ({"num_pages": 30, "budgets": ((8, 0, 1),) * 3}, 36),
-        ({"num_pages": 30, "full_groups": 1}, 52),
-        ({"num_pages": 11, "compress_prefill": True}, None),
-    ],
-)
-def test_max_prompt_len(rules, expected):
-    w = world(**rules)
-    assert max_prompt_len(w) == expected
-    vllm_config = w.scheduler.vllm_config
-    limits.check_prompt(vllm_config, expected or 63, w.rules.num_pages)
-    if expected is not None:
-        with pytest.raises(ValueError, match=f"{expected + 1} tokens, .* at most {expected}"):
-            limits.check_prompt(vllm_config, expected + 1, w.rules.num_pages)
-
-
-def refusals(outputs: dict[int, Any]) -> dict[int, list[tuple[str, Any]]]:
-    """(request, reason) of those that ended in a step, by client."""
-    return {
-        client: [(one.request_id, one.finish_reason) for one in of.outputs if one.finished]
-        for client, of in outputs.items()
-    }
-
-
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_request_that_cannot_run_ends_with_an_error_and_others_go_on(asynchronous):
-    """Nothing may raise: vLLM's engine ends with what its scheduler's add_request raises."""
-    w = world(num_pages=11, asynchronous=asynchronous)
-    name = w.add([1] * 40, 10)
-    params = SamplingParams(max_tokens=1)
-    w.scheduler.add_request(Request("long", [1] * 41, params, None, client_index=1))
-    w.scheduler.add_request(Request("session", [1, 2], params, None, resumable=True))
-    assert list(w.scheduler.requests) == [name]
-    w.scheduler.finish_requests("long", RequestStatus.FINISHED_ABORTED)  # its sender may go away
-    w.step()
-    w.drain()
-    told = refusals(w.outputs)
-    assert told[1] == [("long", FinishReason.ERROR)]
-    assert w.outputs[1].finished_requests == {"long"}
-    assert ("session", FinishReason.ERROR) in told[0]
-    w.run(20)
-    assert w.requests[name].num_output_tokens == 10
-    assert "long" not in str(w.outputs), "told once"
-    w.check_empty()
-
-
-def test_a_refusal_wakes_a_scheduler_that_has_nothing_else_to_do():
-    w = world(num_pages=11)
-    assert not w.scheduler.has_requests()
-    w.add([1] * 41, 1, name="long")
-    assert w.scheduler.has_requests()
-    assert not w.scheduler.has_unfinished_requests()
-    w.outputs = w.scheduler.update_from_output(w.scheduler.schedule(), EMPTY_MODEL_RUNNER_OUTPUT)
-    assert refusals(w.outputs) == {0: [("long", FinishReason.ERROR)]}
-    assert not w.scheduler.has_requests()
-    w.check_empty()
 
 
 # Ends of requests

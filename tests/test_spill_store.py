@@ -14,8 +14,8 @@ from spill_world import GROUP, HEADS, LAYERS, SIZE, VALUE_SIZE
 
 from paged_kv.config import CompressionConfig
 from paged_kv.policies.region import Queries, Region
-from paged_kv.policies.tier import Spilled
 from paged_kv.policies.spill_ranking import logit_bounds
+from paged_kv.policies.tier import Spilled
 from paged_kv.tiers.spill_memory import SpillSpace
 from paged_kv.tiers.spill_store import PAGE_SIZE, SpillStore
 

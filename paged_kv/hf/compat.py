@@ -1,7 +1,7 @@
 """The transformers versions we were tested with, and what is called otherwise in some of them.
 
-What we rely on there is tested in tests/test_transformers_seams.py, test_transformers_batch_seams.py
-and test_reference_models.py.
+What we rely on there is tested in tests/test_transformers_seams.py,
+test_transformers_batch_seams.py and test_reference_models.py.
 """
 
 from __future__ import annotations

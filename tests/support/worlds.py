@@ -23,6 +23,7 @@ from world_worker import Label, Scattering, Worker, label_of
 
 from paged_kv.core.schedule import cdiv
 from paged_kv.policies.base import PositionalPolicy
+from paged_kv.vllm.scheduler import limits
 from paged_kv.vllm.swap.commands import Load
 
 
@@ -131,6 +132,10 @@ class World:
         blocks = (m.req_to_blocks.get(name, []) for m in self._managers)
         return [[b.block_id for b in group if not b.is_null] for group in blocks]
 
+    def max_prompt_len(self) -> int | None:
+        """Longest prompt that the pool holds; None: any that a request may have."""
+        return limits.max_prompt_len(self.scheduler.vllm_config, self.rules.num_pages)
+
     def check_empty(self) -> None:
         """All pages are back, and nothing is remembered of requests that are gone."""
         assert self.num_free == self.rules.num_pages - 1
@@ -238,3 +243,8 @@ class World:
                     ends = range(index * size + 1, index * size + size + 1)
                     self._hashed[key] = [label_of(group, request.all_token_ids[:e]) for e in ends]
         self._num_noted[request.request_id] = len(request.block_hashes)
+
+
+def small_world(**rules: Any) -> World:
+    """Sixty pages, sequences of 64 tokens, steps of 40, unless told otherwise."""
+    return World(Rules(**{"num_pages": 60, "max_len": 64, "batch": 40, **rules}))
