@@ -8,14 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paged_kv.core.budgets import (
-    group_size,
-    num_groups,
     pyramid,
     tier_fractions,
     tier_pages,
     tier_sizes,
 )
 from paged_kv.core.schedule import MAX_DENOMINATOR, Schedule
+from paged_kv.vllm.frontend.grouping import group_size, num_groups
 
 BETAS = st.fractions(1, 50, max_denominator=100)
 SHAPES = st.integers(1, 80).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, min(n, 9))))

@@ -7,11 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paged_kv.config import DEFAULT_BUDGET, CompressionConfig, parse_json
-from paged_kv.core.budgets import num_groups, tier_sizes
+from paged_kv.core.budgets import tier_sizes
 from paged_kv.core.options import MOST, text
 from paged_kv.core.readers import parse_budget
+from paged_kv.plan import make_plan
 from paged_kv.policies.streaming import Streaming
 from paged_kv.registry import DEFAULT_SELECTOR
+from paged_kv.vllm.frontend.grouping import group_layers, num_groups
+from paged_kv.vllm.plan import GroupedPlan
 
 
 def config(**values) -> CompressionConfig:
@@ -274,15 +277,15 @@ def test_round_trip_through_json(values):
 # ---- the plan
 
 
-def make_plan(values: dict, num_layers: int = 30, full_layers: list[int] | None = None):
-    from paged_kv.plan import make_plan
-
-    full_layers = list(range(num_layers)) if full_layers is None else full_layers
-    return make_plan(CompressionConfig.from_dict(values), 32, num_layers, full_layers)
+def grouped_plan(values: dict, num_layers: int = 30, full: list[int] | None = None) -> GroupedPlan:
+    """As vLLM has it."""
+    full = list(range(num_layers)) if full is None else full
+    config = CompressionConfig.from_dict(values)
+    return group_layers(make_plan(config, 32, num_layers, full), config, num_layers - len(full))
 
 
 def test_uniform_plan():
-    plan = make_plan({"policy": "streaming", "budget": 200, "skip_layers": [0, 1, 2, 29]}, 30)
+    plan = grouped_plan({"policy": "streaming", "budget": 200, "skip_layers": [0, 1, 2, 29]}, 30)
     assert plan.budgets == {layer: (200, 0, 1) for layer in range(3, 29)}
     assert (plan.num_groups, plan.num_other_groups, plan.layers_per_page) == (7, 1, 4)
     assert plan.schedule(0) is None
@@ -290,7 +293,7 @@ def test_uniform_plan():
 
 
 def test_pyramid_plan():
-    plan = make_plan({"policy": "pyramidal", "budget": 256})
+    plan = grouped_plan({"policy": "pyramidal", "budget": 256})
     tiers = [(320, 0, 1)] * 10 + [(256, 0, 1)] * 10 + [(192, 0, 1)] * 10
     assert plan.budgets == dict(enumerate(tiers))
     assert (plan.num_groups, plan.num_other_groups, plan.layers_per_page) == (3, 0, 10)
@@ -301,7 +304,7 @@ def test_pyramid_plan():
 
 def test_pyramid_plan_of_a_fraction():
     values = {"policy": "pyramidal", "budget": 0.5, "min_budget": 96, "compress_prefill": True}
-    plan = make_plan(values)
+    plan = grouped_plan(values)
     kept = [plan.schedule(layer).budget(91_000) for layer in (0, 10, 20)]
     assert kept == [55_500, 45_500, 35_500]  # 111, 91 and 71 of 182: the pyramid of beta 2
     assert plan.schedule(29).budget(100) == 96
@@ -309,16 +312,14 @@ def test_pyramid_plan_of_a_fraction():
 
 
 def test_hybrids_get_one_tier():
-    plan = make_plan({"policy": "pyramidal", "budget": 256}, 12, [5, 11])
+    plan = grouped_plan({"policy": "pyramidal", "budget": 256}, 12, [5, 11])
     assert plan.budgets == {5: (256, 0, 1), 11: (256, 0, 1)}
     assert (plan.num_groups, plan.num_other_groups, plan.layers_per_page) == (1, 5, 2)
 
 
 def test_plan_round_trip():
-    from paged_kv.plan import Plan
-
-    plan = make_plan({"policy": "pyramidal", "budget": 0.3, "skip_layers": list(range(6))})
-    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    plan = grouped_plan({"policy": "pyramidal", "budget": 0.3, "skip_layers": list(range(6))})
+    assert GroupedPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
 @pytest.mark.parametrize(
@@ -339,13 +340,13 @@ def test_plan_round_trip():
 )
 def test_plans_that_are_refused(values, message):
     with pytest.raises(ValueError, match=message) as error:
-        make_plan({"policy": "streaming", **values})
+        grouped_plan({"policy": "streaming", **values})
     assert "\n" not in str(error.value)
 
 
 def test_skipping_a_sliding_layer_is_refused():
     with pytest.raises(ValueError, match=r"names \[0\], but the layers with full .* \[5, 11\]"):
-        make_plan({"policy": "streaming", "skip_layers": [0]}, 12, [5, 11])
+        grouped_plan({"policy": "streaming", "skip_layers": [0]}, 12, [5, 11])
 
 
 def named_splits(message: str) -> list[tuple[int, int]]:
@@ -369,24 +370,24 @@ def test_named_splits_work(num_layers, skipped, tiers, max_groups, policy, beta,
     values = {"policy": policy, "tiers": tiers, "max_groups": max_groups, "budget": budget}
     values |= {"pyramid_beta": beta, "skip_layers": list(range(min(skipped, num_layers - 1)))}
     try:
-        make_plan(values, num_layers)
+        grouped_plan(values, num_layers)
     except ValueError as error:
         if "KV cache groups" not in str(error):
             return
         for good_skipped, good_tiers in named_splits(str(error)):
             split = {"skip_layers": list(range(good_skipped)), "tiers": good_tiers}
-            plan = make_plan(values | split, num_layers)
+            plan = grouped_plan(values | split, num_layers)
             assert plan.num_groups + plan.num_other_groups <= max_groups
 
 
 def test_the_usual_split_is_named():
     with pytest.raises(ValueError, match="Splits that work") as error:
-        make_plan({"policy": "pyramidal", "skip_layers": [0]})
+        grouped_plan({"policy": "pyramidal", "skip_layers": [0]})
     assert (0, 3) in named_splits(str(error.value))
 
 
 def test_no_split_works():
     """Five layers with a sliding window for each full one: six groups, whatever is skipped."""
     with pytest.raises(ValueError, match="No split of this model works; raise max_groups"):
-        make_plan({"policy": "streaming", "max_groups": 5}, 12, [5, 11])
+        grouped_plan({"policy": "streaming", "max_groups": 5}, 12, [5, 11])
     assert sum(num_groups([*tier_sizes(2, 1), 10])) == 6

@@ -79,6 +79,13 @@ def text(tmp_path_factory):
             ],
             "residual-pages 1: engine vllm scores in one chunk",
         ),
+        (
+            [
+                *("--policy", "streaming", "--engine", "vllm"),
+                *("--policy-config", '{"skip_layers": [0], "max_groups": 5}', *SHORT),
+            ],
+            "these options need 6 KV cache groups, more than max_groups 5",
+        ),
         (["--policy", "full", "--text", "/nowhere"], "text /nowhere: no such file"),
         (["--policy", "full", "--model", "/nowhere"], "model /nowhere: no such directory"),
     ],

@@ -12,15 +12,20 @@ import tiny_models
 import torch
 
 from paged_kv.config import CompressionConfig
-from paged_kv.plan import Plan, make_plan
+from paged_kv.plan import make_plan
+from paged_kv.vllm.frontend.grouping import group_layers
+from paged_kv.vllm.plan import GroupedPlan
 
 NUM_LAYERS = 30
 PYRAMID = {"policy": "pyramidal", "budget": 256}
 
 
-def plan(num_layers: int = NUM_LAYERS, full: list[int] | None = None, **options: Any) -> Plan:
+def plan(
+    num_layers: int = NUM_LAYERS, full: list[int] | None = None, **options: Any
+) -> GroupedPlan:
     full = list(range(num_layers)) if full is None else full
-    return make_plan(CompressionConfig.from_dict({**PYRAMID, **options}), 32, num_layers, full)
+    config = CompressionConfig.from_dict({**PYRAMID, **options})
+    return group_layers(make_plan(config, 32, num_layers, full), config, num_layers - len(full))
 
 
 def test_tiers_are_runs_of_layers():
@@ -36,7 +41,7 @@ def test_json_keeps_everything():
     import json
 
     for made in (plan(), plan(budget=0.5, compress_prefill=True), plan(policy="streaming")):
-        assert Plan.from_json(json.loads(json.dumps(made.to_json()))) == made
+        assert GroupedPlan.from_json(json.loads(json.dumps(made.to_json()))) == made
 
 
 def test_skipped_layers_have_no_schedule():
@@ -114,7 +119,7 @@ def ranks(vllm_config) -> list[Any]:
 
 
 def test_a_rank_schedules_its_layers_by_their_place_in_the_model(vllm_config, ranks):
-    made = Plan.from_json(vllm_config.additional_config["paged_kv_plan"])
+    made = GroupedPlan.from_json(vllm_config.additional_config["paged_kv_plan"])
     schedules = ranks[1]._schedules()
     assert list(schedules) == [f"model.layers.{layer}.self_attn.attn" for layer in range(15, 30)]
     budgets = [schedule.minimum for schedule in schedules.values()]

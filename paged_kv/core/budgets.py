@@ -1,16 +1,11 @@
-"""Budgets per layer: uniform, or a pyramid in a few tiers; and how vLLM will group the layers.
-
-vLLM makes a KV cache group of every distinct budget. All groups draw pages of one size from one
-pool, so a group must have (about) as many layers as the others, and each group costs scheduling
-time: a pyramid with a budget of its own for every layer would be the slowest of all.
-"""
+"""Budgets per layer: a pyramid in a few tiers, in whole pages or as fractions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
 
-from paged_kv.core.schedule import MAX_DENOMINATOR, cdiv
+from paged_kv.core.schedule import MAX_DENOMINATOR
 
 
 def tier_sizes(num_layers: int, num_tiers: int) -> list[int]:
@@ -76,18 +71,3 @@ def tier_fractions(
         total -= sum(sizes[tier] for tier in full)
     least = Fraction(1, MAX_DENOMINATOR)
     return [max(least, kept.limit_denominator(MAX_DENOMINATOR)) for kept in result]
-
-
-def group_size(bucket_sizes: Sequence[int]) -> int:
-    """Layers in each KV cache group that vLLM makes of buckets of layers with equal specs.
-
-    Its rule: the smallest bucket, or the largest if that is less than 1.5 times the smallest
-    (vllm/v1/core/kv_cache_utils.py, _get_kv_cache_groups_uniform_page_size).
-    """
-    smallest, largest = min(bucket_sizes), max(bucket_sizes)
-    return largest if largest < 1.5 * smallest else smallest
-
-
-def num_groups(bucket_sizes: Sequence[int]) -> list[int]:
-    """KV cache groups that each bucket becomes."""
-    return [cdiv(size, group_size(bucket_sizes)) for size in bucket_sizes]

@@ -89,7 +89,7 @@ def main(args: argparse.Namespace) -> None:
     cases = read_cases(args)
     task = make_task(args)
     for case in cases:
-        check_case(case, task)
+        check_case(case, task, args.engine)
     run = _engine(args.engine)
     task = task.with_tokens(read_tokens(task, args.text, args.offset))
     rows = []

@@ -68,11 +68,17 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-def check_case(case: Case, task: Task) -> list[Schedule | None]:
+def check_case(case: Case, task: Task, engine: str = "reference") -> list[Schedule | None]:
     """The schedule of each layer, None for one that keeps everything.
 
+    Args:
+        case: what is kept.
+        task: of a model and a page size.
+        engine: reference or vllm, which refuses budgets that make too many groups of layers.
+
     Raises:
-        ValueError: the budget or the page format does not fit the model or the page size.
+        ValueError: the budget or the page format does not fit the model, the page size or the
+            engine.
     """
     from paged_kv.hf.arguments import check_page_format
 
@@ -84,6 +90,10 @@ def check_case(case: Case, task: Task) -> list[Schedule | None]:
         return [None] * num_layers
     full = full_layers(config.get("layer_types"), num_layers)
     plan = make_plan(case.config, task.page_size, num_layers, full)
+    if engine == "vllm":
+        from paged_kv.vllm.frontend.grouping import group_layers
+
+        group_layers(plan, case.config, num_layers - len(full))
     return [plan.schedule(layer) for layer in range(num_layers)]
 
 

@@ -20,7 +20,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.structured_output import StructuredOutputManager
 
 from paged_kv.core.schedule import Schedule
-from paged_kv.plan import Plan
+from paged_kv.vllm.plan import PLAN_KEY, GroupedPlan, get_plan
 from paged_kv.vllm.scheduler import limits
 from paged_kv.vllm.scheduler.scheduler import PagedAsyncScheduler, PagedScheduler
 from paged_kv.vllm.scheduler.spec import PagedSpec, register
@@ -135,7 +135,7 @@ def _vllm_config(rules: Rules) -> VllmConfig:
     model = copy.copy(_model_config())
     model.max_model_len = rules.max_len
     cache = CacheConfig(block_size=rules.page_size, enable_prefix_caching=rules.caching)
-    plan = Plan(
+    plan = GroupedPlan(
         rules.page_size,
         rules.compress_prefill,
         dict(enumerate(rules.budgets)),
@@ -159,7 +159,7 @@ def _vllm_config(rules: Rules) -> VllmConfig:
             policy="priority" if rules.priorities else "fcfs",
         ),
         kv_transfer_config=args.kv_transfer_config,
-        additional_config={limits.PLAN_KEY: plan.to_json()},
+        additional_config={PLAN_KEY: plan.to_json()},
     )
     # The CPU platform has turned it off; the scheduler itself needs no GPU.
     vllm_config.scheduler_config.async_scheduling = rules.asynchronous
@@ -180,7 +180,7 @@ def start_up_pages(scheduler: Any) -> int:
     """What vLLM's start-up check wants to see in the pool."""
     vllm_config, kv_cache_config = scheduler.vllm_config, scheduler.kv_cache_config
     longest = None
-    if limits.get_plan(vllm_config).budgets:
+    if get_plan(vllm_config).budgets:
         longest = limits.max_prompt_len(vllm_config, kv_cache_config.num_blocks)
     total = 0
     for group in kv_cache_config.kv_cache_groups:

@@ -16,8 +16,8 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 from paged_kv.config import CompressionConfig
 from paged_kv.core.page_formats import NATIVE, layer_formats
 from paged_kv.kernels import cpu
-from paged_kv.plan import Plan
 from paged_kv.quant import make_layout
+from paged_kv.vllm.plan import GroupedPlan
 
 AUTO = "auto"
 CACHE_DTYPES = {"int8_per_token_head": "int8", "int4_per_token_head": "int4"}
@@ -72,8 +72,8 @@ def _refuse_ours(config: CompressionConfig) -> None:
 
 
 def with_formats(
-    plan: Plan, vllm_config: Any, config: CompressionConfig, full_layers: list[int]
-) -> Plan:
+    plan: GroupedPlan, vllm_config: Any, config: CompressionConfig, full_layers: list[int]
+) -> GroupedPlan:
     """The plan with the page format of each layer.
 
     Raises:
@@ -103,7 +103,7 @@ def _reads_native(vllm_config: Any) -> bool:
 
 
 def _check(
-    plan: Plan,
+    plan: GroupedPlan,
     vllm_config: Any,
     config: CompressionConfig,
     formats: tuple[str, ...],

@@ -8,6 +8,7 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
 
+from paged_kv.vllm.plan import PLAN_KEY
 from paged_kv.vllm.scheduler import limits
 
 _MARK = "_paged_kv_wrapped"
@@ -35,7 +36,7 @@ def install() -> None:
 
 
 def _check(vllm_config: Any, request: Any) -> None:
-    if limits.PLAN_KEY not in (vllm_config.additional_config or {}):
+    if PLAN_KEY not in (vllm_config.additional_config or {}):
         return
     try:
         limits.check_request(vllm_config, request, _pages_of_an_engine(vllm_config))

@@ -18,7 +18,7 @@ from paged_kv import registry
 from paged_kv.config import DEFAULT_BUDGET, DEFAULT_PAGE_SIZE, CompressionConfig, parse_json
 from paged_kv.core.page_formats import NATIVE
 from paged_kv.vllm.frontend import formats, intake, support
-from paged_kv.vllm.scheduler.limits import PLAN_KEY
+from paged_kv.vllm.plan import PLAN_KEY
 from paged_kv.vllm.swap import options as swap
 
 CONFIG_KEY = "paged_kv"

@@ -13,8 +13,10 @@ from vllm.logger import init_logger
 
 from paged_kv.config import CompressionConfig
 from paged_kv.core.page_formats import NATIVE
-from paged_kv.plan import Plan, make_plan
+from paged_kv.plan import make_plan
 from paged_kv.vllm.frontend.formats import with_formats
+from paged_kv.vllm.frontend.grouping import group_layers
+from paged_kv.vllm.plan import GroupedPlan
 from paged_kv.vllm.swap.options import is_ours
 from paged_kv.vllm.worker.worker import WORKERS
 
@@ -50,7 +52,7 @@ def check_model_directory(model: str, load_format: str) -> None:
         raise ValueError(f"model directory {model} holds no weights ({', '.join(_WEIGHTS)})")
 
 
-def check(vllm_config: Any, config: CompressionConfig) -> Plan:
+def check(vllm_config: Any, config: CompressionConfig) -> GroupedPlan:
     """Refuses unsupported models and features; returns the plan for the others. Logs it.
 
     Raises:
@@ -65,12 +67,13 @@ def check(vllm_config: Any, config: CompressionConfig) -> Plan:
         what = "a model without full-attention layers (all have a sliding window)"
         raise _unsupported(config, what)
     page_size = vllm_config.cache_config.block_size
-    plan = Plan(page_size, False, {}, 0, 1, num_layers)
+    plan = GroupedPlan(page_size, False, {}, 0, 1, num_layers)
     if config.enabled:
         if len(full_layers) < num_layers:
             logger.info("paged_kv leaves the layers that have no full attention as they are")
         _check_cache_dtype(vllm_config.cache_config.cache_dtype, config)
-        plan = make_plan(config, page_size, num_layers, full_layers)
+        budgets = make_plan(config, page_size, num_layers, full_layers)
+        plan = group_layers(budgets, config, num_layers - len(full_layers))
         logger.info("paged_kv %s keeps: %s", config.policy, plan.describe())
     plan = with_formats(plan, vllm_config, config, full_layers)
     names = Counter(name or "as vLLM has them" for name in plan.formats)

@@ -5,15 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from paged_kv.core.schedule import cdiv
-from paged_kv.plan import Plan
+from paged_kv.vllm.plan import get_plan
 
-PLAN_KEY = "paged_kv_plan"
 LEAST_CHUNK = 512  # tokens of a prompt's piece under compress_prefill, if the user says nothing
-
-
-def get_plan(vllm_config: Any) -> Plan:
-    """The plan that options.apply left in the config."""
-    return Plan.from_json(vllm_config.additional_config[PLAN_KEY])
 
 
 def prompt_chunk(vllm_config: Any) -> int:

@@ -16,6 +16,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from paged_kv.core.schedule import cdiv
+from paged_kv.vllm.plan import get_plan
 from paged_kv.vllm.scheduler import limits
 from paged_kv.vllm.scheduler.manager import PagedManager
 from paged_kv.vllm.scheduler.refusing import RefusingMixin
@@ -50,7 +51,7 @@ class _PagedMixin(RefusingMixin, SwapMixin):
         # unless it carries our source patch (see patches/), which has _clip_chunk.
         self.need_mamba_block_aligned_split = not hasattr(Scheduler, "_clip_chunk")
         self._resume_chunk, self._prompt_chunk = self._max_resume_chunk(), None
-        if limits.get_plan(self.vllm_config).compress_prefill:
+        if get_plan(self.vllm_config).compress_prefill:
             self._prompt_chunk = limits.prompt_chunk(self.vllm_config)
             self._resume_chunk = min(self._resume_chunk, self._prompt_chunk)
         chunk = self._prompt_chunk or self._resume_chunk

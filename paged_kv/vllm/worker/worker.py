@@ -21,6 +21,7 @@ from paged_kv.core.page_formats import NATIVE
 from paged_kv.core.schedule import Schedule
 from paged_kv.kernels.page_layout import PageLayout
 from paged_kv.policies.base import Policy
+from paged_kv.vllm.plan import get_plan
 from paged_kv.vllm.scheduler import limits
 from paged_kv.vllm.scheduler.spec import PagedSpec, register
 from paged_kv.vllm.swap.connector import SwapConnector
@@ -59,7 +60,7 @@ class PagedWorkerMixin:
         specs = super().get_kv_cache_spec()  # type: ignore[misc]
         layouts = {name: layout_of(specs[name], form) for name, form in self._formats().items()}
         layers = {name: every[name] for name in self._schedules()}
-        plan = limits.get_plan(self.vllm_config)
+        plan = get_plan(self.vllm_config)
         if plan.residual_pages:
             quantized = {n: every[n] for n, form in self._formats().items() if form != NATIVE}
             self.residual = Residual(
@@ -146,11 +147,11 @@ class PagedWorkerMixin:
 
     def _schedules(self) -> dict[str, Schedule]:
         """Schedule by layer name, for the compressed layers on this rank."""
-        return self._by_layer(limits.get_plan(self.vllm_config).schedule)
+        return self._by_layer(get_plan(self.vllm_config).schedule)
 
     def _formats(self) -> dict[str, str]:
         """Page format by layer name, for the layers with packed pages on this rank."""
-        return self._by_layer(limits.get_plan(self.vllm_config).format)
+        return self._by_layer(get_plan(self.vllm_config).format)
 
     def _by_layer(self, chosen: Callable[[int], Any]) -> dict[str, Any]:
         """What the plan says of each layer on this rank, where it says something."""
@@ -187,7 +188,7 @@ class PagedWorkerMixin:
         return Shares(
             self._stored(),
             self._schedules(),
-            limits.get_plan(self.vllm_config).num_groups,
+            get_plan(self.vllm_config).num_groups,
             self.vllm_config.scheduler_config.max_num_seqs,
             self.compactor,
             self.residual,
@@ -198,7 +199,7 @@ class PagedWorkerMixin:
 
         Its check wants room for max_model_len tokens; under a policy only a prompt needs that.
         """
-        plan = limits.get_plan(self.vllm_config)
+        plan = get_plan(self.vllm_config)
         cache_config = self.vllm_config.cache_config
         if not plan.budgets:
             return specs
