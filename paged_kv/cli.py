@@ -32,6 +32,24 @@ def configure_policies(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=print_policies)
 
 
+def print_options(args: argparse.Namespace) -> None:
+    from paged_kv import registry
+    from paged_kv.option_table import OPTIONS
+
+    options = dict(OPTIONS)
+    if args.policy not in (None, registry.FULL):
+        registry.check(args.policy)
+        options = registry.declared(registry.split(args.policy)[1], {})
+    width = max(map(len, options), default=0)
+    for name, option in options.items():
+        print(f"{name:{width}}  {option.describe()}")
+
+
+def configure_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("policy", nargs="?", metavar="POLICY", help="what this policy adds")
+    parser.set_defaults(run=print_options)
+
+
 def from_module(path: str) -> Callable[[argparse.ArgumentParser], None]:
     """The `configure` of a subcommand that lives in the module `path`."""
 
@@ -59,6 +77,9 @@ def from_modules(modules: dict[str, tuple[str, str]]) -> Callable[[argparse.Argu
 
 COMMANDS = {
     "policies": Command("list the compression policies", configure_policies),
+    "options": Command(
+        "list the options of all policies, or what one of them adds", configure_options, "hf"
+    ),
     "model": Command(
         "print a model's directory, making or fetching it first",
         from_module("paged_kv.models"),

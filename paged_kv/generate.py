@@ -20,9 +20,10 @@ from typing import Any
 
 from paged_kv import models
 from paged_kv.bench.settings import kv_bytes_per_token, model_config
-from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig, parse_json
-from paged_kv.core.page_formats import FORMATS
+from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig
+from paged_kv.core.options import parse_json
 from paged_kv.core.schedule import cdiv
+from paged_kv.option_table import OPTIONS
 from paged_kv.sampling import Sampling
 
 MAX_CHAT_TOKENS = 8192  # of vLLM's pool
@@ -40,14 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--prompt-file", type=Path, metavar="FILE", help="the same, UTF-8")
     source.add_argument("--chat", action="store_true", help="answer lines; /exit ends")
     add("--policy", metavar="NAME[+NAME]", help="see paged-kv policies")
-    add("--budget", metavar="N|F", help="entries kept per layer, or with a point the fraction kept")
-    add("--policy-config", metavar="JSON", help="more options")
+    add("--budget", metavar="N|F", help=OPTIONS["budget"].describe())
+    add("--policy-config", metavar="JSON", help="more options: see paged-kv options")
     add("--page-size", type=int, default=DEFAULT_PAGE_SIZE, metavar="N",
         help=f"whole pages are evicted (default {DEFAULT_PAGE_SIZE})")  # fmt: skip
-    add("--page-format", metavar="F", help=f"how pages store numbers: {', '.join(FORMATS)}, or a "
-        "file of paged-kv calibrate (default native)")  # fmt: skip
-    add("--residual-pages", type=int, metavar="N",
-        help="newest pages that stay in the model's dtype (default 0)")  # fmt: skip
+    add("--page-format", metavar="FORMAT", help=OPTIONS["page_format"].describe())
+    add("--residual-pages", type=int, metavar="N", help=OPTIONS["residual_pages"].describe())
     add("--engine", choices=("hf", "vllm"), default="hf", help="default hf")
     add("--max-new-tokens", type=int, default=256, metavar="N", help="default 256")
     add("--temperature", type=float, metavar="T",
@@ -107,6 +106,9 @@ def read_config(args: argparse.Namespace) -> CompressionConfig:
     config = CompressionConfig.from_env(**given, **more)
     if config.enabled:
         config.check_page_size(args.page_size)
+    from paged_kv.tiers.files import check_spill_dir
+
+    check_spill_dir(config.spill_dir)
     return config
 
 

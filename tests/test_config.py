@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paged_kv.config import DEFAULT_BUDGET, CompressionConfig, parse_json
+from paged_kv.config import CompressionConfig
 from paged_kv.core.budgets import tier_sizes
-from paged_kv.core.options import MOST, text
-from paged_kv.core.readers import parse_budget
+from paged_kv.core.options import MOST, parse_json, text
+from paged_kv.core.readers import read_budget
+from paged_kv.option_table import DEFAULT_BUDGET
 from paged_kv.plan import make_plan
 from paged_kv.policies.streaming import Streaming
 from paged_kv.registry import DEFAULT_SELECTOR
@@ -214,7 +215,7 @@ def test_defaults_keep_everything():
     ],
 )
 def test_budget_is_read_exactly(value, expected):
-    budget = parse_budget("budget", value)
+    budget = read_budget("budget", value)
     assert (type(budget), budget) == (type(expected), expected)
 
 

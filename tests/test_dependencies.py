@@ -27,10 +27,12 @@ LEVELS = {
     "cli": 6,
 }
 # Modules beside the folders: policies' names, options and budgets, which the engines read.
-LEVELS |= {"registry": 3, "config": 3, "plan": 3, "sampling": 3}
+LEVELS |= {"registry": 3, "option_table": 3, "config": 3, "plan": 3, "sampling": 3}
 LEVELS |= {"models": 0, "directory_cache": 0, "versions": 0, "__init__": 0}  # not part of the chain
 SAME_LEVEL = {
+    ("option_table", "registry"),
     ("config", "registry"),
+    ("config", "option_table"),
     ("plan", "config"),
     ("models", "directory_cache"),
     ("eval", "bench"),

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from paged_kv.config import CONFIG_VARIABLE, DEFAULT_BUDGET, VARIABLES, CompressionConfig
+from paged_kv.config import CompressionConfig
+from paged_kv.core.environment import CONFIG_VARIABLE
+from paged_kv.option_table import DEFAULT_BUDGET, VARIABLES
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paged_kv.core.readers import parse_budget
+from paged_kv.core.readers import read_budget
 from paged_kv.core.schedule import MAX_DENOMINATOR, MAX_TOKENS, Schedule, cdiv
 
 PAGE_SIZES = st.sampled_from([1, 2, 16, 32, 48, 128])
@@ -38,7 +38,7 @@ def definition(schedule: Schedule, num_tokens: int, prompt_len: int) -> int:
 @st.composite
 def schedules_of_users(draw) -> Schedule:
     """Whatever budget is accepted, up to the largest numbers."""
-    budget = parse_budget("budget", draw(st.integers(1, 2**31 - 1) | FRACTIONS))
+    budget = read_budget("budget", draw(st.integers(1, 2**31 - 1) | FRACTIONS))
     minimum, numerator, denominator = budget, 0, 1
     if isinstance(budget, Fraction):
         minimum, (numerator, denominator) = draw(LONG), budget.as_integer_ratio()
@@ -61,7 +61,7 @@ def test_no_budget_and_no_length_leaves_int64(schedule, pairs):
 @pytest.mark.parametrize("budget", [1 - 0.7, 0.1 + 0.2, 1 / 3, 1 / 6, 1 - 1e-6])
 def test_fractions_that_floats_come_near(budget):
     """As the fraction that was meant, at all lengths; 0.3 once kept 151 of 1,400 entries."""
-    fraction = parse_budget("budget", budget)
+    fraction = read_budget("budget", budget)
     schedule = Schedule(32, 1, *fraction.as_integer_ratio())
     lengths = np.unique(np.geomspace(1, MAX_TOKENS, 3000).astype(np.int64))
     expected = [ceil(fraction * int(n)) for n in lengths]

@@ -88,7 +88,7 @@ def test_who_decodes_looks_now_and_then():
 )
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
-        CompressionConfig.from_dict({"spill": True, **options})
+        check_spill_dir(CompressionConfig.from_dict({"spill": True, **options}).spill_dir)
 
 
 def test_every_policy_that_drops_can_spill():

@@ -101,7 +101,8 @@ def test_a_mapped_configuration_runs_and_keeps_its_budget(theirs, model):
 
 
 def test_the_environment_s_variables_are_those_of_the_code():
-    from paged_kv.config import CONFIG_VARIABLE, VARIABLES
+    from paged_kv.core.environment import CONFIG_VARIABLE
+    from paged_kv.option_table import VARIABLES
 
     found = set(re.findall(r"`(PAGED_KV_[A-Z_]+)`", DOCUMENT.read_text()))
     assert found == {*VARIABLES.values(), CONFIG_VARIABLE}

@@ -1,9 +1,14 @@
-"""Options that a user can set: a default, and a reader that refuses what is not allowed."""
+"""Options that a user can set: a default, a reader that refuses what is wrong, a line of help.
+
+An option is written once. What is said of it elsewhere (on command lines, by `paged-kv options`, in
+the tables of the documents) comes from there.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import field, fields
 from typing import Any, NamedTuple
 
 from paged_kv.core.schedule import MAX_TOKENS
@@ -11,6 +16,7 @@ from paged_kv.core.schedule import MAX_TOKENS
 MOST = MAX_TOKENS - 1  # of an option that is a number of anything: what int32 holds, too
 MOST_OBSERVED = 1 << 16  # queries that are kept for each sequence and layer
 _SHOWN = 100  # characters of a wrong value
+_KEY = "option"  # of a field's metadata
 
 
 def shown(value: Any) -> str:
@@ -30,19 +36,58 @@ def read_json(text: str) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def parse_json(text: str, name: str = "kv-policy-config") -> dict[str, Any]:
+    """The object in the option of that name. Raises ValueError."""
+    try:
+        values = read_json(text)
+    except ValueError as error:
+        raise ValueError(f"{name} is not JSON: {error} in {shown(text)}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{name} must be a JSON object, not {shown(text)}")
+    return values
+
+
 class Option(NamedTuple):
     """One option.
 
     Args:
         default: the value if the user gives none.
         read: (name, value) -> value; raises ValueError naming the option and what is allowed.
+        help: a line about it, without a point at its end.
+        metavar: what stands for its value on a command line.
+        variable: the environment variable that it comes from if it is not given.
     """
 
     default: Any
     read: Callable[[str, Any], Any]
+    help: str = ""
+    metavar: str = ""
+    variable: str = ""
+
+    @property
+    def shown_default(self) -> str:
+        """The default as a user would write it; `none` for an empty string."""
+        if isinstance(self.default, str):
+            return self.default or "none"
+        return json.dumps(self.default)
+
+    def describe(self) -> str:
+        """The line of help with the default."""
+        return f"{self.help} (default {self.shown_default})".lstrip()
 
 
-def integer(default: int, least: int = 0, most: float = MOST) -> Option:
+def option(kind: Option, help: str, metavar: str = "", variable: str = "") -> Any:
+    """A field of a dataclass that is an option; see Option and declared_options."""
+    declared = kind._replace(help=help, metavar=metavar, variable=variable)
+    return field(default=kind.default, metadata={_KEY: declared})
+
+
+def declared_options(kind: type) -> dict[str, Option]:
+    """The options among the fields of a dataclass, by name."""
+    return {each.name: each.metadata[_KEY] for each in fields(kind) if _KEY in each.metadata}
+
+
+def integer(default: int, least: int = 0, most: float = MOST, help: str = "") -> Option:
     """An integer in [least, most]."""
 
     def read(name: str, value: Any) -> int:
@@ -52,10 +97,10 @@ def integer(default: int, least: int = 0, most: float = MOST) -> Option:
             raise ValueError(f"{name} must be an integer >= {least}{up_to}, not {shown(value)}")
         return int(value)
 
-    return Option(default, read)
+    return Option(default, read, help)
 
 
-def number(default: float, least: float, most: float) -> Option:
+def number(default: float, least: float, most: float, help: str = "") -> Option:
     """A number in [least, most]."""
 
     def read(name: str, value: Any) -> float:
@@ -64,10 +109,10 @@ def number(default: float, least: float, most: float) -> Option:
             raise ValueError(f"{name} must be a number from {least} to {most}, not {shown(value)}")
         return float(value)
 
-    return Option(default, read)
+    return Option(default, read, help)
 
 
-def boolean(default: bool) -> Option:
+def boolean(default: bool, help: str = "") -> Option:
     """true or false."""
 
     def read(name: str, value: Any) -> bool:
@@ -75,10 +120,10 @@ def boolean(default: bool) -> Option:
             raise ValueError(f"{name} must be true or false, not {shown(value)}")
         return value
 
-    return Option(default, read)
+    return Option(default, read, help)
 
 
-def choice(*names: str) -> Option:
+def choice(*names: str, help: str = "") -> Option:
     """One of these names; the first is the default."""
 
     def read(name: str, value: Any) -> str:
@@ -86,10 +131,10 @@ def choice(*names: str) -> Option:
             raise ValueError(f"{name} must be one of {', '.join(names)}, not {shown(value)}")
         return str(value)
 
-    return Option(names[0], read)
+    return Option(names[0], read, help)
 
 
-def text(default: str) -> Option:
+def text(default: str, help: str = "") -> Option:
     """Any string; the policy says what it means."""
 
     def read(name: str, value: Any) -> str:
@@ -97,4 +142,4 @@ def text(default: str) -> Option:
             raise ValueError(f"{name} must be a string, not {shown(value)}")
         return value
 
-    return Option(default, read)
+    return Option(default, read, help)

@@ -32,10 +32,12 @@ from tqdm import tqdm
 
 from paged_kv import models, registry
 from paged_kv.bench.script import positive
-from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig, parse_json
+from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig
+from paged_kv.core.options import parse_json
 from paged_kv.core.page_formats import FORMATS, NATIVE
-from paged_kv.core.readers import parse_budget
+from paged_kv.core.readers import read_budget
 from paged_kv.eval.task import Case, Outcome, Task, check_case, read_tokens
+from paged_kv.option_table import OPTIONS
 
 DEFAULTS = {"prompt": (1024, 512), "stream": (1, 4095)}  # protocol -> (prompt, score) tokens
 FIXED = {  # options that the command line or the protocol decides on -> what to use
@@ -69,11 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--policy", required=True, metavar="P[,P...]", help=f"{', '.join(registry.available())}")
     add("--budget", default="256", metavar="B[,B...]", help="entries kept per layer, or with a "
         "point the fraction kept (default 256; ignored by full)")  # fmt: skip
-    add("--policy-config", metavar="JSON", help="more options, for all policies given")
+    add("--policy-config", metavar="JSON", help="more options, for all policies given: see "
+        "paged-kv options")  # fmt: skip
     add("--page-format", default=NATIVE, metavar="F[,F...]",
         help=f"{', '.join(FORMATS)}, or files of paged-kv calibrate (default native)")  # fmt: skip
     add("--residual-pages", type=int, default=0, metavar="N",
-        help="newest pages that stay in the model's dtype (default 0)")  # fmt: skip
+        help=OPTIONS["residual_pages"].describe())  # fmt: skip
     add("--engine", choices=("reference", "vllm"), default="reference", help="default reference")
     add("--protocol", choices=tuple(DEFAULTS), default="prompt", help="default prompt")
     add("--offset", type=int, default=0, metavar="N", help="tokens of the text to skip")
@@ -110,7 +113,7 @@ def read_cases(args: argparse.Namespace) -> list[Case]:
         if name in more:
             raise ValueError(f"policy-config must not have {name}: use {FIXED[name]}")
     cases = []
-    budgets = [parse_budget("budget", text) for text in args.budget.split(",")]
+    budgets = [read_budget("budget", text) for text in args.budget.split(",")]
     for page_format, policy in product(args.page_format.split(","), args.policy.split(",")):
         registry.check(policy)
         paging: dict[str, Any] = {"page_format": page_format}

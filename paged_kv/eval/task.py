@@ -81,10 +81,12 @@ def check_case(case: Case, task: Task, engine: str = "reference") -> list[Schedu
             engine.
     """
     from paged_kv.hf.arguments import check_page_format
+    from paged_kv.tiers.files import check_spill_dir
 
     config = model_config(task.model)
     config = config.get("text_config", config)
     num_layers = config["num_hidden_layers"]
+    check_spill_dir(case.config.spill_dir)
     check_page_format(case.config, SimpleNamespace(**config), task.page_size)
     if not case.config.enabled:
         return [None] * num_layers

@@ -11,6 +11,7 @@ from paged_kv.core.options import MOST_OBSERVED
 from paged_kv.core.page_formats import NATIVE, layer_formats
 from paged_kv.hf.pool import PagePool
 from paged_kv.quant import make_layout
+from paged_kv.tiers.files import check_spill_dir
 
 
 def read_options(
@@ -25,6 +26,7 @@ def read_options(
     for name in ("swap_space", "swap_dir", "swap_dir_space"):
         if value := getattr(policy, name):
             raise ValueError(f"{name} {value!r} is an option of vLLM: here no request is swapped")
+    check_spill_dir(policy.spill_dir)
     return policy
 
 

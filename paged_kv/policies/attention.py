@@ -17,7 +17,9 @@ class Attention(ScoringPolicy):
     counts how often it is above average.
     """
 
-    options = {"observation_window": integer(150, 1, MOST_OBSERVED)}
+    options = {
+        "observation_window": integer(150, 1, MOST_OBSERVED, "last queries that are looked at")
+    }
     reads = frozenset({"keys"})
 
     @property

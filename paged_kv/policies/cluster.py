@@ -30,10 +30,10 @@ class Cluster(Policy):
     """
 
     options = {
-        "mode": choice("evict", "centroid"),
-        "num_clusters": integer(16, 1),
-        "iterations": integer(5, 1),
-        "observation_window": integer(32, 1, MOST_OBSERVED),
+        "mode": choice("evict", "centroid", help="clusters leave, or become centroids"),
+        "num_clusters": integer(16, 1, help="clusters in a layer and KV head"),
+        "iterations": integer(5, 1, help="rounds of k-means"),
+        "observation_window": integer(32, 1, MOST_OBSERVED, "last queries that rate clusters"),
     }
 
     def __init__(

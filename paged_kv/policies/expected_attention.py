@@ -21,9 +21,13 @@ class ExpectedAttention(ScoringPolicy):
     """
 
     options = {
-        "n_future": integer(512, 1),
-        "epsilon": number(0.0, 0, 1),
-        "observation_window": integer(128, 2, MOST_OBSERVED),
+        "n_future": integer(512, 1, help="positions ahead that are averaged over"),
+        "epsilon": number(
+            0.0, 0, 1, "added to the attention, which the norm of the value multiplies"
+        ),
+        "observation_window": integer(
+            128, 2, MOST_OBSERVED, "last queries, from which those to come are expected"
+        ),
     }
     reads = frozenset({"keys", "values", "rotary"})
 

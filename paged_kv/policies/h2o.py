@@ -21,7 +21,10 @@ class H2O(ScoringPolicy):
     rounded; the sinks and the recent window stay in any case.
     """
 
-    options = {"heavy_ratio": number(0.5, 0, 1), "recent_ratio": number(0.5, 0, 1)}
+    options = {
+        "heavy_ratio": number(0.5, 0, 1, "part of what stays: most attention so far"),
+        "recent_ratio": number(0.5, 0, 1, "part of what stays: the newest"),
+    }
     reads = frozenset({"scores"})
     sums_attention = True
 

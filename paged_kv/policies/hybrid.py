@@ -18,7 +18,10 @@ class Hybrid(Attention):
     rounded.
     """
 
-    options = {"split_ratio": number(0.5, 0, 1), **Attention.options}
+    options = {
+        "split_ratio": number(0.5, 0, 1, "share that attention picks; the rest are the newest"),
+        **Attention.options,
+    }
 
     def score(self, region: Region) -> torch.Tensor:
         """Attention; the newest share beats it."""

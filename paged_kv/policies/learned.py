@@ -30,7 +30,11 @@ class Learned(ScoringPolicy):
     shipped, of SmolLM2-135M.
     """
 
-    options = {"weights": text("")}
+    options = {
+        "weights": text(
+            "", "file of a trained network (paged-kv train-learned); none: the one for SmolLM2"
+        )
+    }
     reads = frozenset({"keys", "values"})
 
     def __init__(

@@ -17,7 +17,7 @@ class LRU(ScoringPolicy):
     caches, applied to attention.
     """
 
-    options = {"threshold": number(0.01, 0, 1)}
+    options = {"threshold": number(0.01, 0, 1, "attention above which an entry counts as used")}
     reads = frozenset({"scores"})
 
     def accumulate(

@@ -17,7 +17,12 @@ class PastFuture(ExpectedAttention):
     of the value. Each is made to sum to 1 over the entries that may go.
     """
 
-    options = {**ExpectedAttention.options, "observation_window": integer(64, 2, MOST_OBSERVED)}
+    options = {
+        **ExpectedAttention.options,
+        "observation_window": integer(
+            64, 2, MOST_OBSERVED, ExpectedAttention.options["observation_window"].help
+        ),
+    }
 
     def score(self, region: Region) -> torch.Tensor:
         """Share of the attention that was seen + share of what is expected."""

@@ -38,9 +38,9 @@ class Pooling(Policy):
     """
 
     options = {
-        "mode": choice("mean", "max", "best"),
-        "window": integer(2, 2),
-        "best_by": choice("attention", "coordinates"),
+        "mode": choice("mean", "max", "best", help="what becomes of the entries in a window"),
+        "window": integer(2, 2, help="entries that become one"),
+        "best_by": choice("attention", "coordinates", help="what makes an entry the best"),
     }
     reads = frozenset({"keys", "values", "weights"})
     merges = True

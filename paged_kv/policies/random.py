@@ -20,7 +20,7 @@ class Random(ScoringPolicy):
     only, so that neither the batch nor the rank that holds a head changes it.
     """
 
-    options = {"seed": integer(0, most=inf)}
+    options = {"seed": integer(0, most=inf, help="of the random numbers")}
 
     def score(self, region: Region) -> torch.Tensor:
         """24 bits of the hash: float32 holds them exactly."""

@@ -20,7 +20,10 @@ class Residual(Wrapper):
     (large: meant for experiments with few dropped entries).
     """
 
-    options = {"of": text("h2o"), "mode": choice("mean", "sum")}
+    options = {
+        "of": text("h2o", "the policy that picks the survivors"),
+        "mode": choice("mean", "sum", help="what the residual entry has of all that went"),
+    }
     reads = frozenset({"keys", "values", "weights"})
     merges = True
     inner: ScoringPolicy

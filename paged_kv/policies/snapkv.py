@@ -20,7 +20,12 @@ class SnapKV(ScoringPolicy):
     observation window is kept too. Neighbours are the entries next to each other by position.
     """
 
-    options = {"observation_window": integer(32, 1, MOST_OBSERVED), "kernel_size": integer(5, 1)}
+    options = {
+        "observation_window": integer(
+            32, 1, MOST_OBSERVED, "last queries that are looked at; their entries stay"
+        ),
+        "kernel_size": integer(5, 1, help="neighbours that attention is averaged over"),
+    }
     reads = frozenset({"keys"})
 
     def __init__(

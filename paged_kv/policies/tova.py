@@ -17,7 +17,7 @@ class TOVA(ScoringPolicy):
     under tensor parallelism over the heads of the rank. Without it each KV head decides alone.
     """
 
-    options = {"shared_heads": boolean(False)}
+    options = {"shared_heads": boolean(False, "the heads of a layer keep the same entries")}
     reads = frozenset({"keys"})
 
     @property

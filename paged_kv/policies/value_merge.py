@@ -24,7 +24,10 @@ class ValueMerge(Wrapper):
     is lost. Keys stay as they are. Sinks and recent entries take nothing.
     """
 
-    options = {"of": text("snapkv"), "threshold": number(0.5, -1, 1)}
+    options = {
+        "of": text("snapkv", "the policy that picks the survivors"),
+        "threshold": number(0.5, -1, 1, "least cosine of the keys for a value to be merged"),
+    }
     reads = frozenset({"keys", "values", "weights"})
     merges = True
 

@@ -39,6 +39,18 @@ def unnamed_file(directory: str, num_bytes: int) -> BinaryIO:
     return file
 
 
+def check_spill_dir(directory: str) -> None:
+    """Refuses a spill_dir that cannot be written; an empty one is none. Raises ValueError."""
+    if not directory:
+        return
+    try:
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise ValueError(
+            f"spill_dir must be a directory to write to, not {directory!r}: {error.strerror}"
+        ) from None
+
+
 class SwapFile:
     """num_slots slots of slot_bytes in a file of their own, in a directory that others may share.
 

@@ -15,14 +15,17 @@ from contextlib import contextmanager
 from typing import Any
 
 from paged_kv import registry
-from paged_kv.config import DEFAULT_BUDGET, DEFAULT_PAGE_SIZE, CompressionConfig, parse_json
+from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig
+from paged_kv.core.options import parse_json
 from paged_kv.core.page_formats import NATIVE
+from paged_kv.option_table import OPTIONS
+from paged_kv.tiers.files import check_spill_dir
 from paged_kv.vllm.frontend import formats, intake, support
 from paged_kv.vllm.plan import PLAN_KEY
 from paged_kv.vllm.swap import options as swap
 
 CONFIG_KEY = "paged_kv"
-SWAP_OPTIONS = ("swap_space", "swap_dir", "swap_dir_space", "swap_format")
+SWAP_OPTIONS = tuple(name for name in OPTIONS if name.startswith("swap_"))
 FLAGS = ("kv_policy", "kv_budget", "kv_policy_config", *(f"kv_{name}" for name in SWAP_OPTIONS))
 
 
@@ -46,54 +49,35 @@ def add_cli_args(parser: Any) -> Any:
     group = parser.add_argument_group(
         title=_Title("paged_kv"), description="KV-cache compression: fewer pages per sequence."
     )
-    group.add_argument(
-        "--kv-policy",
-        metavar="NAME[+NAME]",
-        help=f"What is kept of the KV cache: {', '.join(registry.available())}, or "
-        f"{registry.PYRAMIDAL}+NAME. Default: {registry.FULL}.",
-    )
-    group.add_argument(
-        "--kv-budget",
-        metavar="N|F",
-        help="Entries kept per sequence and layer (an integer; the mean over layers under a "
-        "pyramid), or the fraction of the processed tokens that is kept (a number with a point, "
-        f"below 1). Default: {DEFAULT_BUDGET}.",
-    )
-    group.add_argument(
+    add = group.add_argument
+    names = ", ".join(registry.available())
+    add("--kv-policy", metavar=OPTIONS["policy"].metavar, help=f"{_help('policy')} NAMEs: {names}.")
+    add("--kv-budget", metavar=OPTIONS["budget"].metavar, help=_help("budget"))
+    add(
         "--kv-policy-config",
         metavar="JSON",
-        help="More options: num_sink_tokens, recent_window, pyramid_beta, min_budget, "
-        "compress_prefill, skip_layers, tiers, max_groups, page_format, residual_pages, spill, "
-        "spill_budget, fetch_limit, spill_window, spill_threshold, spill_interval, spill_dir, "
-        "spill_host_budget, and what the policy declares.",
+        help=f"More options: {', '.join(_without_flag())}, and what the policy declares; `paged-kv "
+        "options` explains them.",
     )
-    _add_swap_args(group)
+    for name in SWAP_OPTIONS:
+        add(_flag(name), metavar=OPTIONS[name].metavar, help=_help(name))
     _fold_when_parsed(parser)
     return parser
 
 
-def _add_swap_args(group: Any) -> None:
-    group.add_argument(
-        "--kv-swap-space",
-        metavar="GIB",
-        help="Host memory for the pages of preempted requests, in GiB for all ranks together: they "
-        "come back instead of being computed again. Default: 0, none.",
-    )
-    group.add_argument(
-        "--kv-swap-dir",
-        metavar="DIR",
-        help="Directory for what the host memory cannot hold, in a file without a name: nothing is "
-        "left there, however the server ends.",
-    )
-    group.add_argument(
-        "--kv-swap-dir-space", metavar="GIB", help="What the files there may take, in GiB."
-    )
-    group.add_argument(
-        "--kv-swap-format",
-        metavar="FORMAT",
-        help="How swapped pages store numbers where that is smaller than how they lived: native "
-        "(as they lived, the default), int8, int4.",
-    )
+def _flag(name: str) -> str:
+    return f"--kv-{name.replace('_', '-')}"
+
+
+def _without_flag() -> list[str]:
+    """The options that only --kv-policy-config has."""
+    return [name for name in OPTIONS if f"kv_{name}" not in FLAGS]
+
+
+def _help(name: str) -> str:
+    """An option's line of help as a sentence, with its default."""
+    option = OPTIONS[name]
+    return f"{option.help[0].upper()}{option.help[1:]}. Default: {option.shown_default}."
 
 
 def _fold_when_parsed(parser: Any) -> None:
@@ -112,7 +96,7 @@ def _fold_when_parsed(parser: Any) -> None:
         with _errors_of(additional):
             _take_flags(namespace, additional)
             config = CompressionConfig.from_dict(additional.get(CONFIG_KEY, {}))
-            swap.check(config)
+            _check_machine(config)
             if _is_active(config):
                 model = getattr(namespace, "model_tag", None) or namespace.model
                 support.check_model_directory(model, namespace.load_format)
@@ -140,11 +124,18 @@ def _take_flags(args: argparse.Namespace, additional: dict[str, Any]) -> None:
     settings |= {"policy": policy} if policy is not None else {}
     settings |= {"budget": budget} if budget is not None else {}
     settings |= {
-        name: _gib(name, text) if "space" in name else text for name, text in given.items()
+        name: _gib(name, text) if OPTIONS[name].metavar == "GIB" else text
+        for name, text in given.items()
     }
     additional[CONFIG_KEY] = CompressionConfig.from_dict(settings).to_dict()
     for name in FLAGS:
         setattr(args, name, None)
+
+
+def _check_machine(config: CompressionConfig) -> None:
+    """Refuses directories and sizes that this machine does not have. Raises ValueError."""
+    swap.check(config)
+    check_spill_dir(config.spill_dir)
 
 
 def _gib(name: str, text: str) -> float:
@@ -169,7 +160,7 @@ def before_engine_config(engine_args: Any) -> CompressionConfig:
         if config != given:
             # vLLM may ask for a config again, and no longer finds the dtype in the arguments.
             engine_args.additional_config = _with_settings(additional, config)
-        swap.check(config)
+        _check_machine(config)
         if config.swap_space:
             swap.set_connector(engine_args)
         if _is_active(config):
