@@ -275,6 +275,28 @@ def test_round_trip_through_json(values):
     assert {name: getattr(read, name) for name in values} == values
 
 
+def test_reading_options_writes_nothing(monkeypatch, tmp_path):
+    """Every process reads them; whether a directory can be written, the front end looks."""
+    monkeypatch.setattr("tempfile.TemporaryFile", None)
+    options = {"spill": True, "swap_space": 1, "swap_dir_space": 1}
+    for directory in (str(tmp_path), "/nowhere"):
+        read = config(**options, spill_dir=directory, swap_dir=directory)
+        assert (read.spill_dir, read.swap_dir) == (directory, directory)
+
+
+def test_the_least_budget_is_computed_from_one_policy(monkeypatch):
+    read, created = config(budget=256), []
+    monkeypatch.setattr(
+        CompressionConfig, "create_policy", lambda self: created.append(1) or Streaming(4, 32)
+    )
+    for page_size in (16, 32, 64):
+        read.check_page_size(page_size)
+        assert read.min_entries(page_size) == 36 + page_size
+        assert "one page of" in read.describe_minimum(page_size)
+    assert len(created) == 1
+    assert read == config(budget=256)
+
+
 # ---- the plan
 
 

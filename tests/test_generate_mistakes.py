@@ -34,6 +34,10 @@ def generate(tiny, capsys, monkeypatch):
         (["--policy-config", "{"], "policy-config is not JSON"),
         (["--policy-config", '{"budget": 3}'], "policy-config must not have budget: use --budget"),
         (["--policy", "h2o", "--policy-config", '{"x": 3}'], "unknown paged_kv option x"),
+        (
+            ["--policy", "h2o", "--policy-config", '{"spill": true, "spill_dir": "/nowhere"}'],
+            "spill_dir must be a directory to write to, not '/nowhere': No such file",
+        ),
         (["--page-size", "0"], "page-size must be an integer >= 1, not 0"),
         (["--page-format", "int3"], "page_format must be one of native, int8, .*, not 'int3'"),
         (["--max-new-tokens", "0"], "max-new-tokens must be an integer >= 1, not 0"),

@@ -38,6 +38,10 @@ def generate(model: Any, ids: torch.Tensor, cache: Any, count: int = 40) -> Any:
         ({"policy": "snapkv", "budget": 40}, "budget 40 is too small: it must be at least"),
         ({"policy": "snapkv", "budget": 1.5}, "budget must be"),
         ({"page_format": "int3"}, "page_format must be one of native, int8, int4, fp8 or a .json"),
+        (
+            {"policy": "h2o", "spill": True, "spill_dir": "/nowhere"},
+            "spill_dir must be a directory to write to, not '/nowhere': No such file",
+        ),
         ({"page_size": 0}, "page_size must be an integer >= 1"),
         ({"page_size": 16, "pool": PagePool(5)}, "page_size 16 differs from the pool's, 32"),
     ],

@@ -86,6 +86,13 @@ def text(tmp_path_factory):
             ],
             "these options need 6 KV cache groups, more than max_groups 5",
         ),
+        (
+            [
+                *("--policy", "streaming", *SHORT),
+                *("--policy-config", '{"spill": true, "spill_dir": "/nowhere"}'),
+            ],
+            "spill_dir must be a directory to write to, not '/nowhere': No such file",
+        ),
         (["--policy", "full", "--text", "/nowhere"], "text /nowhere: no such file"),
         (["--policy", "full", "--model", "/nowhere"], "model /nowhere: no such directory"),
     ],

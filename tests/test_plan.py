@@ -3,6 +3,7 @@
 vLLM 0.32 cannot run a pipeline on CPUs, so its own functions are given the specs of two ranks.
 """
 
+import tempfile
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import tiny_models
 import torch
 
+from paged_kv import registry
 from paged_kv.config import CompressionConfig
 from paged_kv.plan import make_plan
 from paged_kv.vllm.frontend.grouping import group_layers
@@ -128,6 +130,28 @@ def test_a_rank_schedules_its_layers_by_their_place_in_the_model(vllm_config, ra
     assert [s.minimum for s in ranks[0]._schedules().values()] == [
         made.budgets[layer][0] for layer in range(15)
     ]
+
+
+def test_a_worker_makes_one_config_and_one_policy(vllm_config, ranks, monkeypatch, tmp_path):
+    """However many layers it has. (A config makes a policy of its own, which may refuse.)"""
+    from paged_kv.vllm.worker import worker
+
+    monkeypatch.setattr(worker, "make_spilled", lambda *args: None)
+    monkeypatch.setattr(worker, "Compactor", lambda runner, policy, *args: policy)
+    created, files = [], []
+    create, temporary = registry.create, tempfile.TemporaryFile
+    monkeypatch.setattr(registry, "create", lambda *args: created.append(1) or create(*args))
+    monkeypatch.setattr(
+        tempfile, "TemporaryFile", lambda **kwargs: files.append(1) or temporary(**kwargs)
+    )
+    options = vllm_config.additional_config["paged_kv"]
+    spilling = {**options, "spill": True, "spill_dir": str(tmp_path)}
+    vllm_config.additional_config["paged_kv"] = spilling
+    for rank in ranks:
+        rank.model_runner = None
+        assert len(rank.get_kv_cache_spec()) == 15
+        assert rank._compactor({}, {}).observation_window > 0
+    assert (len(created), len(files)) == (2 * len(ranks), 0)
 
 
 def test_groups_are_the_same_on_every_rank(vllm_config, ranks):

@@ -10,6 +10,7 @@ from spill_definition import Spilling
 from spill_world import BUDGET, STEP, World, compact
 
 from paged_kv.config import CompressionConfig
+from paged_kv.tiers.files import check_spill_dir
 from paged_kv.tiers.spill_memory import SpillSpace
 
 CASES: list[tuple[str, dict[str, Any]]] = [

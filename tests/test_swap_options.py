@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +149,19 @@ def test_a_mistake_on_the_command_line(
         _parse(parser, line)
     assert end.value.code == 2
     assert message in capsys.readouterr().err
+
+
+SPILL = {"policy": "h2o", "budget": 128, "spill": True, "spill_dir": "/nowhere"}
+NO_SPILL_DIR = "spill_dir must be a directory to write to, not '/nowhere': No such file"
+
+
+def test_a_spill_dir_that_is_missing(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Refused by the front end, in Python and on the command line."""
+    with pytest.raises(ValueError, match=NO_SPILL_DIR):
+        engine_config(model, SPILL)
+    parser = options.add_cli_args(argparse.ArgumentParser())
+    more = json.dumps({name: SPILL[name] for name in ("spill", "spill_dir")})
+    with pytest.raises(SystemExit) as end:
+        _parse(parser, ["--kv-policy", "h2o", "--kv-policy-config", more])
+    assert end.value.code == 2
+    assert NO_SPILL_DIR in capsys.readouterr().err

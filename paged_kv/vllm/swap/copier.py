@@ -41,6 +41,7 @@ class Copier:
     Args:
         runner: vLLM's model runner (V1 or V2).
         kv_cache_config: the layer groups and the number of pages.
+        config: the options.
         compactor: has side data and a query ring; None without a policy.
         residual: has rings of native pages; None for none.
         layouts: of the layers whose pages are packed.
@@ -53,13 +54,14 @@ class Copier:
         self,
         runner: Any,
         kv_cache_config: Any,
+        config: CompressionConfig,
         compactor: Compactor | None,
         residual: Residual | None,
         layouts: Mapping[str, PageLayout],
     ) -> None:
         vllm_config = runner.vllm_config
         self.layers = vllm_config.compilation_config.static_forward_context
-        self.config = CompressionConfig.from_dict(vllm_config.additional_config["paged_kv"])
+        self.config = config
         self.num_pages = kv_cache_config.num_blocks
         self.compactor, self.layouts = compactor, layouts
         self.spilled = compactor.spilled if compactor is not None else None

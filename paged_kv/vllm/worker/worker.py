@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import cached_property
 from typing import Any
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
@@ -21,7 +22,7 @@ from paged_kv.core.page_formats import NATIVE
 from paged_kv.core.schedule import Schedule
 from paged_kv.kernels.page_layout import PageLayout
 from paged_kv.policies.base import Policy
-from paged_kv.vllm.plan import get_plan
+from paged_kv.vllm.plan import GroupedPlan, get_plan
 from paged_kv.vllm.scheduler import limits
 from paged_kv.vllm.scheduler.spec import PagedSpec, register
 from paged_kv.vllm.swap.connector import SwapConnector
@@ -60,7 +61,7 @@ class PagedWorkerMixin:
         specs = super().get_kv_cache_spec()  # type: ignore[misc]
         layouts = {name: layout_of(specs[name], form) for name, form in self._formats().items()}
         layers = {name: every[name] for name in self._schedules()}
-        plan = get_plan(self.vllm_config)
+        plan = self._plan
         if plan.residual_pages:
             quantized = {n: every[n] for n, form in self._formats().items() if form != NATIVE}
             self.residual = Residual(
@@ -86,12 +87,11 @@ class PagedWorkerMixin:
         """The model's specs, with packed pages and with a schedule for every compressed layer."""
         specs = self._stored()
         for name, schedule in self._schedules().items():
-            policy = self._policy()
             specs[name] = PagedSpec.from_full(
                 specs[name],
                 schedule,
-                observation_window=policy.observation_window,
-                private_hits="scores" in policy.reads,
+                observation_window=self._policy.observation_window,
+                private_hits="scores" in self._policy.reads,
             )
         return self._limit_prompts(specs)
 
@@ -113,8 +113,8 @@ class PagedWorkerMixin:
         super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
         swap = _swap_connector()
         if swap is not None:
-            own = self.compactor, self.residual, self.layouts
-            swap.bind_copier(Copier(self.model_runner, kv_cache_config, *own))
+            beside = self.compactor, self.residual, self.layouts
+            swap.bind_copier(Copier(self.model_runner, kv_cache_config, self._config, *beside))
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """One step, then its compactions, in stream order; what is preempted is saved before."""
@@ -136,22 +136,28 @@ class PagedWorkerMixin:
 
     def _compactor(self, layers: dict[str, Any], layouts: dict[str, PageLayout]) -> Compactor:
         num_requests = self.vllm_config.scheduler_config.max_num_seqs
-        spilled = make_request_stores(self._config(), list(layers.values()), num_requests)
-        return Compactor(self.model_runner, self._policy(), layers, layouts, spilled)
+        spilled = make_request_stores(self._config, list(layers.values()), num_requests)
+        return Compactor(self.model_runner, self._policy, layers, layouts, spilled)
 
+    @cached_property
     def _config(self) -> CompressionConfig:
         return CompressionConfig.from_dict(self.vllm_config.additional_config["paged_kv"])
 
+    @cached_property
     def _policy(self) -> Policy:
-        return self._config().create_policy()
+        return self._config.create_policy()
+
+    @cached_property
+    def _plan(self) -> GroupedPlan:
+        return get_plan(self.vllm_config)
 
     def _schedules(self) -> dict[str, Schedule]:
         """Schedule by layer name, for the compressed layers on this rank."""
-        return self._by_layer(get_plan(self.vllm_config).schedule)
+        return self._by_layer(self._plan.schedule)
 
     def _formats(self) -> dict[str, str]:
         """Page format by layer name, for the layers with packed pages on this rank."""
-        return self._by_layer(get_plan(self.vllm_config).format)
+        return self._by_layer(self._plan.format)
 
     def _by_layer(self, chosen: Callable[[int], Any]) -> dict[str, Any]:
         """What the plan says of each layer on this rank, where it says something."""
@@ -188,7 +194,7 @@ class PagedWorkerMixin:
         return Shares(
             self._stored(),
             self._schedules(),
-            get_plan(self.vllm_config).num_groups,
+            self._plan.num_groups,
             self.vllm_config.scheduler_config.max_num_seqs,
             self.compactor,
             self.residual,
@@ -199,8 +205,7 @@ class PagedWorkerMixin:
 
         Its check wants room for max_model_len tokens; under a policy only a prompt needs that.
         """
-        plan = get_plan(self.vllm_config)
-        cache_config = self.vllm_config.cache_config
+        plan, cache_config = self._plan, self.vllm_config.cache_config
         if not plan.budgets:
             return specs
         num_pages = cache_config.num_gpu_blocks_override
