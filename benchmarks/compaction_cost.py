@@ -66,7 +66,7 @@ def engine_settings(args: argparse.Namespace, policy: str, budget: int) -> Engin
 
 
 def prompts(args: argparse.Namespace, budget: int, batch: int) -> list[list[int]]:
-    """Beyond every tier's budget, so that all sequences compact once per page."""
+    """Beyond every step's budget, so that all sequences compact once per page."""
     longest = random_prompts(args.model, batch, 2 * budget + DEFAULT_PAGE_SIZE, args.seed)
     return [
         tokens[: 2 * budget + index % DEFAULT_PAGE_SIZE] for index, tokens in enumerate(longest)

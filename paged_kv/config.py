@@ -12,7 +12,15 @@ from paged_kv import registry
 from paged_kv.core.environment import CONFIG_VARIABLE, read_environment
 from paged_kv.core.options import shown
 from paged_kv.core.schedule import cdiv
-from paged_kv.option_table import OPTIONS, VARIABLES, OptionTable, read_policy
+from paged_kv.option_table import (
+    OLD_NAMES,
+    OPTIONS,
+    VARIABLES,
+    OptionTable,
+    current_names,
+    read_policy,
+    warn_of_old_names,
+)
 
 if TYPE_CHECKING:
     from paged_kv.policies.base import Policy
@@ -54,10 +62,12 @@ class CompressionConfig(OptionTable):
 
         Raises:
             ValueError: an unknown key, or a value out of range; names the option, the value and
-                what is allowed.
+                what is allowed. Or both names of an option that has an old one.
         """
         if not isinstance(values, Mapping):
             raise ValueError(f"paged_kv must be a dict of options, not {shown(values)}")
+        warn_of_old_names(values)
+        values = current_names(values)
         policy = read_policy("policy", values.get("policy", registry.FULL))
         declared = registry.declared(registry.split(policy)[1], values) if policy != "full" else {}
         unknown = sorted(map(str, set(values) - set(OPTIONS) - set(declared)))
@@ -100,9 +110,10 @@ class CompressionConfig(OptionTable):
         chosen = {key: value for key, value in given.items() if value is not None}
         found = read_environment(OPTIONS)
         if "policy" in found and chosen.get("policy", found["policy"]) != found["policy"]:
-            found = {key: value for key, value in found.items() if key in OPTIONS}
+            found = {key: value for key, value in found.items() if key in (*OPTIONS, *OLD_NAMES)}
+        warn_of_old_names(found | chosen)
         try:
-            return cls.from_dict(found | chosen)
+            return cls.from_dict(current_names(found) | current_names(chosen))
         except ValueError as error:
             if not set(found) - set(chosen) - set(VARIABLES):
                 raise

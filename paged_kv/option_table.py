@@ -6,8 +6,12 @@ From here come the flags of vLLM's command line and their help, the environment'
 
 from __future__ import annotations
 
+import sys
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from types import FrameType
 from typing import Any
 
 from paged_kv import registry
@@ -59,8 +63,10 @@ class OptionTable:
     pyramid_beta: float = option(
         Option(2.0, read_beta), "budget of the first layer over that of a layer past the last one"
     )
-    tiers: int = option(
-        integer(3, least=1), "distinct budgets that the pyramid is rounded to, in whole pages"
+    pyramid_steps: int = option(
+        integer(3, least=1),
+        "distinct budgets that the pyramid is rounded to, in whole pages",
+        old_name="tiers",
     )
     min_budget: int = option(
         integer(128, least=1), "least entries kept when the budget is a fraction"
@@ -117,4 +123,30 @@ class OptionTable:
 
 
 OPTIONS = declared_options(OptionTable)
+OLD_NAMES = {each.old_name: name for name, each in OPTIONS.items() if each.old_name}
 VARIABLES = {name: each.variable for name, each in OPTIONS.items() if each.variable}
+
+
+def current_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by the names that they have now. Raises ValueError: one is given by both names."""
+    for old, name in OLD_NAMES.items():
+        if old in values and name in values:
+            raise ValueError(f"{old} is the old name of {name}: give {name} only, not both")
+    return {OLD_NAMES.get(name, name): value for name, value in values.items()}
+
+
+def warn_of_old_names(values: Mapping[str, Any]) -> None:
+    """A DeprecationWarning, where the package was called, for each old name among the options."""
+    for old, name in OLD_NAMES.items():
+        if old in values:
+            message = f"the paged_kv option {old} is now called {name}"
+            warnings.warn(message, DeprecationWarning, stacklevel=_frames_inside() + 1)
+
+
+def _frames_inside() -> int:
+    """How many callers, from the one of this function on, are in this package."""
+    frame: FrameType | None = sys._getframe(1)
+    count = 0
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("paged_kv."):
+        frame, count = frame.f_back, count + 1
+    return count

@@ -63,7 +63,7 @@ def make_plan(
         full_layers: those with full attention; the others are left as they are.
 
     Raises:
-        ValueError: no such layer is left, or a tier's budget is too small.
+        ValueError: no such layer is left, or a step's budget is too small.
     """
     config.check_page_size(page_size)
     absent = [layer for layer in config.skip_layers if layer not in full_layers]
@@ -75,37 +75,37 @@ def make_plan(
     if not layers:
         raise ValueError(f"skip_layers {list(config.skip_layers)} leaves no layer to compress")
     hybrid = len(full_layers) < num_layers
-    num_tiers = min(config.tiers, len(layers)) if config.is_pyramid and not hybrid else 1
-    sizes = budgets.tier_sizes(len(layers), num_tiers)
-    tiers = tier_budgets(config, page_size, sizes)
-    by_layer = [budget for budget, size in zip(tiers, sizes, strict=True) for _ in range(size)]
+    num_steps = min(config.pyramid_steps, len(layers)) if config.is_pyramid and not hybrid else 1
+    sizes = budgets.step_sizes(len(layers), num_steps)
+    steps = step_budgets(config, page_size, sizes)
+    by_layer = [budget for budget, size in zip(steps, sizes, strict=True) for _ in range(size)]
     return Plan(page_size, config.compress_prefill, dict(zip(layers, by_layer, strict=True)))
 
 
-def tier_budgets(config: CompressionConfig, page_size: int, sizes: list[int]) -> list[Budget]:
-    """The budget of each tier of a pyramid; of all layers, where there is one tier.
+def step_budgets(config: CompressionConfig, page_size: int, sizes: list[int]) -> list[Budget]:
+    """The budget of each step of a pyramid; of all layers, where there is one step.
 
     Args:
         config: what the user asked for.
         page_size: tokens per page.
-        sizes: layers of each tier.
+        sizes: layers of each step.
 
     Raises:
-        ValueError: the last tier's budget leaves no page to evict.
+        ValueError: the last step's budget leaves no page to evict.
     """
     weights = budgets.pyramid(sum(sizes), len(sizes), Fraction(str(config.pyramid_beta)))
     if isinstance(config.budget, Fraction):
-        fractions = budgets.tier_fractions(weights, sizes, config.budget)
+        fractions = budgets.step_fractions(weights, sizes, config.budget)
         return [(config.min_budget, f.numerator, f.denominator) for f in fractions]
     if len(sizes) == 1:
         return [(config.budget, 0, 1)]
-    pages = budgets.tier_pages(weights, sizes, Fraction(config.budget, page_size))
+    pages = budgets.step_pages(weights, sizes, Fraction(config.budget, page_size))
     needed = config.min_entries(page_size)
     if min(pages) * page_size < needed:
         raise ValueError(
             f"budget {config.budget} with pyramid_beta {config.pyramid_beta} and "
-            f"{len(sizes)} tiers leaves the last layers {min(pages) * page_size} entries; they "
-            f"need {needed} ({config.describe_minimum(page_size)}): raise budget or lower "
+            f"{len(sizes)} pyramid_steps leaves the last layers {min(pages) * page_size} entries; "
+            f"they need {needed} ({config.describe_minimum(page_size)}): raise budget or lower "
             "pyramid_beta"
         )
     return [(count * page_size, 0, 1) for count in pages]

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from paged_kv.core.budgets import (
     pyramid,
-    tier_fractions,
-    tier_pages,
-    tier_sizes,
+    step_fractions,
+    step_pages,
+    step_sizes,
 )
 from paged_kv.core.schedule import MAX_DENOMINATOR, Schedule
 from paged_kv.vllm.frontend.grouping import group_size, num_groups
@@ -25,7 +25,7 @@ def mean(values: list[Fraction], sizes: list[int]) -> Fraction:
 
 
 @pytest.mark.parametrize(
-    ("num_layers", "num_tiers", "expected"),
+    ("num_layers", "num_steps", "expected"),
     [
         (30, 3, [10, 10, 10]),
         (32, 3, [11, 11, 10]),
@@ -34,8 +34,8 @@ def mean(values: list[Fraction], sizes: list[int]) -> Fraction:
         (7, 1, [7]),
     ],
 )
-def test_tier_sizes(num_layers, num_tiers, expected):
-    assert tier_sizes(num_layers, num_tiers) == expected
+def test_step_sizes(num_layers, num_steps, expected):
+    assert step_sizes(num_layers, num_steps) == expected
 
 
 # ---- the pyramid
@@ -44,26 +44,26 @@ def test_tier_sizes(num_layers, num_tiers, expected):
 @given(SHAPES, BETAS)
 def test_pyramid_is_the_formula(shape, beta):
     """L_k = L_0 (1 + (k / m) (1 / beta - 1)), evaluated in floats for a mean of 1."""
-    num_layers, num_tiers = shape
+    num_layers, num_steps = shape
     layers = [1 + k / num_layers * (1 / float(beta) - 1) for k in range(num_layers)]
     first = num_layers / sum(layers)  # L_0
     start = 0
-    weights = pyramid(num_layers, num_tiers, beta)
-    for weight, size in zip(weights, tier_sizes(num_layers, num_tiers), strict=True):
+    weights = pyramid(num_layers, num_steps, beta)
+    for weight, size in zip(weights, step_sizes(num_layers, num_steps), strict=True):
         of_tier = [first * layer for layer in layers[start : start + size]]
         assert float(weight) == pytest.approx(sum(of_tier) / size)
         start += size
 
 
 def test_pyramid_by_hand():
-    """4 layers, beta 2: 1, 7/8, 6/8, 5/8 with mean 13/16; two tiers of 15/16 and 11/16."""
+    """4 layers, beta 2: 1, 7/8, 6/8, 5/8 with mean 13/16; two steps of 15/16 and 11/16."""
     assert pyramid(4, 2, Fraction(2)) == [Fraction(15, 13), Fraction(11, 13)]
 
 
 @given(SHAPES, BETAS)
 def test_pyramid_has_mean_one_and_falls(shape, beta):
     weights = pyramid(*shape, beta)
-    assert mean(weights, tier_sizes(*shape)) == 1
+    assert mean(weights, step_sizes(*shape)) == 1
     assert all(a > b if beta > 1 else a == b for a, b in pairwise(weights))
 
 
@@ -82,41 +82,41 @@ def test_last_layer_against_first():
 
 
 @given(SHAPES, BETAS, st.integers(1, 4096))
-def test_tier_pages_keep_the_mean(shape, beta, budget):
-    sizes, weights = tier_sizes(*shape), pyramid(*shape, beta)
+def test_step_pages_keep_the_mean(shape, beta, budget):
+    sizes, weights = step_sizes(*shape), pyramid(*shape, beta)
     budget_pages = Fraction(budget, 32)
-    pages = tier_pages(weights, sizes, budget_pages)
+    pages = step_pages(weights, sizes, budget_pages)
     for count, weight in zip(pages, weights, strict=True):
         assert abs(count - weight * budget_pages) < 1
     total = sum(count * size for count, size in zip(pages, sizes, strict=True))
     wanted = budget_pages * sum(sizes)
     assert total <= wanted
-    # What is left is not enough for one more page in a tier that was rounded down.
+    # What is left is not enough for one more page in a step that was rounded down.
     cut = [n for n, c, w in zip(sizes, pages, weights, strict=True) if c < w * budget_pages]
     assert not cut or wanted - total < max(cut)
 
 
 @given(st.integers(1, 20), st.integers(1, 6), BETAS, st.integers(1, 64))
-def test_even_tiers_have_the_mean_exactly(size, num_tiers, beta, budget_pages):
-    weights = pyramid(size * num_tiers, num_tiers, beta)
-    pages = tier_pages(weights, [size] * num_tiers, Fraction(budget_pages))
-    assert sum(pages) == budget_pages * num_tiers
+def test_even_tiers_have_the_mean_exactly(size, num_steps, beta, budget_pages):
+    weights = pyramid(size * num_steps, num_steps, beta)
+    pages = step_pages(weights, [size] * num_steps, Fraction(budget_pages))
+    assert sum(pages) == budget_pages * num_steps
     assert pages == sorted(pages, reverse=True)
 
 
-def test_tier_pages_by_hand():
-    """30 layers, beta 2: 9.76, 8 and 6.24 pages; the tier that lost most gets the one left."""
-    assert tier_pages(pyramid(30, 3, Fraction(2)), [10] * 3, Fraction(8)) == [10, 8, 6]
+def test_step_pages_by_hand():
+    """30 layers, beta 2: 9.76, 8 and 6.24 pages; the step that lost most gets the one left."""
+    assert step_pages(pyramid(30, 3, Fraction(2)), [10] * 3, Fraction(8)) == [10, 8, 6]
 
 
 # ---- fractions
 
 
 @given(SHAPES, BETAS, st.fractions(Fraction(1, 100), Fraction(99, 100), max_denominator=100))
-def test_tier_fractions_keep_the_mean(shape, beta, fraction):
-    sizes, weights = tier_sizes(*shape), pyramid(*shape, beta)
+def test_step_fractions_keep_the_mean(shape, beta, fraction):
+    sizes, weights = step_sizes(*shape), pyramid(*shape, beta)
     least = Fraction(1, MAX_DENOMINATOR)
-    fractions = tier_fractions(weights, sizes, fraction)
+    fractions = step_fractions(weights, sizes, fraction)
     assert all(0 < value <= 1 for value in fractions)
     assert all(value.denominator <= MAX_DENOMINATOR for value in fractions)
     assert abs(mean(fractions, sizes) - fraction) <= least
@@ -126,13 +126,13 @@ def test_tier_fractions_keep_the_mean(shape, beta, fraction):
         assert abs(value * other_weight - other * weight) <= least * (weight + other_weight)
 
 
-def test_saturated_tiers_pass_the_rest_on():
+def test_saturated_steps_pass_the_rest_on():
     weights = [Fraction(2), Fraction(3, 4), Fraction(1, 4)]
-    assert tier_fractions(weights, [1, 1, 1], Fraction(1, 4)) == [w / 4 for w in weights]
+    assert step_fractions(weights, [1, 1, 1], Fraction(1, 4)) == [w / 4 for w in weights]
     # 0.8 times 2 is more than everything: 1, and 1.4 is left for 3/4 and 1/4. That saturates the
     # second one too.
     expected = [Fraction(1), Fraction(1), Fraction(2, 5)]
-    assert tier_fractions(weights, [1, 1, 1], Fraction(4, 5)) == expected
+    assert step_fractions(weights, [1, 1, 1], Fraction(4, 5)) == expected
 
 
 # ---- vLLM's groups

@@ -104,7 +104,7 @@ MISTAKES: dict[str, tuple[str, tuple[str, ...], str]] = {
     ),
     "no JSON": (
         "llama",
-        (*STREAMING, "--kv-policy-config", '{"tiers'),
+        (*STREAMING, "--kv-policy-config", '{"pyramid_steps'),
         "kv-policy-config is not JSON",
     ),
     "unknown option": (
@@ -248,7 +248,7 @@ def server(environment, smollm2_dir, tmp_path):
 @pytest.mark.vllm
 @pytest.mark.model
 def test_serve(server):
-    """Several processes, as users run it; 99 pages hold a prompt of 33 pages in each of 3 tiers."""
+    """Several processes, as users run it; 99 pages hold a prompt of 33 pages in each of 3 steps."""
     assert len(server.processes()) > 1
     assert "paged_kv pyramidal keeps: layers 0-9: " in server.log.read_text()
     assert "paged_kv page formats: 30 x int8" in server.log.read_text()

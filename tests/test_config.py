@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paged_kv.config import CompressionConfig
-from paged_kv.core.budgets import tier_sizes
+from paged_kv.core.budgets import step_sizes
 from paged_kv.core.options import MOST, parse_json, text
 from paged_kv.core.readers import read_budget
 from paged_kv.option_table import DEFAULT_BUDGET
@@ -69,7 +69,7 @@ BAD_VALUES = [
     ("num_sink_tokens", AT_LEAST + "0", [-1, 4.0, "4", None, True]),
     ("recent_window", AT_LEAST + "0", [-1, 0.5, "32", None, False]),
     ("min_budget", AT_LEAST + "1", [0, -5, 128.0, "128"]),
-    ("tiers", AT_LEAST + "1", [0, 2.0, "3"]),
+    ("pyramid_steps", AT_LEAST + "1", [0, 2.0, "3"]),
     ("max_groups", AT_LEAST + "1", [0, None]),
     ("pyramid_beta", "must be a number >= 1", [0.99, 0, -2, "2", None, True, NAN, INF]),
     ("compress_prefill", "must be true or false", [0, 1, "true", None]),
@@ -136,7 +136,9 @@ def test_only_a_dict_is_a_config(values):
         CompressionConfig.from_dict(values)
 
 
-@pytest.mark.parametrize("text", ["", "{", "{'tiers': 3}", '{"tiers": 3,}', "tiers=3"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "{'pyramid_steps': 3}", '{"pyramid_steps": 3,}', "pyramid_steps=3"]
+)
 def test_what_is_not_json(text):
     with pytest.raises(ValueError, match="kv-policy-config is not JSON: ") as error:
         parse_json(text)
@@ -144,7 +146,7 @@ def test_what_is_not_json(text):
     assert "\n" not in str(error.value)
 
 
-DEEP = ["[" * 100_000, '{"tiers":' * 100_000, f'{{"tiers": {"1" * 5000}}}']
+DEEP = ["[" * 100_000, '{"pyramid_steps":' * 100_000, f'{{"pyramid_steps": {"1" * 5000}}}']
 
 
 @pytest.mark.parametrize("text", DEEP, ids=["lists", "objects", "number"])
@@ -156,7 +158,7 @@ def test_json_that_cannot_be_read(text):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["3", "[]", "null", '"tiers"'])
+@pytest.mark.parametrize("text", ["3", "[]", "null", '"pyramid_steps"'])
 def test_json_that_is_no_object(text):
     with pytest.raises(ValueError, match="kv-policy-config must be a JSON object, not "):
         parse_json(text)
@@ -260,7 +262,7 @@ def test_options_of_the_policy_have_defaults(monkeypatch):
             "min_budget": st.integers(1, MOST),
             "compress_prefill": st.booleans(),
             "skip_layers": st.lists(st.integers(0, 99)),
-            "tiers": st.integers(1, MOST),
+            "pyramid_steps": st.integers(1, MOST),
             "max_groups": st.integers(1, MOST),
         },
     )
@@ -297,6 +299,28 @@ def test_the_least_budget_is_computed_from_one_policy(monkeypatch):
     assert read == config(budget=256)
 
 
+def test_an_option_s_old_name():
+    """Read, with a warning that points at whoever called the package."""
+    with pytest.warns(DeprecationWarning, match="option tiers is now called pyramid_steps") as told:
+        read = config(policy="pyramidal", tiers=5)
+    assert [warning.filename for warning in told] == [__file__]
+    assert read == config(policy="pyramidal", pyramid_steps=5)
+    assert "tiers" not in read.to_dict()
+    with (
+        pytest.warns(DeprecationWarning, match="tiers"),
+        pytest.raises(ValueError, match=r"^pyramid_steps must be an integer >= 1, not 0$"),
+    ):
+        config(tiers=0)
+
+
+def test_an_option_by_both_its_names():
+    with (
+        pytest.warns(DeprecationWarning, match="tiers"),
+        pytest.raises(ValueError, match=r"^tiers is the old name of pyramid_steps: give "),
+    ):
+        config(tiers=3, pyramid_steps=3)
+
+
 # ---- the plan
 
 
@@ -317,8 +341,8 @@ def test_uniform_plan():
 
 def test_pyramid_plan():
     plan = grouped_plan({"policy": "pyramidal", "budget": 256})
-    tiers = [(320, 0, 1)] * 10 + [(256, 0, 1)] * 10 + [(192, 0, 1)] * 10
-    assert plan.budgets == dict(enumerate(tiers))
+    steps = [(320, 0, 1)] * 10 + [(256, 0, 1)] * 10 + [(192, 0, 1)] * 10
+    assert plan.budgets == dict(enumerate(steps))
     assert (plan.num_groups, plan.num_other_groups, plan.layers_per_page) == (3, 0, 10)
     assert plan.describe() == (
         "layers 0-9: 320 entries; layers 10-19: 256 entries; layers 20-29: 192 entries"
@@ -334,7 +358,7 @@ def test_pyramid_plan_of_a_fraction():
     assert plan.compress_prefill
 
 
-def test_hybrids_get_one_tier():
+def test_hybrids_get_one_step():
     plan = grouped_plan({"policy": "pyramidal", "budget": 256}, 12, [5, 11])
     assert plan.budgets == {5: (256, 0, 1), 11: (256, 0, 1)}
     assert (plan.num_groups, plan.num_other_groups, plan.layers_per_page) == (1, 5, 2)
@@ -353,12 +377,12 @@ def test_plan_round_trip():
         ({"budget": 60}, r"budget 60 is too small: it must be at least 68"),
         (
             {"policy": "pyramidal", "budget": 96, "pyramid_beta": 8},
-            r"budget 96 with pyramid_beta 8.0 and 3 tiers leaves the last layers 32 entries; they "
-            r"need 68 .*: raise budget or lower pyramid_beta",
+            r"budget 96 with pyramid_beta 8.0 and 3 pyramid_steps leaves the last layers 32 "
+            r"entries; they need 68 .*: raise budget or lower pyramid_beta",
         ),
         ({"skip_layers": [0]}, r"need 30 KV cache groups, more than max_groups 8: .* \[29, 1\]"),
         ({"skip_layers": [0, 1], "max_groups": 14}, r"need 15 KV cache groups"),
-        ({"policy": "pyramidal", "tiers": 9}, r"need 9 KV cache groups, more than max_groups 8"),
+        ({"policy": "pyramidal", "pyramid_steps": 9}, r"need 9 KV .*, more than max_groups 8"),
     ],
 )
 def test_plans_that_are_refused(values, message):
@@ -374,8 +398,8 @@ def test_skipping_a_sliding_layer_is_refused():
 
 def named_splits(message: str) -> list[tuple[int, int]]:
     assert "Splits that work: " in message
-    found = re.findall(r"(\d+) skipped with tiers (\d+)", message)
-    return [(int(skipped), int(tiers)) for skipped, tiers in found]
+    found = re.findall(r"(\d+) skipped with pyramid_steps (\d+)", message)
+    return [(int(skipped), int(steps)) for skipped, steps in found]
 
 
 @settings(deadline=None)
@@ -388,17 +412,17 @@ def named_splits(message: str) -> list[tuple[int, int]]:
     st.sampled_from([1, 1.1, 2, 8]),
     st.sampled_from([128, 256, 1000, 4096, 0.25, 0.9]),
 )
-def test_named_splits_work(num_layers, skipped, tiers, max_groups, policy, beta, budget):
+def test_named_splits_work(num_layers, skipped, steps, max_groups, policy, beta, budget):
     """Whatever the refusal recommends is accepted, with everything else as it was."""
-    values = {"policy": policy, "tiers": tiers, "max_groups": max_groups, "budget": budget}
+    values = {"policy": policy, "pyramid_steps": steps, "max_groups": max_groups, "budget": budget}
     values |= {"pyramid_beta": beta, "skip_layers": list(range(min(skipped, num_layers - 1)))}
     try:
         grouped_plan(values, num_layers)
     except ValueError as error:
         if "KV cache groups" not in str(error):
             return
-        for good_skipped, good_tiers in named_splits(str(error)):
-            split = {"skip_layers": list(range(good_skipped)), "tiers": good_tiers}
+        for good_skipped, good_steps in named_splits(str(error)):
+            split = {"skip_layers": list(range(good_skipped)), "pyramid_steps": good_steps}
             plan = grouped_plan(values | split, num_layers)
             assert plan.num_groups + plan.num_other_groups <= max_groups
 
@@ -413,4 +437,4 @@ def test_no_split_works():
     """Five layers with a sliding window for each full one: six groups, whatever is skipped."""
     with pytest.raises(ValueError, match="No split of this model works; raise max_groups"):
         grouped_plan({"policy": "streaming", "max_groups": 5}, 12, [5, 11])
-    assert sum(num_groups([*tier_sizes(2, 1), 10])) == 6
+    assert sum(num_groups([*step_sizes(2, 1), 10])) == 6

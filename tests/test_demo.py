@@ -63,7 +63,7 @@ def test_json(demo):
         assert 0 < figures["peak_pages"] <= figures["pool_pages"]
         assert figures["tokens_per_second"] > 0
     assert compressed["decode_sequences"] > plain["decode_sequences"]
-    assert compressed["page_bytes"] * 3 == plain["page_bytes"]  # three tiers: three groups
+    assert compressed["page_bytes"] * 3 == plain["page_bytes"]  # three steps: three groups
     assert 0 < report["agreement"]["share_to_first_difference"] <= 1
     for line in report["timelines"].values():
         assert len(line["seconds"]) == len(line["used_mb"]) == len(line["running"]) > 10

@@ -1,6 +1,7 @@
 """CompressionConfig.from_env: arguments, then the environment, then the defaults."""
 
 import json
+import warnings
 
 import pytest
 
@@ -108,3 +109,25 @@ def test_a_wrong_argument_is_not_blamed_on_the_environment(environment):
     with pytest.raises(ValueError, match="budget must be") as error:
         CompressionConfig.from_env(budget=0)
     assert "PAGED_KV" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("outside", "given"), [("tiers", "pyramid_steps"), ("pyramid_steps", "tiers")]
+)
+def test_an_option_s_old_name(environment, outside, given):
+    """What is given wins, by whatever name; another policy does not lose it."""
+    environment("pyramidal+snapkv", None, {outside: 5})
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert CompressionConfig.from_env(policy="pyramidal").pyramid_steps == 5
+        assert CompressionConfig.from_env(**{given: 2}).pyramid_steps == 2
+    assert {warning.category for warning in told} == {DeprecationWarning}
+
+
+def test_an_option_by_both_its_names_in_the_environment(environment):
+    environment("pyramidal", None, {"tiers": 5, "pyramid_steps": 4})
+    with (
+        pytest.warns(DeprecationWarning, match="tiers"),
+        pytest.raises(ValueError, match=r"give pyramid_steps only.*in PAGED_KV_POLICY_CONFIG"),
+    ):
+        CompressionConfig.from_env()

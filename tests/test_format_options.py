@@ -93,7 +93,7 @@ def test_a_format_for_each_layer(model, tmp_path):
         config = engine_config(model, policy | {"page_format": str(file), "residual_pages": 1})
         assert plan_of(config)["formats"] == layers
         assert plan_of(config)["residual_pages"] == 1
-    pyramid = {"policy": "pyramidal", "budget": 256, "tiers": 2}
+    pyramid = {"policy": "pyramidal", "budget": 256, "pyramid_steps": 2}
     for policy in (pyramid, STREAMING | {"skip_layers": [0]}):
         with pytest.raises(ValueError, match="different formats cannot have different budgets"):
             engine_config(model, policy | {"page_format": str(file)})

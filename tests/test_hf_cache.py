@@ -261,3 +261,11 @@ def test_config_objects_and_stats(model):
     assert stats.evicted == 6 * (159 - stats.entries // 6)
     with pytest.raises(ValueError, match="budget must be in it"):
         PagedCache(model.config, config, budget=100)
+
+
+def test_an_option_s_old_name(model):
+    options = {"policy": "pyramidal+streaming", "budget": 150}
+    with pytest.warns(DeprecationWarning, match="tiers is now called pyramid_steps") as told:
+        cache = PagedCache(model.config, **options, tiers=2)
+    assert [warning.filename for warning in told] == [__file__]
+    assert cache.compression == CompressionConfig.from_dict({**options, "pyramid_steps": 2})

@@ -18,7 +18,7 @@ from hf_questions import ask, read
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from paged_kv.hf import PagedCache, PagedEncoderDecoderCache, PagePool, PoolFull
+from paged_kv.hf import PagedCache, PagedEncoderDecoderCache, PagePool, PoolFull, state_file
 
 EARLY: dict[str, Any] = {"budget": 96, "compress_prefill": True}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -270,3 +270,13 @@ def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(ValueError, match="cannot be saved"):
         PagedEncoderDecoderCache(load("t5")).save(tmp_path / "cache")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_file_that_has_an_option_s_old_name(saved):
+    """Nobody is told: whoever has the file did not write the option."""
+    tensors, about = state_file.read(saved)
+    about["options"]["tiers"] = about["options"].pop("pyramid_steps") + 1
+    state_file.write(saved, tensors, about)
+    with PagedCache.load(saved, load("llama").config) as cache:
+        assert cache.compression.pyramid_steps == 4

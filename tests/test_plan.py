@@ -30,7 +30,7 @@ def plan(
     return group_layers(make_plan(config, 32, num_layers, full), config, num_layers - len(full))
 
 
-def test_tiers_are_runs_of_layers():
+def test_steps_are_runs_of_layers():
     made = plan()
     budgets = [made.budgets[layer][0] for layer in range(NUM_LAYERS)]
     assert budgets == sorted(budgets, reverse=True)
@@ -53,7 +53,7 @@ def test_skipped_layers_have_no_schedule():
     assert (made.num_groups, made.num_other_groups) == (1, 1)
 
 
-def test_a_hybrid_has_one_tier():
+def test_a_hybrid_has_one_step():
     made = plan(num_layers=6, full=[1, 3, 5])
     assert made.budgets == dict.fromkeys((1, 3, 5), (256, 0, 1))
     assert (made.num_groups, made.num_other_groups) == (1, 1)
@@ -62,7 +62,10 @@ def test_a_hybrid_has_one_tier():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"skip_layers": [0]}, "30 KV cache groups.*Splits that work: 0 skipped with tiers 1,"),
+        (
+            {"skip_layers": [0]},
+            "30 KV cache groups.*Splits that work: 0 skipped with pyramid_steps 1,",
+        ),
         ({"skip_layers": [30]}, r"skip_layers names \[30\]"),
         ({"skip_layers": list(range(30))}, "leaves no layer to compress"),
         ({"budget": 96, "pyramid_beta": 8}, "raise budget or lower pyramid_beta"),

@@ -193,3 +193,17 @@ def test_the_plan_travels_in_the_hash(model):
     configs = [engine_config(model, {"policy": "streaming", "budget": n}) for n in (128, 160, 128)]
     hashes = [config.compute_hash() for config in configs]
     assert hashes[0] == hashes[2] != hashes[1]
+
+
+def test_an_option_s_old_name_is_logged(model, monkeypatch):
+    """Python's warnings are not shown in vLLM's processes."""
+    from paged_kv.vllm.frontend import options
+
+    told = []
+    monkeypatch.setattr(options.logger, "warning_once", lambda *args: told.append(args))
+    settings = {"policy": "pyramidal", "budget": 256, "tiers": 2}
+    with pytest.warns(DeprecationWarning, match="tiers is now called pyramid_steps"):
+        config = engine_config(model, settings)
+    assert told == [("the paged_kv option %s is now called %s", "tiers", "pyramid_steps")]
+    assert config.additional_config["paged_kv"]["pyramid_steps"] == 2
+    assert len(set(map(tuple, config.additional_config["paged_kv_plan"]["budgets"].values()))) == 2

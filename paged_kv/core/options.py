@@ -56,6 +56,7 @@ class Option(NamedTuple):
         help: a line about it, without a point at its end.
         metavar: what stands for its value on a command line.
         variable: the environment variable that it comes from if it is not given.
+        old_name: what it was called before.
     """
 
     default: Any
@@ -63,6 +64,7 @@ class Option(NamedTuple):
     help: str = ""
     metavar: str = ""
     variable: str = ""
+    old_name: str = ""
 
     @property
     def shown_default(self) -> str:
@@ -76,9 +78,11 @@ class Option(NamedTuple):
         return f"{self.help} (default {self.shown_default})".lstrip()
 
 
-def option(kind: Option, help: str, metavar: str = "", variable: str = "") -> Any:
+def option(
+    kind: Option, help: str, metavar: str = "", variable: str = "", old_name: str = ""
+) -> Any:
     """A field of a dataclass that is an option; see Option and declared_options."""
-    declared = kind._replace(help=help, metavar=metavar, variable=variable)
+    declared = kind._replace(help=help, metavar=metavar, variable=variable, old_name=old_name)
     return field(default=kind.default, metadata={_KEY: declared})
 
 

@@ -18,6 +18,7 @@ from paged_kv.hf.sequences import Sequences, interrupted
 from paged_kv.hf.spilled import part_of
 from paged_kv.hf.state_of_cache import CacheState
 from paged_kv.kernels.operands import Terms
+from paged_kv.option_table import current_names
 
 Tensor = torch.Tensor
 
@@ -116,7 +117,7 @@ def load(
             f"{', '.join(unknown)}: a saved cache keeps its policy and its options; load takes "
             f"pool, attention, device, {', '.join(_PLACES)}"
         )
-    compression = CompressionConfig.from_dict(about["options"] | places)
+    compression = CompressionConfig.from_dict(current_names(about["options"]) | places)
     page_size = options.pop("page_size", None) or about["page_size"]
     if page_size != about["page_size"]:
         raise ValueError(f"{path} has pages of {about['page_size']} entries, not {page_size}")

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-SLACK_BYTES = 64 << 20  # of the pool: pages of a pyramid's tiers that stay empty
+SLACK_BYTES = 64 << 20  # of the pool: pages of a pyramid's steps that stay empty
 
 
 def prompt_logprobs(

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from paged_kv.config import CompressionConfig
 from paged_kv.core import budgets
 from paged_kv.core.schedule import cdiv
-from paged_kv.plan import Budget, Plan, tier_budgets
+from paged_kv.plan import Budget, Plan, step_budgets
 from paged_kv.vllm.plan import GroupedPlan
 
 _MOST_NAMED = 12  # splits in a refusal
@@ -66,7 +66,7 @@ def group_layers(plan: Plan, config: CompressionConfig, num_sliding: int) -> Gro
 
 
 def _bucket_sizes(by_layer: Iterable[Budget]) -> list[int]:
-    """Layers of each distinct budget: tiers can come to the same."""
+    """Layers of each distinct budget: steps can come to the same."""
     return list(Counter(by_layer).values())
 
 
@@ -77,21 +77,21 @@ def _without_empty(buckets: Sequence[int]) -> list[int]:
 def _working_splits(
     config: CompressionConfig, page_size: int, num_full: int, num_sliding: int
 ) -> str:
-    """Names (skipped layers, tiers) that stay within max_groups."""
+    """Names (skipped layers, steps) that stay within max_groups."""
     works = []
-    most_tiers = config.max_groups if config.is_pyramid and not num_sliding else 1
+    most_steps = config.max_groups if config.is_pyramid and not num_sliding else 1
     for skipped in range(num_full):
-        for num_tiers in range(1, min(most_tiers, num_full - skipped) + 1):
-            sizes = budgets.tier_sizes(num_full - skipped, num_tiers)
+        for num_steps in range(1, min(most_steps, num_full - skipped) + 1):
+            sizes = budgets.step_sizes(num_full - skipped, num_steps)
             try:
-                tiers = tier_budgets(config, page_size, sizes)
-            except ValueError:  # too small for the last tier
+                steps = step_budgets(config, page_size, sizes)
+            except ValueError:  # too small for the last step
                 continue
-            by_layer = [tier for tier, size in zip(tiers, sizes, strict=True) for _ in range(size)]
+            by_layer = [step for step, size in zip(steps, sizes, strict=True) for _ in range(size)]
             buckets = _without_empty([*_bucket_sizes(by_layer), skipped, num_sliding])
             if sum(num_groups(buckets)) <= config.max_groups:
-                works.append((skipped, num_tiers))
-    named = [f"{skipped} skipped with tiers {tiers}" for skipped, tiers in works[:_MOST_NAMED]]
-    if not named:
+                works.append((skipped, num_steps))
+    if not works:
         return "No split of this model works; raise max_groups"
+    named = (f"{skipped} skipped with pyramid_steps {num}" for skipped, num in works[:_MOST_NAMED])
     return f"Splits that work: {', '.join(named)}"

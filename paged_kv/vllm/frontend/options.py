@@ -14,15 +14,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from vllm.logger import init_logger
+
 from paged_kv import registry
 from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig
 from paged_kv.core.options import parse_json
 from paged_kv.core.page_formats import NATIVE
-from paged_kv.option_table import OPTIONS
+from paged_kv.option_table import OLD_NAMES, OPTIONS
 from paged_kv.tiers.files import check_spill_dir
 from paged_kv.vllm.frontend import formats, intake, support
 from paged_kv.vllm.plan import PLAN_KEY
 from paged_kv.vllm.swap import options as swap
+
+logger = init_logger(f"vllm.{__name__}")
 
 CONFIG_KEY = "paged_kv"
 SWAP_OPTIONS = tuple(name for name in OPTIONS if name.startswith("swap_"))
@@ -95,7 +99,7 @@ def _fold_when_parsed(parser: Any) -> None:
         additional = _CommandLine(namespace.additional_config or {})
         with _errors_of(additional):
             _take_flags(namespace, additional)
-            config = CompressionConfig.from_dict(additional.get(CONFIG_KEY, {}))
+            config = _read(additional.get(CONFIG_KEY, {}))
             _check_machine(config)
             if _is_active(config):
                 model = getattr(namespace, "model_tag", None) or namespace.model
@@ -127,9 +131,17 @@ def _take_flags(args: argparse.Namespace, additional: dict[str, Any]) -> None:
         name: _gib(name, text) if OPTIONS[name].metavar == "GIB" else text
         for name, text in given.items()
     }
-    additional[CONFIG_KEY] = CompressionConfig.from_dict(settings).to_dict()
+    additional[CONFIG_KEY] = _read(settings).to_dict()
     for name in FLAGS:
         setattr(args, name, None)
+
+
+def _read(settings: Any) -> CompressionConfig:
+    """The options. The log says what has another name now: Python's warnings are not shown here."""
+    for old, name in OLD_NAMES.items():
+        if isinstance(settings, dict) and old in settings:
+            logger.warning_once("the paged_kv option %s is now called %s", old, name)
+    return CompressionConfig.from_dict(settings)
 
 
 def _check_machine(config: CompressionConfig) -> None:
@@ -155,7 +167,7 @@ def before_engine_config(engine_args: Any) -> CompressionConfig:
     additional = engine_args.additional_config
     with _errors_of(additional):
         settings = additional.get(CONFIG_KEY, {}) if isinstance(additional, dict) else {}
-        given = CompressionConfig.from_dict(settings)
+        given = _read(settings)
         config = formats.take_cache_dtype(engine_args, given)
         if config != given:
             # vLLM may ask for a config again, and no longer finds the dtype in the arguments.
