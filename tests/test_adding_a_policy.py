@@ -65,7 +65,8 @@ def test_its_options_are_known_and_checked(installed):
 def test_it_passes_the_matrix(installed):
     """pytest with one more case; the case is added before the tests are collected."""
     line = (
-        f"import policy_cases\npolicy_cases.CASES['{NAME}'] = [{{}}, {{'observation_window': 4}}]\n"
+        "from policy_cases import CASES, Cases\n"
+        f"CASES['{NAME}'] = Cases([{{}}, {{'observation_window': 4}}])\n"
     )
     (installed / "one_more_case.py").write_text(line)
     path = os.pathsep.join([str(installed), str(TESTS / "support")])

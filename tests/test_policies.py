@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from policy_cases import CASES, Shape, cases, make, random_region, select
+from policy_cases import CASES, cases, make, policies
+from policy_regions import Shape, random_region, select
 
 from paged_kv import registry
 from paged_kv.policies.base import Policy, PositionalPolicy
@@ -180,7 +181,7 @@ def test_slots_do_not_matter(name, options):
     assert_same(result, Compaction(*expected), exact=False)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", policies())
 def test_reads(name):
     """Merging needs weights; what a policy reads is known; moves of positional ones are numpy's."""
     for options in CASES[name]:
@@ -191,7 +192,7 @@ def test_reads(name):
 
 
 @pytest.mark.parametrize("name", ["residual", "value_merge"])
-@pytest.mark.parametrize("inner", CASES)
+@pytest.mark.parametrize("inner", policies())
 def test_wrappers_take_every_evicting_policy(name, inner):
     if not issubclass(registry.load(inner), registry.load("knorm").__base__):
         with pytest.raises(ValueError, match="of must be one of"):

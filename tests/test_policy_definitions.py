@@ -5,10 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from policy_cases import CASES, Shape, cases, heads_of, make, random_region
-from policy_definitions import DEFAULTS, DEFINITIONS, SCORES
+from policy_cases import cases, make
+from policy_definitions import DEFINITIONS
+from policy_heads import selector, with_defaults
+from policy_regions import Shape, heads_of, random_region
 
-from paged_kv import registry
+from paged_kv.policies.base import ScoringPolicy
 
 NUM_SINKS, RECENT = 2, 3
 SHAPES = [
@@ -17,17 +19,6 @@ SHAPES = [
     Shape(extra=(40,), losers=(13,), dropped=(17,), layers=1, group=3, sinks=True, rotary_dim=4),
     Shape(extra=(9, 33), losers=(8, 20), dropped=(0, 0), heads=1, group=1),
 ]
-
-
-def test_every_name_has_a_definition():
-    names = set(registry.available()) - {registry.FULL, registry.PYRAMIDAL}
-    assert set(CASES) == set(DEFINITIONS) == set(DEFAULTS) == names
-
-
-@pytest.mark.parametrize("name", DEFAULTS)
-def test_defaults(name):
-    own = registry.load(name).options
-    assert DEFAULTS[name] == {key: option.default for key, option in own.items()}
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=range(len(SHAPES)))
@@ -58,11 +49,14 @@ def compare(result, expected, place, own) -> None:
         np.testing.assert_allclose(after[stay], expected_part[stay], rtol=1e-5, atol=1e-5)
 
 
-OBSERVERS = ["attention", "cluster", "hybrid", "pooling", "residual", "snapkv", "tova"]
+def chosen(which) -> list:
+    """The cases whose name and policy are `which`."""
+    return [case for case in cases() if which(case.values[0], make(*case.values))]
 
 
+# What reads rotary guesses the next queries from the last ones: there must be some.
 @pytest.mark.parametrize(
-    ("name", "options"), [case for case in cases() if case.values[0] in OBSERVERS]
+    ("name", "options"), chosen(lambda name, policy: "rotary" not in policy.reads)
 )
 def test_nobody_attends(name, options):
     """No query at all: all scores are 0, and what is said of ties decides."""
@@ -93,7 +87,9 @@ def test_no_survivor_to_merge_into():
     assert (result.changed[:, 1].sum(-1) > 0).all()
 
 
-@pytest.mark.parametrize(("name", "options"), [c for c in cases() if c.values[0] in SCORES])
+@pytest.mark.parametrize(
+    ("name", "options"), chosen(lambda name, policy: isinstance(policy, ScoringPolicy))
+)
 def test_scores(name, options):
     """Not only the order: the numbers too, of the entries that may go."""
     policy = make(name, options, NUM_SINKS, RECENT)
@@ -102,7 +98,7 @@ def test_scores(name, options):
     free = ~policy.protected(region)
     for layer, event in ((0, 0), (1, 1), (0, 2)):
         for head, own in enumerate(heads_of(region, NUM_SINKS, RECENT, layer, event)):
-            expected = SCORES[name](own, options)
+            expected = DEFINITIONS[name].score(own, options)
             ours = scores[layer, event, head][: len(expected)].double().numpy()
             may_go = free[layer, event, head][: len(expected)].numpy() & (expected < 1e29)
             np.testing.assert_allclose(ours[may_go], expected[may_go], rtol=1e-4, atol=1e-6)
@@ -117,15 +113,25 @@ def accumulation(generator):
     return scores, probabilities, positions
 
 
-def test_accumulate_h2o():
+THRESHOLDS = [("lru", {"threshold": threshold}) for threshold in (0, 0.01, 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [*chosen(lambda name, policy: "scores" in policy.reads), *THRESHOLDS]
+)
+def test_accumulate(name, options):
+    """Query by query, as the definition has it; those that are missing give nothing."""
     scores, probabilities, positions = accumulation(torch.Generator().manual_seed(3))
-    result = make("h2o", {}).accumulate(scores.clone(), probabilities, positions)
-    for index in np.ndindex(2, 2, 7):
-        sequence, head, entry = index
-        total = float(scores[index])
-        for member, query in np.ndindex(3, 5):
-            total += float(probabilities[sequence, head, member, query, entry])
-        assert float(result[index]) == pytest.approx(total, rel=1e-5)
+    result = make(name, options).accumulate(scores.clone(), probabilities, positions)
+    name, options = selector(name, options)
+    for sequence, head in np.ndindex(2, 2):
+        expected = scores[sequence, head].double().numpy()
+        given = probabilities[sequence, head].double().numpy()
+        for query, position in enumerate(positions[sequence].tolist()):
+            accumulate = DEFINITIONS[name].accumulate
+            settings = with_defaults(name, options)
+            expected = accumulate(expected, given[:, query], position, settings)
+        np.testing.assert_allclose(result[sequence, head], expected, rtol=1e-6)
 
 
 def test_only_what_sums_attention_is_left_to_the_kernels():
@@ -153,18 +159,3 @@ def test_only_what_sums_attention_is_left_to_the_kernels():
     assert not make("residual", {"of": "lru"}).sums_attention
     assert not make("lru", {}).sums_attention
     assert not Own(H2O(4, 8)).sums_attention
-
-
-@pytest.mark.parametrize("threshold", [0, 0.01, 0.3, 1])
-def test_accumulate_lru(threshold):
-    scores, probabilities, positions = accumulation(torch.Generator().manual_seed(4))
-    policy = make("lru", {"threshold": threshold})
-    result = policy.accumulate(scores.clone(), probabilities, positions)
-    for index in np.ndindex(2, 2, 7):
-        sequence, head, entry = index
-        last = float(scores[index])
-        for query in range(5):
-            given = probabilities[sequence, head, :, query, entry].tolist()
-            if max(given) > threshold:
-                last = max(last, int(positions[sequence, query]))
-        assert float(result[index]) == pytest.approx(last, rel=1e-6)

@@ -10,6 +10,7 @@ from typing import Any
 import engines
 import pytest
 import tiny_models
+from policy_cases import WINDOW, engine_cases
 from policy_loop import complete_and_check
 from reference_loop import Rule, load_model
 
@@ -17,35 +18,6 @@ pytestmark = pytest.mark.vllm
 
 BUDGET = 96
 CHUNKS = {"max_num_batched_tokens": 100, "kv_cache_memory_bytes": 64 << 20}
-WINDOW = {"observation_window": 8}
-
-# (options beside the policy's name and budget)
-CASES: dict[str, list[dict[str, Any]]] = {
-    "attention": [{}],
-    "cluster": [
-        {"mode": "evict", "num_clusters": 6, **WINDOW},
-        {"mode": "centroid", "num_clusters": 6, **WINDOW},
-    ],
-    "expected_attention": [{"n_future": 8, "observation_window": 16}],
-    "h2o": [{}],
-    "hybrid": [WINDOW],
-    "keydiff": [{}],
-    "knorm": [{}],
-    "learned": [{}],
-    "lru": [{"threshold": 0.05}],
-    "past_future": [{"n_future": 8, "observation_window": 16}],
-    "pooling": [
-        {"mode": "mean"},
-        {"mode": "max", "window": 3},
-        {"mode": "best", "best_by": "attention"},
-        {"mode": "best", "best_by": "coordinates"},
-    ],
-    "random": [{"seed": 3}],
-    "residual": [{"of": "h2o"}, {"of": "snapkv", "mode": "sum", **WINDOW}],
-    "snapkv": [WINDOW],
-    "tova": [{}, {"shared_heads": True}],
-    "value_merge": [{"of": "snapkv", "threshold": 0.1, **WINDOW}],
-}
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +57,7 @@ def check(tiny, model, config, rule, waves, max_tokens=70, **engine) -> list[Any
     return chunks
 
 
-NAMED = [(name, options) for name, several in CASES.items() for options in several]
-
-
-@pytest.mark.parametrize(
-    ("name", "options"), NAMED, ids=[f"{name} {options}" for name, options in NAMED]
-)
+@pytest.mark.parametrize(("name", "options"), engine_cases())
 def test_tokens_are_those_of_the_definition(name, options, tiny, model):
     """Prompts in chunks that end anywhere in a page; 101: its last chunk is one token."""
     config = {"policy": name, "budget": BUDGET, **options}

@@ -3,55 +3,37 @@
 import numpy as np
 import pytest
 import torch
-from policy_cases import CASES, Shape, make, random_region
+from policy_cases import CASES, make, policies
+from policy_regions import Shape, random_region
 
 from paged_kv import registry
 from paged_kv.config import CompressionConfig
 from paged_kv.policies import learned
 
-WRONG = {
-    "attention": [("observation_window", 0), ("observation_window", 1.5)],
-    "cluster": [
-        ("mode", "merge"),
-        ("num_clusters", 0),
-        ("iterations", 0),
-        ("observation_window", 0),
-    ],
-    "expected_attention": [
-        ("n_future", 0),
-        ("epsilon", -0.1),
-        ("epsilon", float("nan")),
-        ("observation_window", 1),
-    ],
-    "past_future": [("n_future", 0), ("epsilon", 2), ("observation_window", 1)],
-    "h2o": [("heavy_ratio", -0.1), ("recent_ratio", 1.1), ("recent_ratio", True)],
-    "hybrid": [("split_ratio", 1.01), ("split_ratio", "half"), ("observation_window", 0)],
-    "learned": [("weights", 3), ("weights", "/nowhere/at/all.npz")],
-    "lru": [("threshold", 1.5), ("threshold", None)],
-    "pooling": [("mode", "median"), ("window", 1), ("best_by", "luck"), ("window", True)],
-    "random": [("seed", -1), ("seed", 0.5)],
-    "residual": [("of", "pooling"), ("of", "nothing"), ("of", ["h2o"]), ("mode", "max")],
-    "snapkv": [("observation_window", 0), ("kernel_size", 0)],
-    "tova": [("shared_heads", 1)],
-    "value_merge": [("of", "residual"), ("of", 3), ("threshold", -1.5)],
-}
+WRONG = [
+    (name, option, value)
+    for name in policies()
+    if name in CASES
+    for option, values in CASES[name].wrong.items()
+    for value in values
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "option", "value"),
-    [(name, *wrong) for name, values in WRONG.items() for wrong in values],
-)
+@pytest.mark.parametrize(("name", "option", "value"), WRONG)
 def test_wrong_values(name, option, value):
     with pytest.raises(ValueError, match=option):
         CompressionConfig.from_dict({"policy": name, option: value})
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", policies())
 def test_every_option_has_a_wrong_value(name):
-    assert {option for option, _ in WRONG.get(name, [])} == set(registry.load(name).options)
+    tried = {option for policy, option, _ in WRONG if policy == name}
+    assert tried == set(registry.load(name).options), (
+        f"`wrong` of {name} in tests/support/policy_cases.py must have a value for each option"
+    )
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", policies())
 def test_options_of_the_matrix_are_accepted(name):
     for options in CASES[name]:
         config = CompressionConfig.from_dict({"policy": name, **options})

@@ -1,33 +1,20 @@
-"""One KV head as plain arrays, and what the definitions of policies share."""
+"""One KV head as plain arrays, and how the definition of a policy is written and found.
+
+A definition is one function, decorated with `scores` or `compacts`; its name is the policy's. The
+decorator takes what else there is to say: what the policy never drops, how it adds up attention.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
 
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "attention": {"observation_window": 150},
-    "cluster": {"mode": "evict", "num_clusters": 16, "iterations": 5, "observation_window": 32},
-    "expected_attention": {"n_future": 512, "epsilon": 0.0, "observation_window": 128},
-    "h2o": {"heavy_ratio": 0.5, "recent_ratio": 0.5},
-    "hybrid": {"split_ratio": 0.5, "observation_window": 150},
-    "keydiff": {},
-    "knorm": {},
-    "learned": {"weights": ""},
-    "lru": {"threshold": 0.01},
-    "past_future": {"n_future": 512, "epsilon": 0.0, "observation_window": 64},
-    "pooling": {"mode": "mean", "window": 2, "best_by": "attention"},
-    "random": {"seed": 0},
-    "residual": {"of": "h2o", "mode": "mean"},
-    "snapkv": {"observation_window": 32, "kernel_size": 5},
-    "streaming": {},
-    "tova": {"shared_heads": False},
-    "value_merge": {"of": "snapkv", "threshold": 0.5},
-    "window": {},
-}
+from paged_kv import registry
 
 
 @dataclass
@@ -79,24 +66,125 @@ class Head:
     siblings: list[Head] = field(default_factory=list)
 
 
+Decided = tuple[set[int], Any, Any, Any]
+"""Slots of the losers; keys [m, d], values [m, d] and weights [m] of all entries from now on."""
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What a policy does to one KV head; called, it is `compact`.
+
+    Args:
+        compact: (head, options) -> Decided.
+        score: (head, options) -> [m], of a policy that drops the lowest; None for all others.
+        protects: (head, options) -> (first tokens, newest tokens) that it never drops.
+        accumulate: (scores [m], given [group, m], position of the query, options) -> scores [m]
+            after one more query, and what the query heads gave; None if no scores are kept.
+    """
+
+    compact: Callable[[Head, dict], Decided]
+    score: Callable[[Head, dict], np.ndarray] | None
+    protects: Callable[[Head, dict], tuple[int, int]]
+    accumulate: Callable[[Any, Any, int, dict], np.ndarray] | None = None
+
+    def __call__(self, head: Head, options: dict) -> Decided:
+        return self.compact(head, options)
+
+
+DEFINITIONS: dict[str, Definition] = {}
+"""By the policy's name. An option that is not given has the default that the policy declares."""
+
+
+def sinks_and_recent(head: Head, options: dict) -> tuple[int, int]:
+    """What nearly all policies protect."""
+    return head.num_sinks, head.recent_window
+
+
+def scores(
+    protects: Callable[[Head, dict], tuple[int, int]] = sinks_and_recent,
+    accumulate: Callable[[Any, Any, int, dict], np.ndarray] | None = None,
+) -> Callable:
+    """Decorates (head, options) -> scores [m]: the entries with the lowest go. See Definition."""
+
+    def register(score: Callable[[Head, dict], np.ndarray]) -> Callable:
+        name = score.__name__
+
+        def compact(head: Head, options: dict) -> Decided:
+            losers = lowest(name, head, options, head.num_losers)
+            return losers, head.keys, head.values, head.weights
+
+        _register(
+            name,
+            Definition(
+                compact,
+                lambda head, options: score(head, with_defaults(name, options)),
+                lambda head, options: protects(head, with_defaults(name, options)),
+                accumulate,
+            ),
+        )
+        return score
+
+    return register
+
+
+def compacts(compact: Callable[[Head, dict], Decided]) -> Callable:
+    """Decorates (head, options) -> Decided: a policy that does more than drop the lowest."""
+    name = compact.__name__
+    definition = Definition(
+        lambda head, options: compact(head, with_defaults(name, options)), None, sinks_and_recent
+    )
+    _register(name, definition)
+    return compact
+
+
+def _register(name: str, definition: Definition) -> None:
+    assert name not in DEFINITIONS, f"two definitions of {name}"
+    DEFINITIONS[name] = definition
+
+
 def with_defaults(name: str, options: dict) -> dict:
-    return {**DEFAULTS[name], **{key: options[key] for key in DEFAULTS[name] if key in options}}
+    """The options, and the defaults of those that the policy declares and nobody gives."""
+    return _defaults(name) | options
+
+
+@cache
+def _defaults(name: str) -> dict:
+    return {key: option.default for key, option in registry.load(name).options.items()}
+
+
+def selector(name: str, options: dict) -> tuple[str, dict]:
+    """Whose scores count, and its options: a wrapper's inner policy, of others they themselves.
+
+    An option that both declare is the wrapper's.
+    """
+    declared = _defaults(name)
+    if registry.WRAPPED not in declared:
+        return name, options
+    others = {key: value for key, value in options.items() if key not in declared}
+    return with_defaults(name, options)[registry.WRAPPED], others
 
 
 def is_free(name: str, head: Head, options: dict, slot: int) -> bool:
     """Whether the policy may drop this entry."""
-    sinks, recent = head.num_sinks, head.recent_window
-    if name == "window":
-        sinks = 0
-    if name == "snapkv":
-        recent = max(recent, with_defaults(name, options)["observation_window"])
-    return sinks <= head.positions[slot] < head.num_tokens - recent
+    num_first, num_newest = DEFINITIONS[name].protects(head, options)
+    return num_first <= head.positions[slot] < head.num_tokens - num_newest
 
 
 def free_slots(name: str, head: Head, options: dict) -> list[int]:
     """Those entries, oldest first."""
     slots = [s for s in range(len(head.positions)) if is_free(name, head, options, s)]
     return sorted(slots, key=lambda slot: head.positions[slot])
+
+
+def lowest(
+    name: str, head: Head, options: dict, count: int, spared: frozenset[int] = frozenset()
+) -> set[int]:
+    """The slots that go: lowest score first, then lowest position."""
+    score = DEFINITIONS[name].score
+    assert score is not None, f"{name} does more than drop the lowest"
+    values = score(head, options)
+    free = [slot for slot in free_slots(name, head, options) if slot not in spared]
+    return set(sorted(free, key=lambda slot: (values[slot], head.positions[slot]))[:count])
 
 
 def observed(head: Head, window: int) -> np.ndarray:

@@ -15,9 +15,12 @@ from typing import Any
 import engines
 import torch
 from engines import Tokens
-from policy_definitions import DEFINITIONS
-from policy_scores import SCORES, Head, with_defaults
+from policy_definitions import DEFINITIONS, Head
+from policy_heads import selector, with_defaults
 from reference_loop import Chunk, Rule, Sequence_, check_output
+
+from paged_kv import registry
+from paged_kv.policies.base import PositionalPolicy
 
 TIE = 1e-5  # relative, of scores
 Losers = dict[tuple[int, int], list[set[int]]]  # (tokens, layer) -> positions, by KV head
@@ -70,18 +73,19 @@ class PolicySequence(Sequence_):
         num_new = query.shape[1]
         old = torch.nn.functional.pad(self.scores[layer], (0, num_new))
         given = weights.unflatten(0, (self.num_heads, -1))  # [kv_heads, group, queries, kept]
-        if self.of() == "lru":
-            threshold = with_defaults("lru", self.config)["threshold"]
-            used = (given.amax(1) > threshold) * torch.arange(
-                self.num_tokens, self.num_tokens + num_new
-            )[:, None]
-            self.scores[layer] = torch.maximum(old, used.amax(1).float())
-        else:
-            self.scores[layer] = old + given.sum((1, 2))
-
-    def of(self) -> str:
-        """The policy that says who goes."""
-        return self.config.get("of", {"residual": "h2o"}.get(self.name, self.name))
+        name, options = selector(self.name, self.config)
+        accumulate = DEFINITIONS[name].accumulate
+        if accumulate is None:
+            self.scores[layer] = old
+            return
+        options = with_defaults(name, options)
+        for head, scores in enumerate(old):
+            result = scores.double().numpy()
+            for query in range(num_new):
+                shares = given[head, :, query].double().numpy()
+                result = accumulate(result, shares, self.num_tokens + query, options)
+            old[head] = torch.from_numpy(result)
+        self.scores[layer] = old
 
     def drop(self) -> None:
         for layer in range(len(self.held)):
@@ -96,9 +100,8 @@ class PolicySequence(Sequence_):
         for index, head in enumerate(heads):
             head.siblings = heads
             losers, keys, values, weights = DEFINITIONS[self.name](head, self.config)
-            engine = self.dropped[self.num_tokens, layer][index]
-            places = {slot for slot, p in enumerate(head.positions) if p in engine}
-            assert len(places) == len(engine) == num_losers
+            places = self._places(layer, head, losers)
+            assert len(places) == num_losers
             self.num_drops += 1
             if places != losers:
                 self._check_tie(head, losers ^ places)
@@ -113,9 +116,20 @@ class PolicySequence(Sequence_):
         self.weights[layer], self.held[layer] = weights.float(), held
         self.scores[layer] = scores
 
+    def _places(self, layer: int, head: Head, losers: set[int]) -> set[int]:
+        """Slots of what the engine dropped in a head; positions have no ties to be told of."""
+        dropped = self.dropped.get((self.num_tokens, layer))
+        if dropped is None and issubclass(registry.load(self.name), PositionalPolicy):
+            return losers
+        engine = self.dropped[self.num_tokens, layer][head.head]
+        places = {slot for slot, position in enumerate(head.positions) if position in engine}
+        assert len(places) == len(engine)
+        return places
+
     def _check_tie(self, head: Head, differing: set[int]) -> None:
-        assert self.name in SCORES, f"{self.name} at {head.num_tokens}: other entries went"
-        scores = SCORES[self.name](head, self.config)
+        score = DEFINITIONS[self.name].score
+        assert score, f"{self.name} at {head.num_tokens}: other entries went"
+        scores = score(head, self.config)
         values = [float(scores[slot]) for slot in differing]
         span = max(values) - min(values)
         assert span <= TIE * max(1e-3, max(map(abs, values))), (

@@ -1,15 +1,17 @@
-"""The policies that do more than drop the lowest scores; see policy_definitions."""
+"""The policies that do more than drop the lowest scores; a part of policy_definitions.
+
+A function of this file that `compacts` decorates defines the policy of the same name.
+"""
 
 from __future__ import annotations
 
 import numpy as np
-from policy_heads import Head, free_slots, observed, with_defaults
-from policy_scores import lowest
+from policy_heads import Decided, Head, compacts, free_slots, lowest, observed, selector
 
 
-def pooling(head: Head, options: dict) -> tuple:
+@compacts
+def pooling(head: Head, options: dict) -> Decided:
     """Lists of nodes; a node is [slot of its newest member, key, value, weight, attention]."""
-    options = with_defaults("pooling", options)
     by_attention = options["mode"] == "best" and options["best_by"] == "attention"
     seen = observed(head, 32) if by_attention else np.zeros(len(head.positions))
     slots = free_slots("pooling", head, options)
@@ -54,11 +56,10 @@ def _last_of_largest(values: list) -> int:
     return max(range(len(values)), key=lambda i: (values[i], i))
 
 
-def value_merge(head: Head, options: dict) -> tuple:
+@compacts
+def value_merge(head: Head, options: dict) -> Decided:
     """Each loser's value to the free survivor whose key points most nearly the same way."""
-    own = with_defaults("value_merge", options)
-    inner = own["of"]
-    inner_options = {k: v for k, v in options.items() if k not in own}
+    inner, inner_options = selector("value_merge", options)
     losers = lowest(inner, head, inner_options, head.num_losers)
     takers = [s for s in free_slots(inner, head, inner_options) if s not in losers]
     units = [key / np.linalg.norm(key) for key in head.keys]
@@ -66,23 +67,23 @@ def value_merge(head: Head, options: dict) -> tuple:
     weights = head.weights.copy()
     for loser in losers:
         cosine, target = max((float(units[loser] @ units[t]), t) for t in takers)
-        if cosine >= own["threshold"]:
+        if cosine >= options["threshold"]:
             sums[target] = sums[target] + head.values[loser] * head.weights[loser]
             weights[target] += head.weights[loser]
     values = np.array([total / weight for total, weight in zip(sums, weights, strict=True)])
     return losers, head.keys, values, weights
 
 
-def residual(head: Head, options: dict) -> tuple:
+@compacts
+def residual(head: Head, options: dict) -> Decided:
     """One entry takes in all that goes; it is the one that stands for more than one token."""
-    own = with_defaults("residual", options)
-    inner_options = {k: v for k, v in options.items() if k not in own}
+    inner, inner_options = selector("residual", options)
     keys, values, weights = head.keys.copy(), head.values.copy(), head.weights.copy()
     carriers = [slot for slot, weight in enumerate(weights) if weight > 1]
     if not head.num_losers:
         return set(), keys, values, weights
     count = head.num_losers + (not carriers)
-    losers = lowest(own["of"], head, inner_options, count, frozenset(carriers))
+    losers = lowest(inner, head, inner_options, count, frozenset(carriers))
     if not carriers:
         carriers = [max(losers, key=lambda slot: head.positions[slot])]
     carrier = carriers[0]
@@ -90,7 +91,7 @@ def residual(head: Head, options: dict) -> tuple:
     folded = [carrier, *losers]
     for array in (keys, values):
         parts = [(array[s], weights[s]) for s in folded]
-        if own["mode"] == "sum":
+        if options["mode"] == "sum":
             array[carrier] = sum(part for part, _ in parts)
         else:
             array[carrier] = sum(part * w for part, w in parts) / sum(w for _, w in parts)
@@ -98,9 +99,9 @@ def residual(head: Head, options: dict) -> tuple:
     return losers, keys, values, weights
 
 
-def cluster(head: Head, options: dict) -> tuple:
+@compacts
+def cluster(head: Head, options: dict) -> Decided:
     """k-means, then cluster by cluster."""
-    options = with_defaults("cluster", options)
     free = free_slots("cluster", head, options)
     merging = options["mode"] == "centroid"
     k = min(options["num_clusters"], len(free) - (head.num_losers if merging else 0))
@@ -134,11 +135,3 @@ def cluster(head: Head, options: dict) -> tuple:
 
 def _nearest(key: np.ndarray, centers: list) -> int:
     return min(range(len(centers)), key=lambda c: (float(np.linalg.norm(key - centers[c])), c))
-
-
-MERGING = {
-    "cluster": cluster,
-    "pooling": pooling,
-    "residual": residual,
-    "value_merge": value_merge,
-}

@@ -1,28 +1,33 @@
-"""What each policy scores, one KV head at a time; a part of policy_definitions."""
+"""What each policy scores, one KV head at a time; a part of policy_definitions.
+
+A function of this file that `scores` decorates defines the policy of the same name.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from policy_heads import Head, free_slots, observed, with_defaults
+from policy_heads import Head, free_slots, observed, scores
 
 SHIPPED = Path(__file__).parent.parent.parent / "paged_kv" / "policies" / "learned_smollm2.npz"
 
 
-def newest_first(head: Head, scores: np.ndarray, share: float) -> np.ndarray:
+def newest_first(head: Head, values: np.ndarray, share: float) -> np.ndarray:
     """The newest share of what stays cannot lose against anything else."""
     count = round((len(head.positions) - head.num_losers) * share)
     newest = sorted(range(len(head.positions)), key=lambda slot: -head.positions[slot])[:count]
-    return np.array([1e30 if s in newest else scores[s] for s in range(len(scores))])
+    return np.array([1e30 if s in newest else values[s] for s in range(len(values))])
 
 
+@scores()
 def attention(head: Head, options: dict) -> np.ndarray:
     return observed(head, options["observation_window"])
 
 
+@scores()
 def expected_attention(head: Head, options: dict) -> np.ndarray:
     """Gaussian queries, turned by the mean rotation; see the paper's equations."""
     window = options["observation_window"]
@@ -62,25 +67,39 @@ def rotation(head: Head, position: int, size: int) -> np.ndarray:
     return matrix
 
 
+def attention_so_far(scores: Any, given: Any, position: int, options: dict) -> np.ndarray:
+    """Plus what each query head of the group gives."""
+    return scores + sum(given)
+
+
+@scores(accumulate=attention_so_far)
 def h2o(head: Head, options: dict) -> np.ndarray:
     share = options["recent_ratio"] / (options["heavy_ratio"] + options["recent_ratio"])
     return newest_first(head, head.scores, share)
 
 
+@scores()
 def hybrid(head: Head, options: dict) -> np.ndarray:
     return newest_first(head, attention(head, options), 1 - options["split_ratio"])
 
 
+@scores()
 def keydiff(head: Head, options: dict) -> np.ndarray:
     units = [key / np.linalg.norm(key) for key in head.keys]
     anchor = sum(units) / len(units)
     return np.array([-(unit @ anchor) / np.linalg.norm(anchor) for unit in units])
 
 
+@scores()
+def knorm(head: Head, options: dict) -> np.ndarray:
+    return np.array([-np.linalg.norm(key) for key in head.keys])
+
+
+@scores()
 def learned(head: Head, options: dict) -> np.ndarray:
     net = np.load(options["weights"] or SHIPPED)
     mean = sum(head.keys) / len(head.keys)
-    scores = []
+    ratings = []
     for key, value, position in zip(head.keys, head.values, head.positions, strict=True):
         norm = np.linalg.norm(key)
         x = [
@@ -91,14 +110,22 @@ def learned(head: Head, options: dict) -> np.ndarray:
             head.layer / int(net["num_layers"]),
         ]
         x = (np.array(x) - net["mean"]) / net["std"]
-        scores.append(float((np.tanh(x @ net["w1"] + net["b1"]) @ net["w2"] + net["b2"])[0]))
-    return np.array(scores)
+        ratings.append(float((np.tanh(x @ net["w1"] + net["b1"]) @ net["w2"] + net["b2"])[0]))
+    return np.array(ratings)
 
 
+def last_use(scores: Any, given: Any, position: int, options: dict) -> np.ndarray:
+    """A query uses what one of its heads gives more than the threshold."""
+    used = np.max(given, 0) > options["threshold"]
+    return np.where(used, np.maximum(scores, position), scores)
+
+
+@scores(accumulate=last_use)
 def lru(head: Head, options: dict) -> np.ndarray:
     return np.array([max(s, p) for s, p in zip(head.scores, head.positions, strict=True)])
 
 
+@scores()
 def past_future(head: Head, options: dict) -> np.ndarray:
     """Both measures as shares of what the entries that may go have."""
     free = free_slots("past_future", head, options)
@@ -113,6 +140,7 @@ def past_future(head: Head, options: dict) -> np.ndarray:
     return total
 
 
+@scores()
 def random(head: Head, options: dict) -> np.ndarray:
     """splitmix64, started anew from the last state plus the next number."""
 
@@ -128,53 +156,35 @@ def random(head: Head, options: dict) -> np.ndarray:
     return np.array([float(hashed(position)) for position in head.positions])
 
 
+def window_too(head: Head, options: dict) -> tuple[int, int]:
+    return head.num_sinks, max(head.recent_window, options["observation_window"])
+
+
+@scores(protects=window_too)
 def snapkv(head: Head, options: dict) -> np.ndarray:
     """The window itself counts as 0, and so do neighbours past the ends."""
     window, kernel = options["observation_window"], options["kernel_size"]
     total = observed(head, window)
     order = sorted(range(len(total)), key=lambda slot: head.positions[slot])
     in_order = [total[s] * (head.positions[s] < head.num_tokens - window) for s in order]
-    scores = np.zeros(len(total))
+    pooled = np.zeros(len(total))
     for place, slot in enumerate(order):
         first = place - (kernel - 1) // 2
-        scores[slot] = sum(in_order[max(first, 0) : first + kernel]) / kernel
-    return scores
+        pooled[slot] = sum(in_order[max(first, 0) : first + kernel]) / kernel
+    return pooled
 
 
+@scores()
+def streaming(head: Head, options: dict) -> np.ndarray:
+    return np.array(head.positions, dtype=float)
+
+
+@scores()
 def tova(head: Head, options: dict) -> np.ndarray:
     heads = head.siblings if options["shared_heads"] else [head]
     return sum(observed(each, 1) / len(each.queries) for each in heads) / len(heads)
 
 
-def _by_name(name: str, score: Callable) -> Callable:
-    return lambda head, options: score(head, with_defaults(name, options))
-
-
-SCORES: dict[str, Callable[[Head, dict], np.ndarray]] = {
-    name: _by_name(name, score)
-    for name, score in {
-        "attention": attention,
-        "expected_attention": expected_attention,
-        "h2o": h2o,
-        "hybrid": hybrid,
-        "keydiff": keydiff,
-        "knorm": lambda head, options: np.array([-np.linalg.norm(key) for key in head.keys]),
-        "learned": learned,
-        "lru": lru,
-        "past_future": past_future,
-        "random": random,
-        "snapkv": snapkv,
-        "streaming": lambda head, options: np.array(head.positions, dtype=float),
-        "tova": tova,
-        "window": lambda head, options: np.array(head.positions, dtype=float),
-    }.items()
-}
-
-
-def lowest(
-    name: str, head: Head, options: dict, count: int, spared: frozenset[int] = frozenset()
-) -> set[int]:
-    """The slots that go: lowest score first, then lowest position."""
-    scores = SCORES[name](head, options)
-    free = [slot for slot in free_slots(name, head, options) if slot not in spared]
-    return set(sorted(free, key=lambda slot: (scores[slot], head.positions[slot]))[:count])
+@scores(protects=lambda head, options: (0, head.recent_window))
+def window(head: Head, options: dict) -> np.ndarray:
+    return np.array(head.positions, dtype=float)
