@@ -40,7 +40,8 @@ class ExpectedAttention(ScoringPolicy):
     def score(self, region: Region) -> torch.Tensor:
         """(expected attention, averaged over the group, + epsilon) * norm of the value."""
         mean, deviations = self._statistics(region)
-        keys = region.keys.where(region.valid[..., None], 0)
+        keys = region.keys.where(region.valid[..., None], 0)  # padding may be NaN
+        # Sinks stay in any case, and would take most of the softmax from all others.
         hidden = (region.positions < self.num_sink_tokens) | ~region.valid
         scale = region.queries.scale
         expected = expected_probabilities(mean, deviations, keys, hidden, scale)
@@ -49,7 +50,7 @@ class ExpectedAttention(ScoringPolicy):
         return scores
 
     def _statistics(self, region: Region) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of future queries: mean [..., group, head_dim], and D [..., group, window, head_dim].
+        """Of future queries: mean [..., group, d], and D [..., group, window, d].
 
         The covariance is D^T D.
         """
@@ -58,11 +59,14 @@ class ExpectedAttention(ScoringPolicy):
         assert rotary is not None, "the policy reads rotary"
         # From each query's position back, and ahead by the mean rotation: one linear turn.
         ahead = rotary.mean(region.num_tokens[:, None], self.settings["n_future"])
+        # cos and sin: [events, window, rotary_dim / 2], the same in all layers and heads.
         cos, sin = compose(rotary.at(queries.positions, back=True), ahead)
         states = rotary.turn(queries.states, cos[:, None, None], sin[:, None, None])
+        # [events, 1, 1, window, 1], against states [layers, events, kv_heads, group, window, d].
         used = self._used(queries.positions)[:, None, None, :, None].to(states.dtype)
         count = used.sum(-2, keepdim=True).clamp_min(1)
         mean = (states * used).sum(-2, keepdim=True) / count
+        # The sum of squares over `count`: each factor has a root of it. Unused queries are 0.
         deviations = (states - mean) * (used / count.sqrt())
         return mean.squeeze(-2), deviations
 

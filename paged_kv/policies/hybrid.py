@@ -24,5 +24,6 @@ class Hybrid(Attention):
     }
 
     def score(self, region: Region) -> torch.Tensor:
-        """Attention; the newest share beats it."""
-        return prefer_newest(super().score(region), region, 1 - self.settings["split_ratio"])
+        """float32 [..., m]: attention; the newest share of what stays beats it."""
+        newest_share = 1 - self.settings["split_ratio"]
+        return prefer_newest(super().score(region), region, newest_share)

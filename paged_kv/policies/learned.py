@@ -46,9 +46,9 @@ class Learned(ScoringPolicy):
     def score(self, region: Region) -> torch.Tensor:
         """What the network says."""
         network = {name: x.to(region.keys.device) for name, x in self.network.items()}
-        x = features(region, int(self.network["num_layers"]))
-        x = (x - network["mean"]) / network["std"]
-        hidden = torch.tanh(x @ network["w1"] + network["b1"])
+        inputs = features(region, int(self.network["num_layers"]))  # [..., m, 5]
+        inputs = (inputs - network["mean"]) / network["std"]
+        hidden = torch.tanh(inputs @ network["w1"] + network["b1"])  # [..., m, h]
         return (hidden @ network["w2"] + network["b2"]).squeeze(-1)
 
 
@@ -58,13 +58,13 @@ def features(region: Region, num_layers: int) -> torch.Tensor:
     log(1 + age), age being num_tokens - position; logs of the norms of key and value; 1 - cosine
     of the key and the mean of all keys; index of the layer / num_layers.
     """
-    valid = region.valid[..., None]
+    valid = region.valid[..., None]  # padding may be NaN, and has the largest position there is
     keys, values = region.keys.where(valid, 0), region.values.where(valid, 0)
     age = (region.num_tokens[:, None, None] - region.positions).clamp_min(0)
-    tiny = torch.finfo(keys.dtype).tiny
-    mean = keys.sum(-2, keepdim=True) / region.num_entries[:, None, None, None]
-    cosine = (F.normalize(keys, dim=-1) * F.normalize(mean, dim=-1)).sum(-1)
-    depth = (region.layers.to(keys.dtype) / num_layers)[:, None, None, None]
+    tiny = torch.finfo(keys.dtype).tiny  # for entries of zeros, whose logarithm is none
+    mean = keys.sum(-2, keepdim=True) / region.num_entries[:, None, None, None]  # [..., 1, d]
+    cosine = (F.normalize(keys, dim=-1) * F.normalize(mean, dim=-1)).sum(-1)  # [..., m]
+    depth = (region.layers.to(keys.dtype) / num_layers)[:, None, None, None]  # [layers, 1, 1, 1]
     columns = [
         age.to(keys.dtype).log1p(),
         keys.norm(dim=-1).clamp_min(tiny).log(),
@@ -109,7 +109,7 @@ def load(path: Path) -> dict[str, torch.Tensor]:
 def _check(path: Path, name: str, array: Any, shape: tuple[int, ...]) -> None:
     """Raises ValueError unless the array exists, has this shape and is finite."""
     if array is None or array.shape != shape or array.dtype.kind not in "iuf":
-        found = "is missing" if array is None else f"is {array.dtype} {list(array.shape)}"
-        raise ValueError(f"weights: {path}: {name} {found}; it must be numbers {list(shape)}")
+        fault = "is missing" if array is None else f"is {array.dtype} {list(array.shape)}"
+        raise ValueError(f"weights: {path}: {name} {fault}; it must be numbers {list(shape)}")
     if not np.isfinite(array).all():
         raise ValueError(f"weights: {path}: {name} is not finite")

@@ -53,76 +53,99 @@ class Pooling(Policy):
 
     def compact(self, region: Region) -> Compaction:
         """Rounds over the oldest entries; their number depends on shapes alone."""
-        nodes, first_count = self._oldest(region)
-        size = nodes.slots.shape[-1]
-        index = torch.arange(size, device=nodes.slots.device)
-        was = index < first_count[..., None]
-        first_slots = nodes.slots
-        count, left = first_count, region.num_losers[:, None].expand_as(first_count)
-        reached = 1
-        while reached < size:
+        first_nodes, first_count = self._oldest(region)
+        size = first_nodes.slots.shape[-1]
+        nodes, count = first_nodes, first_count
+        left = region.num_losers[:, None].expand_as(first_count)
+        # After r rounds a node has up to window ** r members: there can be no more than `size`.
+        most_members = 1
+        while most_members < size:
             nodes, count, left = self._round(nodes, count, left)
-            reached *= self.settings["window"]
-        valid = index < count[..., None]
-        weights = put(region.weights, nodes.slots, nodes.weights, valid)
-        gone = put(torch.zeros_like(region.valid.expand(weights.shape)), first_slots, was, was)
+            most_members *= self.settings["window"]
+        index = torch.arange(size, device=nodes.slots.device)
+        was_node, is_node = index < first_count[..., None], index < count[..., None]  # [..., n]
+        weights = put(region.weights, nodes.slots, nodes.weights, is_node)
+        # Losers: slots of nodes at the beginning that are no node's slot at the end.
+        none = torch.zeros_like(region.valid.expand(weights.shape))
+        before = put(none, first_nodes.slots, was_node, was_node)
+        after = put(none, nodes.slots, is_node, is_node)
         return Compaction(
-            losers=gone & ~put(torch.zeros_like(gone), nodes.slots, valid, valid),
-            keys=put(region.keys, nodes.slots, nodes.keys, valid),
-            values=put(region.values, nodes.slots, nodes.values, valid),
+            losers=before & ~after,
+            keys=put(region.keys, nodes.slots, nodes.keys, is_node),
+            values=put(region.values, nodes.slots, nodes.values, is_node),
             weights=weights,
-            changed=weights != region.weights,
+            changed=weights != region.weights,  # whoever takes in another stands for more tokens
         )
 
     def _oldest(self, region: Region) -> tuple[Nodes, torch.Tensor]:
         """The nodes, and how many there are: [...]. Twice the losers are all that can change."""
         protected = self.protected(region)
+        # Most nodes take part where windows are pairs: one that vanishes, one that takes it in.
         limit = min(protected.shape[-1], max(1, 2 * region.max_losers))
         last = torch.iinfo(torch.int64).max
         order = region.positions.masked_fill(protected, last)
-        slots = order.topk(limit, dim=-1, largest=False, sorted=True).indices
-        total = torch.zeros_like(region.weights)
+        slots = order.topk(limit, dim=-1, largest=False, sorted=True).indices  # [..., n = limit]
+        attention = torch.zeros_like(region.weights)
         if self.observation_window:
-            total = region.attention_mass
+            attention = region.attention_mass
         entries = (region.keys, region.values, region.weights)
         keys, values, weights = (take(part, slots) for part in entries)
-        nodes = Nodes(keys, values, weights, slots, take(total, slots))
+        nodes = Nodes(keys, values, weights, slots, take(attention, slots))
         return nodes, (~protected).sum(-1).clamp_max(limit)
 
     def _round(
         self, nodes: Nodes, count: torch.Tensor, left: torch.Tensor
     ) -> tuple[Nodes, torch.Tensor, torch.Tensor]:
-        """From the oldest to the end, or until none are `left` to vanish.
+        """From the oldest node to the newest, or until none are `left` to vanish.
 
-        index   0 .. full * window      .. end           .. count
-                windows of `window`      a smaller one    nodes that stay as they are
+        Windows of 3; 10 nodes, 5 of which are to vanish:
+
+            index    0   1   2   3   4   5   6   7   8   9
+            before | a   b   c | d   e   f | g   h | i   j       full 2, part 2, end 8
+            after    abc def gh  i   j                           num_pooled 3
+
+        Args:
+            nodes: the first `count` of each row mean something.
+            count: int64 [...], nodes of each row.
+            left: int64 [...], how many nodes of each row are still to vanish.
+
+        Returns:
+            The nodes, count and left after the round.
         """
         window, size = self.settings["window"], nodes.slots.shape[-1]
-        full = torch.minimum(count // window, left // (window - 1))
+        # A full window makes all of its nodes but one vanish.
+        full = torch.minimum(count // window, left // (window - 1))  # windows, [...]
+        # A smaller one makes the last few vanish, or takes what is left of the row.
         part = torch.minimum(left - full * (window - 1) + 1, count - full * window)
-        part = part.masked_fill(part < 2, 0)
-        end = full * window + part
-        pooled = self._pool(nodes, end)
+        part = part.masked_fill(part < 2, 0)  # a node alone is no window
+        end = full * window + part  # nodes from here on stay as they are
+        pooled = self._pool(nodes, end)  # [..., num_windows(, d)]
         num_windows = pooled.slots.shape[-1]
         num_pooled = full + (part > 0)
+        vanished = end - num_pooled
+        # The new row is taken from both, one after the other:
+        #
+        #   place    0 .. num_pooled .. | num_windows .. + end      .. + size
+        #            pooled   nothing   | their members  as they are
         index = torch.arange(size, device=nodes.slots.device)
-        other = (index + (end - num_pooled)[..., None]).clamp_max(size - 1) + num_windows
-        source = torch.where(index < num_pooled[..., None], index, other)
+        unpooled = (index + vanished[..., None]).clamp_max(size - 1) + num_windows
+        source = torch.where(index < num_pooled[..., None], index, unpooled)  # [..., n]
         both = (torch.cat(parts, end.ndim) for parts in zip(pooled, nodes, strict=True))
-        gone = end - num_pooled
-        return Nodes(*(take(part, source) for part in both)), count - gone, left - gone
+        return Nodes(*(take(part, source) for part in both)), count - vanished, left - vanished
 
     def _pool(self, nodes: Nodes, end: torch.Tensor) -> Nodes:
         """Each window of the nodes below `end` [...]; what lies past it means nothing."""
         size = nodes.slots.shape[-1]
         width = min(self.settings["window"], size)
         inside = torch.arange(size, device=end.device) < end[..., None]
-        inside = _windows(inside, width, end.ndim)  # [..., windows, width(, d)] from here on
+        # From here on [..., windows, width(, d)]; a window's nodes are its members.
+        inside = _windows(inside, width, end.ndim)
         keys, values, weights, slots, attention = (_windows(x, width, end.ndim) for x in nodes)
+        # The last member inside: the newest, since nodes are in the order of positions.
         newest = (inside * torch.arange(width, device=end.device)).argmax(-1, keepdim=True)
-        attention = attention.masked_fill(~inside, -1)
+        attention = attention.masked_fill(~inside, -1)  # so that no member outside is the best
         weights = weights * inside
-        total = weights.sum(-1)
+        total = weights.sum(-1)  # [..., windows]
         outside = ~inside[..., None]
         if self.settings["mode"] == "mean":
             share = (weights / total.clamp_min(1)[..., None])[..., None]
@@ -140,18 +163,26 @@ class Pooling(Policy):
     def _best(
         self, keys: torch.Tensor, attention: torch.Tensor, inside: torch.Tensor
     ) -> torch.Tensor:
-        """Which member of each window stays, int64 [..., windows]."""
+        """Which member of each window stays, int64 [..., windows].
+
+        Args:
+            keys: [..., windows, width, d].
+            attention: [..., windows, width]; -1 for members that are not inside.
+            inside: bool [..., windows, width].
+        """
         width = inside.shape[-1]
         merit = attention
+        # argmax takes the first of equals; of a row that is turned around, the newest.
         if self.settings["best_by"] == "coordinates":
             sizes = keys.abs().masked_fill(~inside[..., None], -1)
-            winners = width - 1 - sizes.flip(-2).argmax(-2)  # argmax takes the first of equals
-            merit = F.one_hot(winners, width).sum(-2)
+            winners = width - 1 - sizes.flip(-2).argmax(-2)  # by coordinate: [..., windows, d]
+            merit = F.one_hot(winners, width).sum(-2)  # coordinates that each member wins
         return width - 1 - merit.flip(-1).argmax(-1)
 
 
 def _windows(part: torch.Tensor, width: int, dim: int) -> torch.Tensor:
     """Splits dimension dim in two, (windows, width), padding its end."""
     missing = -part.shape[dim] % width
+    # F.pad counts from the last dimension: none of those behind dim, then its end.
     padded = F.pad(part, [0, 0] * (part.ndim - 1 - dim) + [0, missing])
     return padded.reshape(*part.shape[:dim], -1, width, *part.shape[dim + 1 :])

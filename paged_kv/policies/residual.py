@@ -18,6 +18,9 @@ class Residual(Wrapper):
     into the residual entry, which is known from then on by its weight: it alone stands for more
     than one token. mode mean: the mean of all keys and of all values dropped; sum: their sums
     (large: meant for experiments with few dropped entries).
+
+    Not what the option `residual_pages` is about: those are the newest pages, kept as they were
+    computed beside quantized ones. Here the residual is what is left of the entries that went.
     """
 
     options = {
@@ -30,24 +33,27 @@ class Residual(Wrapper):
 
     def compact(self, region: Region) -> Compaction:
         """The losers and the residual entry become the residual entry."""
+        # The residual entry of each head, if there is one by now: bool [..., m] and [...].
         residual = region.weights > 1
         exists = residual.any(-1)
-        asked = region.num_losers[:, None]
-        count = torch.where(exists | (asked == 0), asked, asked + 1)
+        # The first time, one entry more must go, to become it; it does not count as a loser.
+        num_losers = region.num_losers[:, None]
+        count = torch.where(exists | (num_losers == 0), num_losers, num_losers + 1)
         dropped = self.inner.losers(region, count, residual)
         newest = region.positions.masked_fill(~dropped, -1).argmax(-1, keepdim=True)
-        founded = torch.zeros_like(dropped).scatter_(-1, newest, True) & dropped
-        carrier = torch.where(exists[..., None], residual, founded)
-        carrier = carrier & (asked > 0)[..., None]
+        newest_dropped = torch.zeros_like(dropped).scatter_(-1, newest, True) & dropped
+        carrier = torch.where(exists[..., None], residual, newest_dropped)
+        carrier = carrier & (num_losers > 0)[..., None]  # where nothing goes nothing changes
         folded = dropped | carrier
 
+        # What the carrier takes of each entry, [..., m]: a mean by tokens, or all of it.
         weights = region.weights * folded
         total = weights.sum(-1, keepdim=True)
         if self.settings["mode"] == "mean":
             factors = weights / total.clamp_min(1)
         else:
             factors = folded.to(weights.dtype)
-        factors, into = factors[..., None, :], carrier[..., None]
+        factors, into = factors[..., None, :], carrier[..., None]  # [..., 1, m], [..., m, 1]
         return Compaction(
             losers=dropped & ~carrier,
             keys=torch.where(into, factors @ self._clean(region, region.keys), region.keys),

@@ -10,7 +10,7 @@ from paged_kv.policies.base import Wrapper
 from paged_kv.policies.entries import take
 from paged_kv.policies.region import Compaction, Region
 
-BLOCK = 128  # losers looked at together: their similarities to all entries are held at once
+BLOCK = 128  # losers at a time: similarities of so many to all m entries are in memory together
 
 
 class ValueMerge(Wrapper):
@@ -38,23 +38,26 @@ class ValueMerge(Wrapper):
         valid = region.valid[..., None]
         directions = F.normalize(region.keys.where(valid, 0), dim=-1)
         before = region.values.where(valid, 0)
-        first = losers.byte().argsort(dim=-1, descending=True, stable=True)
-        first = first[..., : region.max_losers]
-        added = torch.zeros_like(region.weights)
-        values = torch.zeros_like(region.values)
-        for slots in torch.split(first, BLOCK, -1):
-            similarity = take(directions, slots) @ directions.transpose(-1, -2)
+        # Slots of the losers, then of others where a row has fewer: [..., max_losers].
+        loser_slots = losers.byte().argsort(dim=-1, descending=True, stable=True)
+        loser_slots = loser_slots[..., : region.max_losers]
+        added = torch.zeros_like(region.weights)  # tokens that each taker takes in: [..., m]
+        sums = torch.zeros_like(region.values)  # of their values, times these: [..., m, d]
+        for slots in torch.split(loser_slots, BLOCK, -1):
+            similarity = take(directions, slots) @ directions.transpose(-1, -2)  # [..., block, m]
             similarity = similarity.masked_fill(~takers[..., None, :], -torch.inf)
-            most, target = similarity.max(-1)
+            cosine, target = similarity.max(-1)  # [..., block]
             # The cosine of opposite keys is -1 but for the last bit; no taker at all is -inf.
-            near = (most.clamp_min(-1) >= self.settings["threshold"]) & most.isfinite()
+            near = (cosine.clamp_min(-1) >= self.settings["threshold"]) & cosine.isfinite()
             weights = take(region.weights, slots) * (take(losers, slots) & near)
+            # [..., block, m]: each loser's weight in the column of its target. As a product, since
+            # adding up by scatter has no fixed order on a GPU.
             share = torch.zeros_like(similarity).scatter_(-1, target[..., None], weights[..., None])
             added += share.sum(-2)
-            values += share.transpose(-1, -2) @ take(before, slots)
+            sums += share.transpose(-1, -2) @ take(before, slots)
         changed = added > 0
         total = region.weights + added
-        mean = (before * region.weights[..., None] + values) / total.clamp_min(1)[..., None]
+        mean = (before * region.weights[..., None] + sums) / total.clamp_min(1)[..., None]
         return Compaction(
             losers=losers,
             values=torch.where(changed[..., None], mean, region.values),
