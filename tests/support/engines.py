@@ -22,7 +22,7 @@ Tokens = list[int]
 
 
 @contextmanager
-def _without_collections() -> Iterator[None]:
+def without_collections() -> Iterator[None]:
     """vLLM collects garbage nine times in an engine's life: 0.4 s each with all that we import."""
     nothing = {name: lambda *_: 0 for name in ("collect", "freeze", "unfreeze")}
     with mock.patch.multiple(gc, **nothing):
@@ -51,12 +51,12 @@ def engine(model: str, paged_kv: dict[str, Any] | None = None, **kwargs: Any) ->
         "seed": 0,
         "additional_config": {"paged_kv": paged_kv} if paged_kv else {},
     }
-    with _without_collections():
+    with without_collections():
         llm = LLM(model, **{**settings, **kwargs})
     try:
         yield llm
     finally:
-        with _without_collections():
+        with without_collections():
             llm.llm_engine.engine_core.shutdown()
             del llm
             cleanup_dist_env_and_memory()
