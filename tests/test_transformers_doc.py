@@ -33,8 +33,8 @@ MAPPED = [
 def rows() -> dict[str, str]:
     """Their options -> our call."""
     text = DOCUMENT.read_text().split("\n## Coming from another")[1]
-    found = re.findall(r"^\| (.+?) \| `(PagedCache\(.+?\))` \|", text, re.MULTILINE)
-    assert len(found) == text.count("\n| ") - 2  # the header, and the line below it
+    found = re.findall(r"^\* (.+?):\n  `(PagedCache\([^`]+\))`", text, re.MULTILINE)
+    assert len(found) == text.count("\n* ")
     return dict(found)
 
 
