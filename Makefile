@@ -1,7 +1,7 @@
 # make setup   .venv with everything pinned in requirements/cpu.lock, and the test model in the user's cache
 # make demo    a real model with a compressed cache, on this CPU
 # make test    lint, types and all tests
-# make lint    ruff and mypy only
+# make lint    ruff, mypy and the width of the documents only
 # make test-versions   with vLLM 0.33 what needs no engine, with transformers 5.24 paged_kv.hf; CI runs this, too
 
 SHELL := bash
@@ -63,6 +63,7 @@ lint: venv
 	@$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/python tests/support/documents.py
 
 test: setup lint
 	@$(BIN)/python -m pytest -n 2 --dist loadfile # engines mostly start, on one core
