@@ -92,9 +92,10 @@ def declared(name: str, values: Mapping[str, Any]) -> dict[str, Option]:
     options = dict(load(name).options)
     if not issubclass(load(name), Wrapper):
         return options
-    inner = values.get(WRAPPED, options[WRAPPED].default)
-    evicting = [other for other in _locations() if issubclass(load(other), ScoringPolicy)]
-    if inner not in evicting:
+    inner, names = values.get(WRAPPED, options[WRAPPED].default), _locations()
+    is_name = isinstance(inner, str) and inner in names
+    if not is_name or not issubclass(load(inner), ScoringPolicy):
+        evicting = [other for other in names if issubclass(load(other), ScoringPolicy)]
         allowed = ", ".join(sorted(evicting))
         raise ValueError(f"{WRAPPED} must be one of {allowed}, not {inner!r}")
     return dict(load(inner).options) | options
