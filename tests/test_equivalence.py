@@ -59,7 +59,7 @@ class Case:
     config: dict[str, Any]
     rule: Rule
     prompts: list[int]  # lengths
-    max_tokens: int = 256
+    max_tokens: int = 160
     engine: dict[str, Any] = field(default_factory=dict)
 
 
@@ -88,14 +88,12 @@ CASES = {
         {"policy": "streaming", "budget": 0.5, "min_budget": 130, "compress_prefill": True},
         Rule([Fraction(1, 2)] * 30, page_size=64, min_budget=130, compress_prefill=True),
         [50, 130, 410],
-        max_tokens=160,
         engine=CHUNKS | {"block_size": 64},
     ),
     "streaming, pages of 128, asynchronous": Case(
         {"policy": "streaming", "budget": 250, "recent_window": 100},
         Rule([250] * 30, page_size=128),
         [60, 250, 405],
-        max_tokens=160,
         engine={"block_size": 128, "async_scheduling": True},
     ),
     "streaming, a budget of no whole pages": Case(
@@ -108,6 +106,7 @@ CASES = {
         {"policy": "pyramidal+streaming", "budget": 256},
         Rule(PYRAMID_256),
         [60, 192, 300, 420],
+        max_tokens=256,
         engine=CHUNKS,
     ),
     "pyramidal, half, compress_prefill, skipped layers": Case(

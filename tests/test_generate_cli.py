@@ -159,6 +159,21 @@ def test_quantized_pages(generate):
     assert "page_size 8: packed pages need a multiple of 16" in notes
 
 
+@pytest.mark.vllm
+def test_vllm_writes_and_counts(generate):
+    more = json.dumps({"num_sink_tokens": 2})
+    policy = ["--policy", "streaming", "--budget", 80, "--policy-config", more]
+    code, text, notes = generate(
+        "--prompt", PROMPT, "--max-new-tokens", NEW, "--engine", "vllm", *policy
+    )
+    assert code == 0, notes
+    assert 0 < len(text.split()) <= NEW
+    assert "cache (streaming, budget 80)" in notes
+    # The prompt's pages, of 32 tokens; then at most the budget and one page more.
+    assert statistic(notes, "peak_pages") == 5
+    assert statistic(notes, "pages") <= 4
+
+
 # ---- as a user runs it
 
 
@@ -168,21 +183,6 @@ def run(*args, **options) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command, env=env, capture_output=True, text=True, check=False, timeout=300, **options
     )
-
-
-@pytest.mark.vllm
-def test_vllm_writes_and_counts(tiny):
-    more = json.dumps({"num_sink_tokens": 2})
-    policy = ["--policy", "streaming", "--budget", 80, "--policy-config", more]
-    result = run(
-        *("--model", tiny, "--prompt", PROMPT, "--max-new-tokens", NEW, "--engine", "vllm"), *policy
-    )
-    assert result.returncode == 0, result.stderr
-    assert 0 < len(result.stdout.split()) <= NEW
-    assert "cache (streaming, budget 80)" in result.stderr
-    # The prompt's pages, of 32 tokens; then at most the budget and one page more.
-    assert statistic(result.stderr, "peak_pages") == 5
-    assert statistic(result.stderr, "pages") <= 4
 
 
 @pytest.mark.model

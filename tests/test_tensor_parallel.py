@@ -40,12 +40,17 @@ def settings_of(policy: str) -> dict[str, Any]:
     return SETTINGS | (SMALL_POOL if policy == "swap" else {})
 
 
-# Multi-process, one core for each rank.
+# Multi-process, one core for each rank. vLLM spawns ranks, each of which imports vLLM for 10 s:
+# here they come from a server that has imported them once.
 TWO_RANKS = """
-import json, sys
+import json, multiprocessing, sys
 import engines
+from vllm.v1.executor import multiproc_executor
 
-if __name__ == "__main__":  # the ranks are spawned: they import this file
+if __name__ == "__main__":  # the ranks import this file
+    multiprocessing.set_forkserver_preload(["engines", "vllm.v1.worker.cpu_worker"])
+    context = multiprocessing.get_context("forkserver")
+    multiproc_executor.get_mp_context = lambda: context
     for model, paged_kv, settings, prompts, max_tokens in json.load(open(sys.argv[1])):
         with engines.engine(model, paged_kv, tensor_parallel_size=2, **settings) as llm:
             print(json.dumps(engines.generate(llm, prompts, max_tokens)), flush=True)

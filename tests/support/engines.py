@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import os
@@ -33,6 +34,7 @@ def without_collections() -> Iterator[None]:
 def _freeze_what_is_imported() -> None:
     """At the end of the first engine: what lives then is not looked through any more."""
     gc.freeze()
+    atexit.register(gc.unfreeze)
 
 
 @contextmanager
