@@ -159,9 +159,9 @@ def test_a_worker_makes_one_config_and_one_policy(vllm_config, ranks, monkeypatc
 
 def test_groups_are_the_same_on_every_rank(vllm_config, ranks):
     """A group's number means the same budget everywhere, also where it has no layer."""
-    from paged_kv.vllm.scheduler import spec
+    from paged_kv.vllm.scheduler import registration
 
-    spec.register()
+    registration.register()
     by_rank = [rank.get_kv_cache_spec() for rank in ranks]
     together = by_rank[0] | by_rank[1]
     planning = engines.kv_cache_planning()
@@ -180,9 +180,9 @@ def test_groups_are_the_same_on_every_rank(vllm_config, ranks):
 
 
 def test_vllm_makes_one_pool_for_both_ranks(vllm_config, ranks):
-    from paged_kv.vllm.scheduler import spec
+    from paged_kv.vllm.scheduler import registration
 
-    spec.register()
+    registration.register()
     configs = engines.kv_cache_configs(
         vllm_config, [rank.get_kv_cache_spec() for rank in ranks], [1 << 28, 1 << 28]
     )

@@ -75,14 +75,14 @@ def test_registry_of_specs():
     from vllm.v1.kv_cache_interface import FullAttentionSpec
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-    from paged_kv.vllm.scheduler import spec
+    from paged_kv.vllm.scheduler import registration, spec
     from paged_kv.vllm.scheduler.manager import PagedManager
 
     takes(
         KVCacheSpecRegistry.register, "kvcache_spec_cls", "manager_class", "uniform_type_base_spec"
     )
-    spec.register()
-    spec.register()
+    registration.register()
+    registration.register()
     manager_of = KVCacheSpecRegistry.get_manager_class
     kwargs = {"block_size": 32, "num_kv_heads": 1, "head_size": 32, "dtype": "float32"}
     stock = FullAttentionSpec(**kwargs)
@@ -107,10 +107,10 @@ def test_layers_with_other_pages_are_one_group_with_as_many_pages():
     from vllm.v1.kv_cache_interface import FullAttentionSpec, UniformTypeKVCacheSpecs
 
     from paged_kv.core.schedule import Schedule
-    from paged_kv.vllm.scheduler import spec
+    from paged_kv.vllm.scheduler import registration, spec
     from paged_kv.vllm.worker.packed import packed_spec
 
-    spec.register()
+    registration.register()
     stock = FullAttentionSpec(block_size=32, num_kv_heads=3, head_size=64, dtype=torch.bfloat16)
     full = {name: packed_spec(stock, name) for name in ("int8", "int4", "native")}
     paged = {n: spec.PagedSpec.from_full(s, Schedule(32, 128)) for n, s in full.items()}

@@ -31,7 +31,7 @@ def check_empty(llm: Any) -> None:
     assert ledger.used == (0, 0)
     assert not ledger.swapped
     copier = swap(llm).copier
-    assert not copier.states._first_tokens
+    assert not copier.ring_slots._first_tokens
     if copier.spilled is not None:
         llm.llm_engine.step()  # the worker is told who has ended
         assert not copier.spilled.stats().requests

@@ -22,8 +22,9 @@ from vllm.v1.structured_output import StructuredOutputManager
 from paged_kv.core.schedule import Schedule
 from paged_kv.vllm.plan import PLAN_KEY, GroupedPlan, get_plan
 from paged_kv.vllm.scheduler import limits
+from paged_kv.vllm.scheduler.registration import register
 from paged_kv.vllm.scheduler.scheduler import PagedAsyncScheduler, PagedScheduler
-from paged_kv.vllm.scheduler.spec import PagedSpec, register
+from paged_kv.vllm.scheduler.spec import PagedSpec
 from paged_kv.vllm.swap.commands import Capacity
 from paged_kv.vllm.swap.options import set_connector
 from paged_kv.vllm.swap.scheduler import SwapAsyncScheduler, SwapScheduler

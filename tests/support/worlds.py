@@ -193,7 +193,7 @@ class World:
             ]
             num_pages = cdiv(load.num_tokens, self.rules.page_size)
             self.seen["evicted"] += any(lost)
-            self.seen["hit"] += not any(lost) and len(load.copy.slots[0]) < num_pages
+            self.seen["hit"] += not any(lost) and len(load.pages.slots[0]) < num_pages
         return loads
 
     def _check_ledger(self) -> None:

@@ -19,10 +19,10 @@ def register() -> None:
     from vllm.engine.arg_utils import EngineArgs
 
     from paged_kv.vllm.frontend import compat, options
-    from paged_kv.vllm.scheduler import spec
+    from paged_kv.vllm.scheduler import registration
 
     compat.check_version()
-    spec.register()
+    registration.register()
     if hasattr(EngineArgs, "plugins"):  # patched vLLM
         if options not in EngineArgs.plugins:
             EngineArgs.plugins.append(options)

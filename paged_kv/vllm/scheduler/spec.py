@@ -1,4 +1,4 @@
-"""The KV cache spec of a compressed layer, and its registration with vLLM's manager for it."""
+"""The KV cache spec of a compressed layer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 from typing_extensions import Self
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
-from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from paged_kv.core.schedule import Schedule, cdiv
 from paged_kv.vllm.scheduler import limits
@@ -75,12 +74,3 @@ class PagedSpec(AttentionSpec):
 
     def _format(self) -> dict[str, Any]:
         return {"dtype": self.dtype, "state_content_bytes": self.state_content_bytes}
-
-
-def register() -> None:
-    """Tells vLLM which manager allocates for PagedSpec. Idempotent."""
-    from paged_kv.vllm.scheduler.manager import PagedManager
-
-    # vLLM registers its own specs only while the registry is empty.
-    KVCacheSpecRegistry._ensure_registered()
-    KVCacheSpecRegistry.register(PagedSpec, PagedManager, uniform_type_base_spec=PagedSpec)

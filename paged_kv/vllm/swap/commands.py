@@ -12,7 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 
-class Copy(NamedTuple):
+class SwappedPages(NamedTuple):
     """Pages of a request and where they lie in the host tier.
 
     Args:
@@ -30,14 +30,14 @@ class Save(NamedTuple):
     """Pages to host slots, before anything of this step is written."""
 
     request_id: str
-    copy: Copy
+    pages: SwappedPages
 
 
 class Load(NamedTuple):
     """Host slots to pages, before this step's forward pass. num_tokens: what they hold."""
 
     request_id: str
-    copy: Copy
+    pages: SwappedPages
     num_tokens: int
 
 

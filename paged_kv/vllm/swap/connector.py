@@ -7,7 +7,7 @@ worker saves them before it does anything else in that step.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -19,13 +19,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from paged_kv.core.schedule import cdiv
-from paged_kv.vllm.scheduler.manager import PagedManager
 from paged_kv.vllm.swap import metrics
 from paged_kv.vllm.swap.commands import Capacity, Finished, SwapMetadata
+from paged_kv.vllm.swap.copier import Copier
 from paged_kv.vllm.swap.ledger import RESET, STALE, Ledger
-
-if TYPE_CHECKING:
-    from paged_kv.vllm.swap.copier import Copier
+from paged_kv.vllm.swap.needs import Compressed
 
 
 class SwapConnector(KVConnectorBase_V1, SupportsHMA):
@@ -103,7 +101,7 @@ class SwapConnector(KVConnectorBase_V1, SupportsHMA):
         if self.ledger.promote(request.request_id):
             return None, False
         for manager in self._managers:  # they were told that it comes back: it begins anew
-            if isinstance(manager, PagedManager):
+            if isinstance(manager, Compressed):
                 manager.forget_restored(request.request_id)
         return 0, False
 
@@ -160,7 +158,7 @@ class SwapConnector(KVConnectorBase_V1, SupportsHMA):
         return self._kv_cache_manager.coordinator.single_type_managers
 
     def _evicted(self, manager: Any, request: Any, num_tokens: int) -> int:
-        if not isinstance(manager, PagedManager):
+        if not isinstance(manager, Compressed):
             return 0
         evicted: int = manager.schedule.evicted(num_tokens, request.num_prompt_tokens)
         return evicted
@@ -170,7 +168,7 @@ class SwapConnector(KVConnectorBase_V1, SupportsHMA):
             manager.private_hits
             or self._evicted(manager, request, earlier) != self._evicted(manager, request, later)
             for manager in self._managers
-            if isinstance(manager, PagedManager)
+            if isinstance(manager, Compressed)
         )
 
     # The worker's side.

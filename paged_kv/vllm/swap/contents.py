@@ -24,7 +24,7 @@ ALIGNMENT = 64  # bytes; of every part of a slot
 PAGES_AT_ONCE = 16  # decoded numbers are large
 
 
-class Part(Protocol):
+class SlotPart(Protocol):
     """Some of what a page holds: num_bytes of it."""
 
     num_bytes: int
@@ -49,7 +49,7 @@ class Raw:
         self.num_bytes = math.prod(self.shape) * tensor.element_size()
 
     def save(self, page_ids: Sequence[int], rows: Sequence[Tensor]) -> None:
-        """See Part. Copies of a GPU's pages are in stream order."""
+        """See SlotPart. Copies of a GPU's pages are in stream order."""
         for page, row in zip(page_ids, rows, strict=True):
             self._numbers(row).copy_(self.tensor[:, page], non_blocking=True)
 
@@ -70,7 +70,7 @@ class Side(Raw):
     """
 
     def load(self, page_ids: Sequence[int], rows: Sequence[Tensor], last: int) -> None:
-        """See Part."""
+        """See SlotPart."""
         super().load(page_ids[:-1], rows[:-1], last)
         old = self._numbers(rows[-1])[..., :last]
         self.tensor[:, page_ids[-1], ..., :last].copy_(old, non_blocking=True)
@@ -91,7 +91,7 @@ class Converted:
         self.num_bytes = pages.num_layers * pages.num_heads * layout.block_bytes
 
     def save(self, page_ids: Sequence[int], rows: Sequence[Tensor]) -> None:
-        """See Part. What nobody has written yet may hold anything, also what is no number."""
+        """See SlotPart. What nobody has written yet may hold anything, also what is no number."""
         for start in range(0, len(page_ids), PAGES_AT_ONCE):
             blocks, ids, some = self._chunk(page_ids[start : start + PAGES_AT_ONCE])
             for name, part in (("key", self.pages.keys), ("value", self.pages.values)):
@@ -100,7 +100,7 @@ class Converted:
             Raw(blocks).save(range(len(ids)), rows[start : start + PAGES_AT_ONCE])
 
     def load(self, page_ids: Sequence[int], rows: Sequence[Tensor], last: int) -> None:
-        """See Part."""
+        """See SlotPart."""
         for start in range(0, len(page_ids), PAGES_AT_ONCE):
             blocks, ids, some = self._chunk(page_ids[start : start + PAGES_AT_ONCE])
             Raw(blocks).load(range(len(ids)), rows[start : start + PAGES_AT_ONCE], last)
@@ -129,7 +129,7 @@ class Contents:
         page_size: slots of a page.
     """
 
-    def __init__(self, parts: Sequence[Part], page_size: int) -> None:
+    def __init__(self, parts: Sequence[SlotPart], page_size: int) -> None:
         self.parts = parts
         self.page_size = page_size
         self.num_bytes = sum(aligned(part.num_bytes) for part in parts)
@@ -154,7 +154,9 @@ class Contents:
             for part, rows in self._rows(slots, host):
                 part.load(page_ids, rows, (num_tokens - 1) % self.page_size + 1)
 
-    def _rows(self, slots: Sequence[int], host: Tensor) -> Iterator[tuple[Part, Sequence[Tensor]]]:
+    def _rows(
+        self, slots: Sequence[int], host: Tensor
+    ) -> Iterator[tuple[SlotPart, Sequence[Tensor]]]:
         start = 0
         for part in self.parts:
             end = start + part.num_bytes

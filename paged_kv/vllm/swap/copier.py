@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Event, Tensor
@@ -10,26 +10,22 @@ from vllm.logger import init_logger
 
 from paged_kv.config import CompressionConfig
 from paged_kv.core.page_formats import NATIVE
-from paged_kv.kernels.page_layout import PageLayout
 from paged_kv.quant import make_layout
 from paged_kv.tiers.swap_tiers import SwapTiers
 from paged_kv.vllm.swap.commands import (
     Capacity,
     Command,
-    Copy,
     Demote,
     Finished,
     Forget,
     Load,
     Promote,
     Save,
+    SwappedPages,
 )
-from paged_kv.vllm.swap.contents import Contents, Converted, Part, Raw, Side, aligned
-from paged_kv.vllm.swap.state import States, rings_of
-from paged_kv.vllm.worker.layer_group import make_pages
-from paged_kv.vllm.worker.layout import stack_layers
-from paged_kv.vllm.worker.residual import Residual
-from paged_kv.vllm.worker.step import Compactor
+from paged_kv.vllm.swap.contents import Contents, Converted, Raw, Side, SlotPart, aligned
+from paged_kv.vllm.swap.needs import LayerCaches, SpilledEntries
+from paged_kv.vllm.swap.ring_slots import Rings, RingSlots
 
 logger = init_logger(f"vllm.{__name__}")
 GIB = 1 << 30
@@ -42,9 +38,9 @@ class Copier:
         runner: vLLM's model runner (V1 or V2).
         kv_cache_config: the layer groups and the number of pages.
         config: the options.
-        compactor: has side data and a query ring; None without a policy.
-        residual: has rings of native pages; None for none.
-        layouts: of the layers whose pages are packed.
+        caches: what is copied.
+        rings: all that requests have rows of.
+        spilled: what requests have spilled; None: nobody spills.
 
     Raises:
         ValueError: the tiers hold nothing, or cannot be made; see SwapTiers.
@@ -55,23 +51,21 @@ class Copier:
         runner: Any,
         kv_cache_config: Any,
         config: CompressionConfig,
-        compactor: Compactor | None,
-        residual: Residual | None,
-        layouts: Mapping[str, PageLayout],
+        caches: LayerCaches,
+        rings: Sequence[Rings],
+        spilled: SpilledEntries | None,
     ) -> None:
         vllm_config = runner.vllm_config
-        self.layers = vllm_config.compilation_config.static_forward_context
         self.config = config
         self.num_pages = kv_cache_config.num_blocks
-        self.compactor, self.layouts = compactor, layouts
-        self.spilled = compactor.spilled if compactor is not None else None
+        self.caches, self.spilled = caches, spilled
         builders = [[tuple(one.layer_names) for one in group] for group in runner.attn_groups]
         self.contents = [
             Contents(self._parts(names), group.kv_cache_spec.block_size)
             for names, group in zip(builders, kv_cache_config.kv_cache_groups, strict=True)
         ]
         slot_bytes = max(one.num_bytes for one in self.contents)
-        self.states = States(rings_of(compactor, residual), slot_bytes)
+        self.ring_slots = RingSlots(rings, slot_bytes)
         self.is_gpu = runner.device.type != "cpu"
         parallel = vllm_config.parallel_config
         self.tiers = self._make_tiers(slot_bytes, parallel.world_size)
@@ -93,20 +87,20 @@ class Copier:
                     self.tiers.promote(*command)
                 case Forget():
                     self.tiers.forget(command.request_id)
-                    self.states.forget(command.request_id)
+                    self.ring_slots.forget(command.request_id)
                     if self.spilled is not None:
                         self.spilled.drop(command.request_id)
                 case Load():
-                    self.states.begin_load(command.request_id)
+                    self.ring_slots.begin_load(command.request_id)
                     self._loads.append(command)
 
     def load(self) -> None:
         """Restores the requests that are resumed in this step; the metadata of it is built."""
         for command in self._loads:
-            for contents, page_ids, slots in self._groups(command.copy):
+            for contents, page_ids, slots in self._groups(command.pages):
                 contents.load(page_ids, slots, self.tiers.host, command.num_tokens)
-            rows = [self.tiers.host[slot] for slot in command.copy.state_slots]
-            self.states.load(command.request_id, rows)
+            rows = [self.tiers.host[slot] for slot in command.pages.state_slots]
+            self.ring_slots.load(command.request_id, rows)
         if self._loads:
             self._loaded = self._event()
         self._loads = []
@@ -123,17 +117,21 @@ class Copier:
         self.tiers.close()
 
     def _save(self, command: Save) -> None:
-        copy = command.copy
-        self.tiers.wait([slot for some in (*copy.slots, copy.state_slots) for slot in some])
-        for contents, page_ids, slots in self._groups(copy):
+        pages = command.pages
+        self.tiers.wait([slot for some in (*pages.slots, pages.state_slots) for slot in some])
+        for contents, page_ids, slots in self._groups(pages):
             contents.save(page_ids, slots, self.tiers.host)
-        self.states.save(command.request_id, [self.tiers.host[slot] for slot in copy.state_slots])
+        self.ring_slots.save(
+            command.request_id, [self.tiers.host[slot] for slot in pages.state_slots]
+        )
         self._saved = self._event()
         if self.spilled is not None:
             self.spilled.keep(command.request_id)
 
-    def _groups(self, copy: Copy) -> Iterator[tuple[Contents, Sequence[int], Sequence[int]]]:
-        return zip(self.contents, copy.page_ids, copy.slots, strict=True)
+    def _groups(
+        self, pages: SwappedPages
+    ) -> Iterator[tuple[Contents, Sequence[int], Sequence[int]]]:
+        return zip(self.contents, pages.page_ids, pages.slots, strict=True)
 
     def _event(self) -> Callable[[], None]:
         """Waits for the copies that have been started."""
@@ -144,26 +142,20 @@ class Copier:
         wait: Callable[[], None] = event.synchronize
         return wait
 
-    def _parts(self, builders: list[tuple[str, ...]]) -> list[Part]:
-        parts: list[Part] = []
+    def _parts(self, builders: list[tuple[str, ...]]) -> list[SlotPart]:
+        parts: list[SlotPart] = []
         for names in builders:
             parts += self._pages(names)
-            compactor = self.compactor
-            if compactor is not None and not compactor.positional and names[0] in compactor.layers:
-                for store in compactor.stores_of(names):
-                    parts += [Side(self._by_page(one)) for one in store.side.tensors.values()]
+            parts += [Side(self._by_page(tensor)) for tensor in self.caches.side(names)]
         return parts
 
-    def _pages(self, names: tuple[str, ...]) -> list[Part]:
-        layers = [self.layers[name] for name in names]
-        raw: list[Part] = [
-            Raw(self._by_page(stack)) for stack in stack_layers([one.kv_cache for one in layers])
-        ]
+    def _pages(self, names: tuple[str, ...]) -> list[SlotPart]:
+        raw: list[SlotPart] = [Raw(self._by_page(stack)) for stack in self.caches.raw(names)]
         if self.config.swap_format == NATIVE:
             return raw
-        first = layers[0]
-        converted: list[Part] = []
-        for pages in make_pages(names, self.layers, self.layouts):
+        first = self.caches.layer(names[0])
+        converted: list[SlotPart] = []
+        for pages in self.caches.pages(names):
             sizes = first.head_size, pages.values.size, pages.page_size
             layout = make_layout(self.config.swap_format, first.dtype, *sizes)
             if pages.num_pages != self.num_pages:
@@ -185,13 +177,13 @@ class Copier:
             int(space * GIB) // num_ranks // slot_bytes
             for space in (config.swap_space, config.swap_dir_space)
         )
-        least = 1 + self.states.num_slots
+        least = 1 + self.ring_slots.num_slots
         if host < least:
             raise ValueError(
                 f"kv-swap-space {config.swap_space} GiB holds no request: one of a page takes "
                 f"{least * slot_bytes * num_ranks / GIB:.4f} GiB"
             )
-        self.capacity = Capacity(slot_bytes, host, file, self.states.num_slots)
+        self.capacity = Capacity(slot_bytes, host, file, self.ring_slots.num_slots)
         logger.info(
             "paged_kv swap: %d pages of %d bytes in memory, %d in %s",
             host,

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from paged_kv.vllm.swap.commands import (
     Capacity,
     Command,
-    Copy,
     Demote,
     Finished,
     Forget,
     Load,
     Promote,
     Save,
+    SwappedPages,
 )
 
 FULL = "fallback_full"
@@ -57,19 +57,19 @@ class Swapped:
         """Whether it is on its way from the file to host memory."""
         return bool(self.host and self.file)
 
-    def copy(self, pages: Sequence[Mapping[int, int]]) -> Copy:
-        """These pages of it.
+    def in_slots(self, pages: Sequence[Mapping[int, int]]) -> SwappedPages:
+        """These pages of it, and where they lie.
 
         Args:
             pages: page id by logical index, of each layer group.
         """
         slots = iter(self.host)
-        own = [dict(zip(indices, slots, strict=False)) for indices in self.pages]
-        return Copy(
+        slot_of = [dict(zip(indices, slots, strict=False)) for indices in self.pages]
+        return SwappedPages(
             tuple(tuple(some.values()) for some in pages),
             tuple(
                 tuple(group[index] for index in some)
-                for group, some in zip(own, pages, strict=True)
+                for group, some in zip(slot_of, pages, strict=True)
             ),
             tuple(slots),
         )
@@ -122,7 +122,7 @@ class Ledger:
         slots = tuple(self._host.popleft() for _ in range(count))
         one = Swapped(num_tokens, tuple(tuple(group) for group in pages), slots)
         self.swapped[request_id] = one
-        self._commands.append(Save(request_id, one.copy(pages)))
+        self._commands.append(Save(request_id, one.in_slots(pages)))
         self.counts["swapped_out_requests"] += 1
         self.counts["swapped_out_pages"] += num_pages
         self.counts["swapped_out_bytes"] += count * self.capacity.slot_bytes * self.num_ranks
@@ -157,7 +157,7 @@ class Ledger:
         """
         one = self.swapped.pop(request_id)
         assert one.is_loadable
-        self._commands.append(Load(request_id, one.copy(pages), num_tokens))
+        self._commands.append(Load(request_id, one.in_slots(pages), num_tokens))
         self._loaded += one.host
         self.counts["swapped_in_requests"] += 1
         self.counts["swapped_in_pages"] += sum(map(len, pages))

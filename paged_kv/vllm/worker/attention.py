@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from vllm.v1.attention.backend import (
     AttentionBackend,
-    AttentionCGSupport,
     CommonAttentionMetadata,
     subclass_attention_backend,
 )
 
-if TYPE_CHECKING:
-    from paged_kv.vllm.worker.step import Compactor
+from paged_kv.vllm.worker.metadata import retaining_builder
+from paged_kv.vllm.worker.step import Compactor
 
 
 def wrap_backend(backend: type[AttentionBackend], compactor: Compactor) -> type[AttentionBackend]:
     """A subclass of backend whose metadata skips evicted slots; the kernels stay as they are."""
-    builder: Any = backend.get_builder_cls()
+    builder: Any = retaining_builder(backend.get_builder_cls(), compactor)
 
     class PagedMetadataBuilder(builder):
-        """Shifts the metadata, then builds as before."""
-
-        # FlashAttention would take another group's metadata and put an unshifted table into it.
-        supports_update_block_table = False
-
-        @classmethod
-        def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-            """A graph over the attention would skip all of this: piecewise graphs only."""
-            return AttentionCGSupport.NEVER
+        """Builds as before, of what is retained."""
 
         def build(
             self,
@@ -40,8 +31,8 @@ def wrap_backend(backend: type[AttentionBackend], compactor: Compactor) -> type[
             **kwargs: Any,
         ) -> Any:
             """Metadata of the retained entries."""
-            shifted = compactor.shift(self.kv_cache_spec, self.layer_names, common_attn_metadata)
-            return super().build(common_prefix_len, shifted, *args, **kwargs)
+            retained = self.retained(common_attn_metadata)
+            return super().build(common_prefix_len, retained, *args, **kwargs)
 
     return subclass_attention_backend("PagedKV", backend, PagedMetadataBuilder)
 

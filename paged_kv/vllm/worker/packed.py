@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from vllm.v1.attention.backend import (
     AttentionBackend,
-    AttentionCGSupport,
     CommonAttentionMetadata,
     MultipleOf,
 )
@@ -27,10 +26,9 @@ from paged_kv.quant import PAGE_SIZES, make_layout
 from paged_kv.store.attention import attend
 from paged_kv.store.residual_ring import Newest
 from paged_kv.vllm.worker.layer_group import packed_view
+from paged_kv.vllm.worker.metadata import retaining_builder
 from paged_kv.vllm.worker.residual import Residual
-
-if TYPE_CHECKING:
-    from paged_kv.vllm.worker.step import Compactor
+from paged_kv.vllm.worker.step import Compactor
 
 Tensor = torch.Tensor
 
@@ -71,15 +69,9 @@ def packed_backend(
     backend: type[AttentionBackend], compactor: Compactor | None, residual: Residual | None
 ) -> type[AttentionBackend]:
     """A subclass of backend that makes PackedMetadata, of what compactions have left."""
-    builder: Any = backend.get_builder_cls()
+    builder: Any = retaining_builder(backend.get_builder_cls(), compactor)
 
-    class PackedMetadataBuilder(builder):  # what attention.wrap_backend says holds here, too
-        supports_update_block_table = False
-
-        @classmethod
-        def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-            return AttentionCGSupport.NEVER
-
+    class PackedMetadataBuilder(builder):
         def build(
             self,
             common_prefix_len: int,
@@ -87,9 +79,7 @@ def packed_backend(
             *args: Any,
             **kwargs: Any,
         ) -> PackedMetadata:
-            metadata = common_attn_metadata
-            if compactor is not None:
-                metadata = compactor.shift(self.kv_cache_spec, self.layer_names, metadata)
+            metadata = self.retained(common_attn_metadata)
             rows = metadata.num_reqs
             made = PackedMetadata(
                 metadata.num_actual_tokens,

@@ -24,10 +24,12 @@ from paged_kv.kernels.page_layout import PageLayout
 from paged_kv.policies.base import Policy
 from paged_kv.vllm.plan import GroupedPlan, get_plan
 from paged_kv.vllm.scheduler import limits
-from paged_kv.vllm.scheduler.spec import PagedSpec, register
+from paged_kv.vllm.scheduler.registration import register
+from paged_kv.vllm.scheduler.spec import PagedSpec
 from paged_kv.vllm.swap.connector import SwapConnector
 from paged_kv.vllm.swap.copier import Copier
 from paged_kv.vllm.worker.attention import observe_layer, wrap_backend
+from paged_kv.vllm.worker.caches import WorkerCaches, rings_of
 from paged_kv.vllm.worker.memory import Shares
 from paged_kv.vllm.worker.packed import PackedAttention, layout_of, packed_backend, packed_spec
 from paged_kv.vllm.worker.residual import Residual
@@ -113,8 +115,7 @@ class PagedWorkerMixin:
         super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
         swap = _swap_connector()
         if swap is not None:
-            beside = self.compactor, self.residual, self.layouts
-            swap.bind_copier(Copier(self.model_runner, kv_cache_config, self._config, *beside))
+            swap.bind_copier(self._copier(kv_cache_config))
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """One step, then its compactions, in stream order; what is preempted is saved before."""
@@ -138,6 +139,18 @@ class PagedWorkerMixin:
         num_requests = self.vllm_config.scheduler_config.max_num_seqs
         spilled = make_request_stores(self._config, list(layers.values()), num_requests)
         return Compactor(self.model_runner, self._policy, layers, layouts, spilled)
+
+    def _copier(self, kv_cache_config: Any) -> Copier:
+        compactor, residual = self.compactor, self.residual
+        layers = self.vllm_config.compilation_config.static_forward_context
+        return Copier(
+            self.model_runner,
+            kv_cache_config,
+            self._config,
+            WorkerCaches(layers, self.layouts, compactor),
+            rings_of(compactor, residual),
+            None if compactor is None else compactor.spilled,
+        )
 
     @cached_property
     def _config(self) -> CompressionConfig:

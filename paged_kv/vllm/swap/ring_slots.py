@@ -7,9 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from paged_kv.vllm.worker.requests import RequestRows
-from paged_kv.vllm.worker.residual import Residual
-from paged_kv.vllm.worker.step import Compactor
+from paged_kv.vllm.swap.needs import RingRows
 
 Tensor = torch.Tensor
 
@@ -23,26 +21,16 @@ class Rings(NamedTuple):
         of_row: the row's parts of the rings, in an order that never changes.
     """
 
-    requests: RequestRows
+    requests: RingRows
     row_bytes: int
     of_row: Callable[[int], list[Tensor]]
 
 
-def rings_of(compactor: Compactor | None, residual: Residual | None) -> list[Rings]:
-    """The query ring and the residual, where there are such."""
-    found = []
-    if compactor is not None and compactor.policy.observation_window:
-        found.append(Rings(compactor.requests, compactor.row_bytes, compactor.ring_rows))
-    if residual is not None:
-        found.append(Rings(residual.requests, residual.row_bytes, residual.ring_rows))
-    return found
-
-
-class States:
+class RingSlots:
     """Rows of swapped requests, in host slots.
 
     Args:
-        rings: see rings_of.
+        rings: all that requests have rows of.
         slot_bytes: size of a slot.
     """
 
