@@ -66,7 +66,7 @@ lint: venv
 	$(BIN)/python tests/support/documents.py
 
 test: setup lint
-	@$(BIN)/python -m pytest -n 2 --dist loadfile # engines mostly start, on one core
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder # conftest.py orders the files
 
 # Other versions than those of .venv lie in folders of their own, of packages that come before the installed ones. As
 # above, a folder's key is written last.

@@ -19,6 +19,15 @@ settings.register_profile("paged_kv", deadline=None)  # the machine may be busy
 settings.load_profile("paged_kv")
 
 
+def pytest_collection_modifyitems(items):
+    """Files that take long come first: nobody waits for the last one while a core is idle."""
+    length: dict[Path, int] = {}
+    for item in items:
+        here = sum(item.get_closest_marker(name) is not None for name in ("slow", "vllm"))
+        length[item.path] = max(here, length.get(item.path, 0))
+    items.sort(key=lambda item: -length[item.path])
+
+
 @pytest.fixture(scope="session")
 def smollm2_dir() -> Path:
     """SmolLM2-135M-Instruct in bfloat16, from the user's cache (made there on first use, 20 s)."""
