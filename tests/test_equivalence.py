@@ -128,9 +128,14 @@ def test_tokens_are_the_reference_s(name, smollm2_dir, model, text):
         assert engines.worker(llm).compactor.num_events > 0
 
 
-@pytest.mark.parametrize("compress_prefill", [False, True])
+@pytest.mark.parametrize(
+    "compress_prefill", [pytest.param(False, marks=pytest.mark.exhaustive), True]
+)
 def test_preempted_requests(compress_prefill, smollm2_dir, model, text):
-    """Four requests that grow to five pages each in a pool of 13: recomputed, in other chunks."""
+    """Four requests that grow to five pages each in a pool of 13: recomputed, in other chunks.
+
+    test_preemption.py has more of it, without compress_prefill, on the small model.
+    """
     config = {"policy": "streaming", "budget": 128, "compress_prefill": compress_prefill}
     rule = Rule([128] * 30, compress_prefill=compress_prefill)
     prompts = english.cut(text, [64, 75, 40, 90])

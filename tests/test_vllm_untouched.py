@@ -61,16 +61,15 @@ def run(script: str, *arguments: str, **variables: str) -> str:
 
 
 @pytest.mark.vllm
-def test_importing_changes_nothing_and_registering_twice_is_once():
-    run(UNTOUCHED, VLLM_PLUGINS="")
+def test_nothing_happens_without_being_asked(tmp_path):
+    """Imports change nothing, registering twice is once, without a policy all is as vLLM has it.
 
-
-@pytest.mark.vllm
-def test_without_a_policy_the_configuration_is_vllms(tmp_path):
+    In one process without the plugin, since vLLM takes 10 s to import, and one with it.
+    """
     model = tiny_models.config_only("llama", tmp_path)
     without, with_plugin = (
-        json.loads(run(CONFIG, model, VLLM_PLUGINS=names).splitlines()[-1])
-        for names in ("", "paged_kv")
+        json.loads(run(script, model, VLLM_PLUGINS=names).splitlines()[-1])
+        for script, names in ((CONFIG + UNTOUCHED, ""), (CONFIG, "paged_kv"))
     )
     assert (without.pop("wrapped"), with_plugin.pop("wrapped")) == (False, True)
     assert with_plugin == without

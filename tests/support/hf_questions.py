@@ -62,11 +62,17 @@ def logits(model: Any, cache: Any, tokens: list[int]) -> torch.Tensor:
         return torch.cat([model(step, past_key_values=cache).logits[0] for step in steps])
 
 
+_ANSWERS: dict[tuple[int, str], list[list[int]]] = {}
+
+
 def answers(model: Any, options: dict[str, Any]) -> list[list[int]]:
-    """Of caches that have seen nothing but the context and one question."""
-    found = []
-    for question in QUESTIONS:
-        with PagedCache(model.config, **options) as cache:
-            read(model, cache)
-            found.append(ask(model, cache, question))
-    return found
+    """Of caches that have seen nothing but the context and one question; found once."""
+    key = id(model), str(options)  # hf_models keeps its models
+    if key not in _ANSWERS:
+        found = []
+        for question in QUESTIONS:
+            with PagedCache(model.config, **options) as cache:
+                read(model, cache)
+                found.append(ask(model, cache, question))
+        _ANSWERS[key] = found
+    return _ANSWERS[key]
