@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import random
 from typing import Any
 
 import engines
 import pytest
+import tiny_models
 
 PAGE = 4
 GROUP = 0
@@ -71,20 +72,20 @@ def test_copies_of_a_request_that_lost_its_pages_are_dropped() -> None:
 
 
 @pytest.mark.vllm
-@pytest.mark.model
-def test_the_same_prompt_again_is_hit_whole(smollm2_dir: Path) -> None:
+def test_the_same_prompt_again_is_hit_whole(tiny: str) -> None:
     """Also a shorter and a longer one that share its beginning; tokens as without caching."""
     from vllm import SamplingParams
 
-    first = [(37 * index) % 40000 + 100 for index in range(700)]
-    shorter = first[:200] + [(91 * index) % 40000 + 100 for index in range(300)]
+    rng = random.Random(0)
+    first = [rng.randrange(3, tiny_models.VOCAB_SIZE) for _ in range(700)]
+    shorter = first[:200] + [rng.randrange(3, tiny_models.VOCAB_SIZE) for _ in range(300)]
     waves = [[first], [first], [shorter], [shorter], [first, shorter, [*first, *range(50, 150)]]]
     params = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True)
     tokens: dict[bool, list[list[int]]] = {}
     hits: list[int] = []
     for caching in (False, True):
         policy = {"policy": "pyramidal+streaming", "budget": 256}
-        with engines.engine(str(smollm2_dir), policy, enable_prefix_caching=caching) as llm:
+        with engines.engine(tiny, policy, enable_prefix_caching=caching) as llm:
             outputs = [
                 output
                 for wave in waves
