@@ -86,7 +86,6 @@ def test_rows_and_items_are_read(text, subjects, tmp_path):
 
 def test_the_guide_names_files_that_exist():
     paths = re.findall(r"`((?:paged_kv|tests|docs)/[\w/.-]+)`", GUIDE.read_text())
-    assert paths
+    assert len(paths) > 5
     for path in paths:
-        if "NAME" not in path:
-            assert (policy_edits.ROOT / path).exists(), path
+        assert (policy_edits.ROOT / path.replace("NAME", "knorm")).exists(), path

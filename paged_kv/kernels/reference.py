@@ -91,10 +91,12 @@ def expected_probabilities(
     entries, out = keys.flatten(0, -3), hidden.expand(*lead, -1).flatten(0, -2)
     result = torch.empty(out.shape, dtype=keys.dtype, device=keys.device)
     for part in _blocks(out, group * size):
-        d, k = spread[part], entries[part]
+        d, k = spread[part], entries[part]  # [heads, group, n, head_dim], [heads, m, head_dim]
         covariance = d.transpose(-1, -2) @ d  # [heads, group, head_dim, head_dim]
         wide = covariance.transpose(1, 2).flatten(2)  # one product for the whole group
+        # k . covariance k of each entry and query head: [heads, m, group].
         squares = ((k @ wide).unflatten(-1, (group, size)) * k[:, :, None]).sum(-1)
+        # E[exp(x)] of a Gaussian x is exp(mean + variance / 2); x = scale q.k.
         logits = k @ means[part].transpose(-1, -2) * scale + squares * (scale**2 / 2)
         logits = logits.masked_fill_(out[part][..., None], torch.finfo(logits.dtype).min)
         result[part] = logits.softmax(-2).mean(-1)

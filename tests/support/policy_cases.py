@@ -20,7 +20,7 @@ class Cases:
         matrix: options for everything but vLLM: tensors (test_policies, test_policy_definitions)
             and pages in transformers.
         engine: options for real vLLM (test_policy_equivalence): few, since each starts an engine;
-            nothing that the policy protects may be more than a budget of 96.
+            what the policy protects must be less than a budget of 96.
         wrong: values of every option that it declares, each of which must be refused.
         has_accumulator: no more than one entry of each head stands for several tokens.
     """
