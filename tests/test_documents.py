@@ -5,6 +5,8 @@ import re
 import documents
 import pytest
 
+from paged_kv import registry
+
 PATHS = documents.documents()
 
 
@@ -39,6 +41,13 @@ def test_a_wide_line_is_named(tmp_path):
 
 def test_the_readme_is_read_in_two_minutes():
     assert len((documents.ROOT / "README.md").read_text().splitlines()) <= 100
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/policies.md"])
+def test_every_policy_has_a_row(name):
+    lines = (documents.ROOT / name).read_text().splitlines()
+    rows = "".join(line for line in lines if line.startswith("| `"))
+    assert [policy for policy in registry.available() if f"`{policy}`" not in rows] == []
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: str(path.relative_to(documents.ROOT)))

@@ -32,6 +32,4 @@ def long_lines(root: Path = ROOT) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    found = list(long_lines())
-    print("\n".join(found), file=sys.stderr, end="\n" if found else "")
-    sys.exit(bool(found))
+    sys.exit("\n".join(long_lines()) or None)
