@@ -1,6 +1,8 @@
 """Dependencies go one way.
 
-cli -> bench, eval -> vllm | hf -> policies, quant, tiers -> kernels -> core
+cli -> bench, eval, generate -> vllm | hf -> store -> tiers -> policies, quant -> kernels -> core
+
+Imports for type checkers and those inside functions count, too.
 """
 
 import ast
@@ -18,16 +20,17 @@ LEVELS = {
     "kernels": 1,
     "policies": 2,
     "quant": 2,
-    "tiers": 2,
-    "vllm": 4,
-    "hf": 4,
-    "bench": 5,
-    "generate": 5,
-    "eval": 5,
-    "cli": 6,
+    "tiers": 3,
+    "store": 4,
+    "vllm": 6,
+    "hf": 6,
+    "bench": 7,
+    "generate": 7,
+    "eval": 7,
+    "cli": 8,
 }
 # Modules beside the folders: policies' names, options and budgets, which the engines read.
-LEVELS |= {"registry": 3, "option_table": 3, "config": 3, "plan": 3, "sampling": 3}
+LEVELS |= {"registry": 5, "option_table": 5, "config": 5, "plan": 5, "sampling": 5}
 LEVELS |= {"models": 0, "directory_cache": 0, "versions": 0, "__init__": 0}  # not part of the chain
 SAME_LEVEL = {
     ("option_table", "registry"),
@@ -40,15 +43,17 @@ SAME_LEVEL = {
 }
 
 
+# Folders of the second level: a folder may import those after it; "" is what lies beside them.
+INSIDE = {
+    "vllm": ["driver", "frontend", "worker", "scheduler", "swap", ""],
+    "hf": ["driver", "batch", ""],
+    "eval": ["", "reference"],
+}
+
+
 def imports(file: Path) -> Iterator[tuple[str, bool]]:
     """(dotted name, whether the import runs when the module is imported) of every import."""
     tree = ast.parse(file.read_text())
-    typing_only = {
-        inner
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
-        for inner in ast.walk(node)
-    }
     inside = {
         inner
         for node in ast.walk(tree)
@@ -56,8 +61,6 @@ def imports(file: Path) -> Iterator[tuple[str, bool]]:
         for inner in ast.walk(node)
     }
     for node in ast.walk(tree):
-        if node in typing_only:
-            continue
         if isinstance(node, ast.Import):
             yield from ((alias.name, node not in inside) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -85,6 +88,65 @@ def test_imports_go_down(file):
             continue
         other = parts[1]
         assert LEVELS[other] < LEVELS[own] or (own, other) in SAME_LEVEL, f"{own} imports {name}"
+
+
+def folder(parts: list[str]) -> str:
+    """Of a dotted name below paged_kv, its folder of the second level; "" for none."""
+    is_folder = len(parts) > 1 and (PACKAGE / parts[0] / parts[1]).is_dir()
+    return parts[1] if is_folder else ""
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if part(f) in INSIDE], ids=name_of)
+def test_imports_go_down_inside_folders(file):
+    order = INSIDE[part(file)]
+    place = order.index(folder(list(file.relative_to(PACKAGE).parts)))
+    for name, _ in imports(file):
+        parts = name.split(".")[1:]
+        if name.startswith("paged_kv.") and parts[0] == part(file):
+            assert order.index(folder(parts)) >= place, f"{name_of(file)} imports {name}"
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if part(f) == "vllm"], ids=name_of)
+def test_the_plugin_does_not_need_the_driver(file):
+    """What runs engines for our own commands is no part of what runs in them."""
+    if "driver" not in file.parts:
+        assert not any(name.startswith("paged_kv.vllm.driver") for name, _ in imports(file))
+
+
+def module_of(file: Path) -> str:
+    parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Names that import each other in a circle; none if there is no such."""
+    done: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return path[path.index(name) :]
+        if name in done:
+            return []
+        for other in sorted(graph[name]):
+            if found := visit(other, [*path, name]):
+                return found
+        done.add(name)
+        return []
+
+    return next((found for name in sorted(graph) if (found := visit(name, []))), [])
+
+
+def test_no_module_imports_itself_through_others():
+    modules = {module_of(file): file for file in FILES}
+    graph: dict[str, set[str]] = {}
+    for name, file in modules.items():
+        named = {other for other, _ in imports(file)}
+        # `from folder import module` names the module, `from module import thing` not the thing.
+        found = {other if other in modules else other.rpartition(".")[0] for other in named}
+        graph[name] = found & set(modules) - {name}
+    assert len(graph["paged_kv.vllm.worker.worker"]) > 10, "nothing was looked at"
+    assert circle(graph) == []
+    assert circle(graph | {"paged_kv.core.schedule": {"paged_kv.plan"}}), "a circle is not seen"
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
