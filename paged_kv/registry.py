@@ -87,15 +87,13 @@ def declared(name: str, values: Mapping[str, Any]) -> dict[str, Option]:
     Raises:
         ValueError: values["of"] names no policy that can be wrapped.
     """
-    from paged_kv.policies.base import ScoringPolicy, Wrapper
-
     options = dict(load(name).options)
-    if not issubclass(load(name), Wrapper):
+    if not load(name).wraps:
         return options
     inner, names = values.get(WRAPPED, options[WRAPPED].default), _locations()
     is_name = isinstance(inner, str) and inner in names
-    if not is_name or not issubclass(load(inner), ScoringPolicy):
-        evicting = [other for other in names if issubclass(load(other), ScoringPolicy)]
+    if not is_name or not load(inner).evicts:
+        evicting = [other for other in names if load(other).evicts]
         allowed = ", ".join(sorted(evicting))
         raise ValueError(f"{WRAPPED} must be one of {allowed}, not {inner!r}")
     return dict(load(inner).options) | options
@@ -117,17 +115,16 @@ def create(
     Raises:
         ValueError: an option's value is not allowed.
     """
-    from paged_kv.policies.base import ScoringPolicy, Wrapper
-
     policy = load(name)
     own = {key: options[key] for key in policy.options if key in options}
-    if not issubclass(policy, Wrapper):
+    if not policy.wraps:
         return policy(num_sink_tokens, recent_window, own)
     of = own.get(WRAPPED, policy.options[WRAPPED].default)
     others = {key: value for key, value in options.items() if key not in policy.options}
     inner = create(of, num_sink_tokens, recent_window, others)
-    assert isinstance(inner, ScoringPolicy), f"{of} does not evict: see declared"
-    return policy(inner, own)
+    assert inner.evicts, f"{of} does not evict: see declared"
+    wrapper: Any = policy
+    return wrapper(inner, own)  # type: ignore[no-any-return]
 
 
 def available() -> dict[str, str]:

@@ -8,7 +8,8 @@ import torch
 from cpu_pages import as_numbers, cpu_layer, write_through_kernel
 
 from paged_kv.kernels.index import region_index, slot_index
-from paged_kv.store.pages import Number, native_pages
+from paged_kv.store.entries import Number
+from paged_kv.store.pages import native_pages
 from paged_kv.vllm.worker.layer_group import _number
 from paged_kv.vllm.worker.layout import probe_elements
 

@@ -13,7 +13,7 @@ import torch
 from spill_world import GROUP, HEADS, LAYERS, SIZE, VALUE_SIZE
 
 from paged_kv.config import CompressionConfig
-from paged_kv.policies.region import Queries, Region
+from paged_kv.policies.region import ObservedQueries, Region
 from paged_kv.policies.spill_ranking import logit_bounds
 from paged_kv.policies.tier import Spilled
 from paged_kv.tiers.spill_memory import SpillSpace
@@ -191,7 +191,7 @@ def compact_random(tier: Any, keys: torch.Tensor, asks: torch.Tensor, **more: An
         positions=torch.arange(3068, 3200).expand(shape),
         keys=keys,
         values=torch.randn(*shape, VALUE_SIZE),
-        queries=Queries(
+        queries=ObservedQueries(
             asks.expand(LAYERS, 1, HEADS, GROUP, 32, SIZE), torch.full((1, 32), 3200), 1.0
         ),
         spilled=[tier],

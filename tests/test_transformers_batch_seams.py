@@ -25,7 +25,7 @@ from paged_kv.core.schedule import Schedule
 from paged_kv.hf import generate_batch
 from paged_kv.hf.batch import arguments, layers
 from paged_kv.hf.batch.engine import BatchCache, BatchProcessor, BatchScheduler
-from paged_kv.hf.batch.page_counts import Ledger
+from paged_kv.hf.batch.page_counts import PageCounts
 from paged_kv.hf.pool import PagePool
 
 # Read where nothing is shared, swapped, forked, captured or kept for a next session.
@@ -58,7 +58,7 @@ def attributes(module, *owners):
 @pytest.fixture
 def cache():
     (part,) = layers.make_parts(load("llama"), CompressionConfig(), PagePool())
-    return BatchCache([part], Ledger([None], 32, None, 512), {}, 512)
+    return BatchCache([part], PageCounts([None], 32, None, 512), {}, 512)
 
 
 @pytest.mark.parametrize(
@@ -166,31 +166,31 @@ schedule_ = st.builds(
 )
 def test_no_step_needs_more_than_the_peak(layers, prompt_len, num_new, chunk):
     """Step by step, as a request is computed and, later, computed again."""
-    ledger = Ledger(layers, 8, None, chunk)
+    page_counts = PageCounts(layers, 8, None, chunk)
     total = prompt_len + num_new
-    peak = ledger.peak(total, prompt_len)
+    peak = page_counts.peak(total, prompt_len)
     before = 0
     while before < total:
-        step = ledger.longest_step(before, prompt_len)
+        step = page_counts.longest_step(before, prompt_len)
         after = min(before + step, before + chunk, total)
         entries = [after - (own.evicted(before, prompt_len) if own else 0) for own in layers]
         needed = sum(-(-size // 8) for size in entries)
-        assert ledger.during(before, after, prompt_len) == needed <= peak
+        assert page_counts.during(before, after, prompt_len) == needed <= peak
         for own in layers:
             if own is not None and (before >= prompt_len or not own.compress_prefill):
                 assert len({own.evicted(n, prompt_len) for n in range(before, after)}) == 1
         before = after
-    assert ledger.during(total, total, prompt_len) <= peak
+    assert page_counts.during(total, total, prompt_len) <= peak
 
 
 def test_pages_are_taken_and_given_back():
-    ledger = Ledger([None, Schedule(8, 16)], 8, 10, 64)
-    assert ledger.take("a", 6)
-    assert not ledger.take("b", 5)
-    assert ledger.take("a", 4)
-    assert ledger.take("b", 5)
-    assert (ledger.num_free, ledger.free_share) == (1, 0.1)
-    ledger.give_back("a")
-    ledger.give_back("a")
-    assert ledger.num_free == 5
-    assert ledger.enough([(40, 8), (8, 8), (24, 24)], 2) == (5 + 3) + (3 + 3)
+    page_counts = PageCounts([None, Schedule(8, 16)], 8, 10, 64)
+    assert page_counts.take("a", 6)
+    assert not page_counts.take("b", 5)
+    assert page_counts.take("a", 4)
+    assert page_counts.take("b", 5)
+    assert (page_counts.num_free, page_counts.free_share) == (1, 0.1)
+    page_counts.give_back("a")
+    page_counts.give_back("a")
+    assert page_counts.num_free == 5
+    assert page_counts.enough([(40, 8), (8, 8), (24, 24)], 2) == (5 + 3) + (3 + 3)

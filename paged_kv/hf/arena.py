@@ -12,7 +12,8 @@ from paged_kv.hf.allocator import Int64s, PageAllocator
 from paged_kv.kernels import ops
 from paged_kv.policies.base import Policy
 from paged_kv.quant import make_layout
-from paged_kv.store.pages import NativeEntries, Number, Pages, packed_pages
+from paged_kv.store.entries import NativeEntries, Number
+from paged_kv.store.pages import Pages, packed_pages
 from paged_kv.store.side_data import DTYPES, SideData, names
 
 Tensor = torch.Tensor

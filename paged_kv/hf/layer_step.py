@@ -13,7 +13,7 @@ from paged_kv.hf.paged_attention import Bias, fused, masked, mix, probabilities
 from paged_kv.hf.providers import Held
 from paged_kv.hf.rows import Rows
 from paged_kv.kernels.operands import Terms
-from paged_kv.store.pages import whole_pages
+from paged_kv.store.entries import whole_pages
 
 Tensor = torch.Tensor
 

@@ -15,7 +15,8 @@ from paged_kv.hf.allocator import Int64s
 from paged_kv.hf.rows import Rows
 from paged_kv.kernels.operands import Terms
 from paged_kv.policies.region import Compaction, Region
-from paged_kv.store.compaction import Holding, compact
+from paged_kv.store.compaction import compact
+from paged_kv.store.holding import Holding
 from paged_kv.store.layers import PageStore
 from paged_kv.store.ragged import to_device
 

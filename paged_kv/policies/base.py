@@ -32,6 +32,26 @@ Int64s = npt.NDArray[np.int64]
 Tensor = torch.Tensor
 
 
+@dataclass(frozen=True)
+class Events:
+    """Sequences of one layer group that compact in this step; arrays of shape [num_events].
+
+    Slots are logical: slot i of a sequence is where its token i was written.
+    """
+
+    evicted_before: Int64s
+    evicted_after: Int64s
+    num_tokens: Int64s
+
+
+class Moves(NamedTuple):
+    """Entries to copy, all read before any is written; arrays of shape [num_moves]."""
+
+    event: Int64s  # index into Events
+    source: Int64s  # logical slot, < evicted_after
+    target: Int64s  # logical slot, >= evicted_after
+
+
 class Policy(ABC):
     """Picks survivors. Stateless: all it may remember is in the pages.
 
@@ -43,6 +63,15 @@ class Policy(ABC):
 
     options: ClassVar[Mapping[str, Option]] = {}
     """The policy's own options by name."""
+
+    evicts: ClassVar[bool] = False
+    """Whether it drops entries by scores, and changes no other: another policy may wrap it."""
+
+    wraps: ClassVar[bool] = False
+    """Whether it is built around another policy, which its option `of` names."""
+
+    is_positional: ClassVar[bool] = False
+    """Whether it decides by position alone, the same in all layers and heads."""
 
     reads: frozenset[str] = frozenset()
     """What a region must carry besides positions: keys, values, weights, scores, rotary."""
@@ -101,6 +130,19 @@ class Policy(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} reads scores but accumulates none")
 
+    @property
+    def scores_key(self) -> Any:
+        """Of policies with equal keys, the accumulated scores mean the same."""
+        return type(self), tuple(sorted(self.settings.items()))
+
+    def moves(self, events: Events) -> Moves:
+        """Where survivors of what will be freed go, if the policy is positional: host arithmetic.
+
+        Args:
+            events: see Events.
+        """
+        raise NotImplementedError(f"{type(self).__name__} looks at entries")
+
     def protected(self, region: Region) -> Tensor:
         """bool [..., m]: sinks, recent entries and padding."""
         first_recent = (region.num_tokens - self.recent_window)[:, None, None]
@@ -110,6 +152,8 @@ class Policy(ABC):
 
 class ScoringPolicy(Policy):
     """Evicts: drops the entries with the lowest scores; of equal ones the oldest."""
+
+    evicts = True
 
     @abstractmethod
     def score(self, region: Region) -> Tensor:
@@ -138,28 +182,10 @@ class ScoringPolicy(Policy):
         return selection.lowest(scores, region.positions, keep, count, limit)
 
 
-@dataclass(frozen=True)
-class Events:
-    """Sequences of one layer group that compact in this step; arrays of shape [num_events].
-
-    Slots are logical: slot i of a sequence is where its token i was written.
-    """
-
-    evicted_before: Int64s
-    evicted_after: Int64s
-    num_tokens: Int64s
-
-
-class Moves(NamedTuple):
-    """Entries to copy, all read before any is written; arrays of shape [num_moves]."""
-
-    event: Int64s  # index into Events
-    source: Int64s  # logical slot, < evicted_after
-    target: Int64s  # logical slot, >= evicted_after
-
-
 class PositionalPolicy(ScoringPolicy):
-    """Decides by position alone, the same in all layers and heads: moves are host arithmetic."""
+    """Decides by position alone: the engine moves entries without looking at them."""
+
+    is_positional = True
 
     @abstractmethod
     def moves(self, events: Events) -> Moves:
@@ -176,6 +202,8 @@ class Wrapper(Policy):
         options: see Policy.
     """
 
+    wraps = True
+
     def __init__(self, inner: Policy, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(inner.num_sink_tokens, inner.recent_window, options)
         self.inner = inner
@@ -191,3 +219,9 @@ class Wrapper(Policy):
     def accumulate(self, scores: Tensor, probabilities: Tensor, positions: Tensor) -> Tensor:
         """The inner policy's."""
         return self.inner.accumulate(scores, probabilities, positions)
+
+    @property
+    def scores_key(self) -> Any:
+        """The inner policy's, whose scores they are."""
+        adds_up_itself = type(self).accumulate is not Wrapper.accumulate
+        return super().scores_key if adds_up_itself else self.inner.scores_key

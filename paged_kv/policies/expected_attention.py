@@ -8,7 +8,7 @@ from paged_kv.core.options import MOST_OBSERVED, integer, number
 from paged_kv.kernels.reference import expected_probabilities
 from paged_kv.kernels.rotary import compose
 from paged_kv.policies.base import ScoringPolicy
-from paged_kv.policies.region import Queries, Region
+from paged_kv.policies.region import ObservedQueries, Region
 
 
 class ExpectedAttention(ScoringPolicy):
@@ -54,7 +54,7 @@ class ExpectedAttention(ScoringPolicy):
 
         The covariance is D^T D.
         """
-        queries: Queries = region.queries
+        queries: ObservedQueries = region.queries
         rotary = region.rotary
         assert rotary is not None, "the policy reads rotary"
         # From each query's position back, and ahead by the mean rotation: one linear turn.

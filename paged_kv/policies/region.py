@@ -18,7 +18,7 @@ Tensor = torch.Tensor
 RegionIndex = tuple[Tensor, Tensor, Tensor, Tensor]
 """int64 (layer, event, KV head, slot) of entries of a region, [n] each."""
 _UNREAD = cast(Tensor, None)  # policies read only what they declare, and that is there
-_NO_QUERIES = cast("Queries", None)
+_NO_QUERIES = cast("ObservedQueries", None)
 
 
 class EntryReader(Protocol):
@@ -46,7 +46,7 @@ class WholeEntries(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Queries:
+class ObservedQueries:
     """The last queries of each sequence, the observation window; after RoPE.
 
     Args:
@@ -104,7 +104,7 @@ class Region:
     values: Tensor = _UNREAD
     weights: Tensor = _UNREAD
     scores: Tensor = _UNREAD
-    queries: Queries = _NO_QUERIES
+    queries: ObservedQueries = _NO_QUERIES
     rotary: Rotary | None = None
     spilled: Sequence[Tier] | None = None
     partly: Mapping[str, EntryReader] = field(default_factory=dict)

@@ -10,7 +10,7 @@ import torch
 from paged_kv.kernels import selection
 from paged_kv.policies import spill_ranking as ranking
 from paged_kv.policies.base import Policy, ScoringPolicy, Wrapper
-from paged_kv.policies.region import Compaction, Exchanged, Queries, Region, RegionIndex
+from paged_kv.policies.region import Compaction, Exchanged, ObservedQueries, Region, RegionIndex
 from paged_kv.policies.tier import Memo, Places, Spilled, Tier
 
 Tensor = torch.Tensor
@@ -186,7 +186,7 @@ def _narrowed(region: Region, window: int) -> Region:
     """The region with the last `window` of its queries; 0: none."""
     queries = region.queries
     if not window:
-        return replace(region, queries=cast(Queries, None))
+        return replace(region, queries=cast(ObservedQueries, None))
     if window == queries.positions.shape[-1]:
         return region
     index = queries.positions.topk(window).indices.flip(-1)

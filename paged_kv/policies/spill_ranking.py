@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from paged_kv.kernels import ops
 from paged_kv.kernels.operands import DenseAttention, Terms
-from paged_kv.policies.region import Queries, Region
+from paged_kv.policies.region import ObservedQueries, Region
 from paged_kv.policies.tier import Tier
 
 Tensor = torch.Tensor
@@ -70,11 +70,11 @@ def find(region: Region, event: int, tier: Tier, limit: int) -> Candidates:
     )
 
 
-def _page_scores(queries: Queries, event: int, least: Tensor, largest: Tensor) -> Tensor:
+def _page_scores(queries: ObservedQueries, event: int, least: Tensor, largest: Tensor) -> Tensor:
     """float32 [layers, kv_heads, pages]: what pages could get at most, each query among them.
 
     Args:
-        queries: see Queries.
+        queries: see ObservedQueries.
         event: whose.
         least: float32 [layers, kv_heads, pages, head_dim]; see Tier.summaries.
         largest: the same.
@@ -101,7 +101,7 @@ def logit_bounds(states: Tensor, least: Tensor, largest: Tensor) -> Tensor:
 
 def mass(region: Region, event: int, candidates: Candidates) -> Tensor:
     """float32 [layers, kv_heads, m + n]: attention of the window to region and candidates."""
-    queries: Queries = region.queries
+    queries: ObservedQueries = region.queries
     sinks = None if queries.sinks is None else queries.sinks[:, 0]
     return ops.attention_mass(
         DenseAttention(
@@ -128,7 +128,7 @@ def pooled(mass: Tensor, positions: Tensor, spared: Tensor) -> Tensor:
     return torch.empty_like(mass).scatter_(-1, order, best)
 
 
-def mean_query(queries: Queries, event: int) -> Tensor:
+def mean_query(queries: ObservedQueries, event: int) -> Tensor:
     """float32 [layers, kv_heads, head_dim]: of the window and the query heads, scaled."""
     real = (queries.positions[event] >= 0).float()
     share = real * (queries.scale / queries.states.shape[3] / real.sum().clamp_min(1))

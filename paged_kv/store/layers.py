@@ -9,7 +9,7 @@ import torch
 
 from paged_kv.kernels.operands import Terms
 from paged_kv.policies.base import Int64s
-from paged_kv.policies.region import Queries
+from paged_kv.policies.region import ObservedQueries
 from paged_kv.store.pages import Pages
 from paged_kv.store.query_ring import QueryRing
 from paged_kv.store.ragged import to_device
@@ -46,7 +46,7 @@ class PageStore(NamedTuple):
 
     def queries(
         self, layers: Tensor, rows: Int64s, num_tokens: Int64s, first: Int64s
-    ) -> Queries | None:
+    ) -> ObservedQueries | None:
         """The observation windows of some sequences; None if nobody looks at them.
 
         Args:
@@ -62,4 +62,6 @@ class PageStore(NamedTuple):
         row = to_device(rows, device)
         states = self.ring.states(self.ring_layers[layers], row, self.pages.num_heads)
         positions = to_device(self.ring.positions(num_tokens, first), device)
-        return Queries(states, positions, scale, softcap, None if sinks is None else sinks[layers])
+        return ObservedQueries(
+            states, positions, scale, softcap, None if sinks is None else sinks[layers]
+        )

@@ -8,7 +8,7 @@ import torch
 
 from paged_kv.kernels.index import Index
 from paged_kv.policies.base import Policy
-from paged_kv.store.pages import whole_pages
+from paged_kv.store.entries import whole_pages
 
 Tensor = torch.Tensor
 DTYPES = {"positions": torch.int32, "weights": torch.float32, "scores": torch.float32}

@@ -10,7 +10,7 @@ from policy_cases import CASES
 
 from paged_kv.kernels.rotary import Rotary
 from paged_kv.policies.base import Policy
-from paged_kv.policies.region import Queries, Region
+from paged_kv.policies.region import ObservedQueries, Region
 
 HEAD_DIM = 8
 
@@ -103,7 +103,7 @@ def _weights(policy, name, positions, tokens, generator) -> torch.Tensor:
     return torch.where(free, several, 1).float()
 
 
-def _queries(policy, shape, tokens, noise) -> Queries | None:
+def _queries(policy, shape, tokens, noise) -> ObservedQueries | None:
     """The last queries, rolled as in a ring; one event misses its oldest."""
     window = policy.observation_window
     if not window:
@@ -112,7 +112,7 @@ def _queries(policy, shape, tokens, noise) -> Queries | None:
     positions[-1] = torch.where(positions[-1] < tokens[-1] - window // 2 - 1, -1, positions[-1])
     states = noise(shape.layers, len(tokens), shape.heads, shape.group, window, HEAD_DIM)
     sinks = noise(shape.layers, 1, shape.heads, shape.group) if shape.sinks else None
-    return Queries(states, positions.clamp_min(-1), 0.7, shape.softcap, sinks)
+    return ObservedQueries(states, positions.clamp_min(-1), 0.7, shape.softcap, sinks)
 
 
 def _rotary(shape: Shape) -> Rotary:

@@ -11,7 +11,7 @@ from policy_definitions import DEFINITIONS, Head
 from policy_heads import is_free
 from spill_definition import Entry, Spilling, exchange, importance_of
 
-from paged_kv.policies.region import Queries, Region
+from paged_kv.policies.region import ObservedQueries, Region
 from paged_kv.tiers.spill_memory import SpillSpace
 from paged_kv.tiers.spill_store import SpillStore
 
@@ -160,7 +160,7 @@ def compact(worlds: list[World], policy: Any, generator: torch.Generator) -> Non
         layers=torch.arange(LAYERS),
         heads=torch.arange(HEADS),
         **fields,
-        queries=Queries(states, asked, 0.5),
+        queries=ObservedQueries(states, asked, 0.5),
         spilled=[world.store.select(range(LAYERS)) for world in worlds],
     )
     decided = policy.compact(region).written_out(region)

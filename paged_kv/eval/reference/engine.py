@@ -28,7 +28,6 @@ from paged_kv.kernels.operands import Terms
 from paged_kv.plan import make_plan
 from paged_kv.policies.base import Policy
 from paged_kv.policies.region import Region
-from paged_kv.policies.spill import Spill
 from paged_kv.tiers.spill_memory import SpillSpace
 
 Tensor = torch.Tensor
@@ -258,9 +257,7 @@ class ReferenceEngine(seams.Attends):
 
 def _same_scores(old: Policy | None, new: Policy) -> bool:
     """Whether what one policy accumulated means the same to another, with or without spill."""
-    old = old.inner if isinstance(old, Spill) else old
-    new = new.inner if isinstance(new, Spill) else new
-    return old is not None and type(old) is type(new) and old.settings == new.settings
+    return old is not None and old.scores_key == new.scores_key
 
 
 def _outside(

@@ -12,7 +12,7 @@ from paged_kv.eval.reference.layer_cache import LayerCache, Window
 from paged_kv.eval.reference.packing import Packing
 from paged_kv.kernels.operands import Terms
 from paged_kv.kernels.rotary import Rotary
-from paged_kv.policies.region import Compaction, Queries, Region
+from paged_kv.policies.region import Compaction, ObservedQueries, Region
 from paged_kv.tiers.spill_memory import SpillSpace
 from paged_kv.tiers.spill_store import SpillStore
 
@@ -122,7 +122,7 @@ def _stack(layers: Sequence[Layer], name: str) -> Tensor:
     return torch.stack([layer.cache[name] for layer in layers])[:, None]
 
 
-def _queries(layers: Sequence[Layer], num_tokens: int, window: int) -> Queries:
+def _queries(layers: Sequence[Layer], num_tokens: int, window: int) -> ObservedQueries:
     keys, terms = layers[0].cache["keys"], layers[0].terms
     positions = torch.arange(num_tokens - window, num_tokens, device=keys.device).clamp_min(-1)
     states = torch.stack([layer.window.last(positions) for layer in layers])
@@ -131,7 +131,7 @@ def _queries(layers: Sequence[Layer], num_tokens: int, window: int) -> Queries:
     if terms.sinks is not None:
         own = [layer.terms.sinks for layer in layers if layer.terms.sinks is not None]
         sinks = torch.stack(own).view(len(own), 1, len(keys), -1)
-    return Queries(states, positions[None], terms.scale, terms.softcap, sinks)
+    return ObservedQueries(states, positions[None], terms.scale, terms.softcap, sinks)
 
 
 def apply(layers: Sequence[Layer], num_losers: int, result: Compaction) -> None:

@@ -2,7 +2,7 @@
 
 transformers decides which requests run in a step (Scheduler), prepares the flat batch, samples
 and hands out results. Where it would ask its own cache, it asks BatchCache, which only counts pages
-(Ledger) and lets the rows of our Sequences follow the requests:
+(PageCounts) and lets the rows of our Sequences follow the requests:
 
     can_store_request_tokens   a request gets pages for its next step, or waits, or makes way
     step                       rows for new requests, none for finished ones; the forward pass
@@ -22,7 +22,7 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 
 from paged_kv.hf.arena import Geometry
-from paged_kv.hf.batch.page_counts import Ledger
+from paged_kv.hf.batch.page_counts import PageCounts
 from paged_kv.hf.paged_attention import Bias
 from paged_kv.hf.seams import ENGINE, Attends
 from paged_kv.hf.sequences import Sequences
@@ -36,7 +36,7 @@ class BatchCache(Attends):
 
     Args:
         parts: hold some layers each; their rows are the running requests.
-        ledger: counts their pages.
+        page_counts: counts their pages.
         prompt_lens: tokens of each request's prompt.
         max_batch_tokens: most tokens in a step.
     """
@@ -53,11 +53,11 @@ class BatchCache(Attends):
     def __init__(
         self,
         parts: Sequence[Sequences],
-        ledger: Ledger,
+        page_counts: PageCounts,
         prompt_lens: Mapping[str, int],
         max_batch_tokens: int,
     ) -> None:
-        self.parts, self.ledger = parts, ledger
+        self.parts, self.page_counts = parts, page_counts
         self.prompt_lens = prompt_lens
         self._holder = {layer: part for part in parts for layer in part.index}
         self.max_batch_tokens = max_batch_tokens
@@ -76,12 +76,12 @@ class BatchCache(Attends):
         if wanted <= 1:
             return wanted
         prompt_len = self.prompt_lens[state.request_id]
-        return min(wanted, self.ledger.longest_step(state.position_offset, prompt_len))
+        return min(wanted, self.page_counts.longest_step(state.position_offset, prompt_len))
 
     def pages_needed(self, request: str, num_tokens: int, num_new: int) -> int:
         """Pages of a request in its next step."""
         after = num_tokens + num_new
-        needed = self.ledger.during(num_tokens, after, self.prompt_lens[request])
+        needed = self.page_counts.during(num_tokens, after, self.prompt_lens[request])
         return max(needed, self._floor.get(request, 0))
 
     def can_store_request_tokens(self, state: Any, request_len: int) -> bool:
@@ -90,16 +90,16 @@ class BatchCache(Attends):
         One that begins gets what its prompt will need: two halves of prompts help nobody.
         """
         request = state.request_id
-        if request not in self.ledger.taken and request not in self._floor:
+        if request not in self.page_counts.taken and request not in self._floor:
             total = state.position_offset + len(state.remaining_prefill_tokens)
-            self._floor[request] = self.ledger.peak(total, self.prompt_lens[request])
+            self._floor[request] = self.page_counts.peak(total, self.prompt_lens[request])
         num_new = self.step_length(state, request_len)
         needed = self.pages_needed(request, state.position_offset, num_new)
-        return self.ledger.take(request, needed)
+        return self.page_counts.take(request, needed)
 
     def free_blocks(self, request_id: str, no_cache: bool = False) -> None:
         """A request's pages are free; its row goes before the next step."""
-        self.ledger.give_back(request_id)
+        self.page_counts.give_back(request_id)
         self._floor.pop(request_id, None)
         if request_id in self.rows:
             self._gone.add(request_id)
@@ -107,11 +107,11 @@ class BatchCache(Attends):
     def count_storable_requests(self, list_blocks_needed: Sequence[Mapping[str, int]]) -> int:
         """How many of these requests, from the first on, there is room for."""
         more = np.cumsum([sum(needed.values()) for needed in list_blocks_needed])
-        return int((more <= self.ledger.num_free).sum())
+        return int((more <= self.page_counts.num_free).sum())
 
     def compute_free_capacity(self) -> float:
         """Share of the pages that nobody has."""
-        return self.ledger.free_share
+        return self.page_counts.free_share
 
     def try_to_free_sectors(self) -> None:
         """Nothing to do: pages are free at once."""
@@ -171,7 +171,7 @@ class BatchCache(Attends):
         state = request.state
         if not state.remaining_prefill_tokens:
             self._floor.pop(state.request_id, None)
-        self.ledger.taken[state.request_id] = self.pages_needed(
+        self.page_counts.taken[state.request_id] = self.pages_needed(
             state.request_id, state.position_offset, 0
         )
 
@@ -214,7 +214,7 @@ class BatchCache(Attends):
 
 
 class _Allocator:
-    """What transformers asks about a kind of layers. There is one kind: Ledger knows them all."""
+    """What transformers asks about a kind of layers. There is one kind."""
 
     index = 0
     read_trash_index = 0
@@ -231,7 +231,7 @@ class _Allocator:
     def needs_new_blocks(self, request_id: str, past_length: int, query_length: int) -> int:
         """Pages that a request's next step needs and it does not have."""
         needed = self._cache.pages_needed(request_id, past_length, query_length)
-        return needed - self._cache.ledger.taken.get(request_id, 0)
+        return needed - self._cache.page_counts.taken.get(request_id, 0)
 
 
 def _window(size: int) -> Bias:

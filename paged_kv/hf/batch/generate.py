@@ -25,7 +25,7 @@ from paged_kv.hf import compat, dispatch
 from paged_kv.hf.arguments import read_options
 from paged_kv.hf.batch import arguments, layers
 from paged_kv.hf.batch.engine import BatchCache, BatchProcessor, BatchScheduler
-from paged_kv.hf.batch.page_counts import Ledger
+from paged_kv.hf.batch.page_counts import PageCounts
 from paged_kv.hf.pool import PagePool
 
 Tokens = list[int]
@@ -103,17 +103,17 @@ def _cache(
     parts = layers.make_parts(model, compression, pool)
     schedules = [one for part in parts for one in layers.schedules(part)]
     chunk, has_residual = limits["max_batch_tokens"], compression.residual_pages > 0
-    ledger = Ledger(schedules, pool.page_size, pool.num_pages, chunk, has_residual)
+    page_counts = PageCounts(schedules, pool.page_size, pool.num_pages, chunk, has_residual)
     prompt_lens = {request.request_id: len(request.initial_tokens) for request in requests}
     lengths = []
     for index, request in enumerate(requests):
         prompt_len = len(request.initial_tokens)
         lengths.append((prompt_len + request.max_new_tokens - 1, prompt_len))
-        ledger.check(index, *lengths[-1])
+        page_counts.check(index, *lengths[-1])
     layers.check_rope(parts[0], max((length for length, _ in lengths), default=1))
     if pool.num_pages is None:  # memory that grows would be copied each time
-        pool.num_pages = ledger.enough(lengths, limits["max_requests"])
-    return BatchCache(parts, ledger, prompt_lens, limits["max_batch_tokens"])
+        pool.num_pages = page_counts.enough(lengths, limits["max_requests"])
+    return BatchCache(parts, page_counts, prompt_lens, limits["max_batch_tokens"])
 
 
 @contextmanager

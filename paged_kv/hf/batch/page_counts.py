@@ -17,7 +17,7 @@ from paged_kv.core.schedule import Schedule, cdiv
 from paged_kv.hf.allocator import PoolFull
 
 
-class Ledger:
+class PageCounts:
     """Pages that requests hold or will hold at the end of the next step.
 
     Args:

@@ -17,8 +17,9 @@ from paged_kv.kernels.operands import Terms
 from paged_kv.kernels.page_layout import PageLayout
 from paged_kv.policies.base import Policy
 from paged_kv.store import side_data
+from paged_kv.store.entries import Number
 from paged_kv.store.layers import PageStore
-from paged_kv.store.pages import Number, Pages, move_entries, native_pages, packed_pages
+from paged_kv.store.pages import Pages, move_entries, native_pages, packed_pages
 from paged_kv.store.query_ring import QueryRing
 from paged_kv.store.side_data import SideData
 from paged_kv.store.spill_stores import SpillShape, SpillStores

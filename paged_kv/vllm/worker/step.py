@@ -22,9 +22,10 @@ from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
 
 from paged_kv.kernels.page_layout import PageLayout
 from paged_kv.kernels.rotary import Rotary
-from paged_kv.policies.base import Events, Int64s, Policy, PositionalPolicy
+from paged_kv.policies.base import Events, Int64s, Policy
 from paged_kv.policies.region import Compaction, Region
-from paged_kv.store.compaction import Holding, compact
+from paged_kv.store.compaction import compact
+from paged_kv.store.holding import Holding
 from paged_kv.store.layers import PageStore
 from paged_kv.store.query_ring import RingWrite
 from paged_kv.store.ragged import ragged
@@ -88,7 +89,7 @@ class Compactor:
         self.layouts = layouts or {}
         self.spilled = spilled
         self.num_events = 0
-        self.positional = isinstance(policy, PositionalPolicy)
+        self.positional = policy.is_positional
         self.requests = RequestRows(runner, policy.observation_window)
         self.rotary: Rotary | None = None
         if "rotary" in policy.reads:
@@ -161,31 +162,46 @@ class Compactor:
         """The metadata of what is left of each sequence; notes who compacts after this step."""
         if not self._in_step:
             return metadata
+        # Lengths that vLLM keeps on the host: nothing waits for the GPU.
         after = metadata.seq_lens_cpu_upper_bound.numpy()[: metadata.num_reqs].astype(np.int64)
         starts = metadata.query_start_loc_cpu.numpy()[: metadata.num_reqs + 1].astype(np.int64)
-        count = np.diff(starts)
+        before = after - np.diff(starts)
+        # What earlier steps have freed is skipped now; what this one frees, its compaction empties:
+        #
+        #     slots   0      evicted       evicted_after         before      after
+        #             | freed | freed soon  | stays ............. | new tokens |
         prompt_lens = self.requests.prompt_lens(metadata)
-        evicted = spec.schedule.evicted(after - count, prompt_lens)
+        evicted = spec.schedule.evicted(before, prompt_lens)
         evicted_after = spec.schedule.evicted(after, prompt_lens)
-        names = tuple(layer_names)
-        ring = None
+        names, ring = tuple(layer_names), None
         if not self.positional:
+            # Rows of the query ring are granted before anything is noted in them.
             hits = self.requests.begin_batch(metadata)
-            lens = (prompt_lens, after - count, after)
+            lens = (prompt_lens, before, after)
             ring = self.requests.of_batch(metadata, spec.schedule, *lens)
-            step = StepRows(starts[:-1], count, after, evicted, ring)
+            step = StepRows(starts[:-1], after - before, after, evicted, ring)
             self._note_tokens(names, metadata, step, hits)
         rows = np.flatnonzero(evicted_after > evicted)
         if rows.size:
             events = Events(evicted[rows], evicted_after[rows], after[rows])
-            table = metadata.block_table_tensor
-            owners: list[Any] = rows.tolist()
-            if self.spilled is not None:
-                owners = self.requests.names(metadata, rows)
-            ring_rows = None if ring is None else ring[rows]
-            pending = _Pending(names, table, spec.block_size, rows, events, ring_rows, owners)
-            self._pending.append(pending)
+            self._pending.append(self._events_of(spec, names, metadata, rows, events, ring))
         return skip(metadata, evicted, spec.block_size) if evicted.any() else metadata
+
+    def _events_of(
+        self,
+        spec: PagedSpec,
+        names: tuple[str, ...],
+        metadata: CommonAttentionMetadata,
+        rows: Int64s,
+        events: Events,
+        ring: Int64s | None,
+    ) -> _Pending:
+        """What is left to do after the step for some rows of the batch."""
+        owners: list[Any] = rows.tolist()
+        if self.spilled is not None:
+            owners = self.requests.names(metadata, rows)
+        table, ring_rows = metadata.block_table_tensor, None if ring is None else ring[rows]
+        return _Pending(names, table, spec.block_size, rows, events, ring_rows, owners)
 
     def observe(self, layer_name: str, query: torch.Tensor) -> None:
         """After a layer's attention: notes its queries [tokens, heads, head_dim], after RoPE."""
@@ -252,8 +268,8 @@ class Compactor:
         self._observed |= dict.fromkeys(names, observed)
 
     def _compact(self, pending: _Pending) -> None:
-        if isinstance(self.policy, PositionalPolicy):
-            self._move(self.policy, pending)
+        if self.positional:
+            self._move(pending)
             return
         assert pending.ring is not None
         events, table = pending.events, pending.block_table
@@ -277,9 +293,9 @@ class Compactor:
         if self.spilled is not None and decided.exchanged is not None:
             self.spilled.num_fetched += len(decided.exchanged.places[0])
 
-    def _move(self, policy: PositionalPolicy, pending: _Pending) -> None:
+    def _move(self, pending: _Pending) -> None:
         """The moves of a policy that decides by position alone: the same in all layers."""
-        moves = policy.moves(pending.events)
+        moves = self.policy.moves(pending.events)
         table = pending.block_table
         rows = torch.from_numpy(pending.rows[moves.event]).to(table.device, non_blocking=True)
         source, target = (
