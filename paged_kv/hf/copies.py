@@ -15,7 +15,7 @@ class Copyable:
     """What a PagedCache answers to the module copy, and to pickle."""
 
     def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
-        """See copy_of."""
+        """A cache of its own, which holds the same; see copy_of."""
         return copy_of(self, memo)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:

@@ -24,7 +24,7 @@ class PackedStep(LayerStep):
     arena: PackedArena
 
     def attend(self, row: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See LayerStep."""
+        """[rows, heads, q, size]: by the kernels, if they can; see LayerStep."""
         if not self._has_kernel:
             return super().attend(row, query, key, value)
         output = self._by_kernel(query.transpose(1, 2).flatten(0, 1), value.shape[-1])
@@ -33,7 +33,7 @@ class PackedStep(LayerStep):
     def attend_ragged(
         self, queries: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor]
     ) -> list[Tensor]:
-        """See LayerStep."""
+        """The same of all rows, each with tokens of its own, or none."""
         if not self._has_kernel:
             return super().attend_ragged(queries, keys, values)
         output = self._by_kernel(torch.cat(list(queries), 1).transpose(0, 1), values[0].shape[-1])

@@ -112,11 +112,11 @@ class Flex:
         self._end = torch.zeros(0, dtype=torch.int64)  # slot behind the last entry, by row
 
     def takes(self, query: Tensor, held: Held) -> bool:
-        """See Provider."""
+        """Whether this can compute it."""
         return _fits(query, held) and len(query) <= MAX_ROWS
 
     def attend(self, query: Tensor, held: Held, scale: float) -> Tensor:
-        """See Provider."""
+        """[rows, heads, 1, size] of query [rows, heads, 1, head_dim]."""
         arena, (num_rows, heads, _, size) = held.arena, query.shape
         keys, values = (
             tensor.flatten(1, 2)[None].expand(num_rows, -1, -1, -1)
@@ -186,11 +186,11 @@ class Xformers:
     """
 
     def takes(self, query: Tensor, held: Held) -> bool:
-        """See Provider."""
+        """Whether this can compute it."""
         return _fits(query, held) and query.dtype in (torch.float16, torch.bfloat16)
 
     def attend(self, query: Tensor, held: Held, scale: float) -> Tensor:
-        """See Provider."""
+        """[rows, heads, 1, size] of query [rows, heads, 1, head_dim]."""
         from xformers.ops import fmha
 
         num_rows, heads, _, size = query.shape

@@ -73,7 +73,7 @@ _PLACES = ("spill_dir", "spill_host_budget")  # options that say where something
 
 
 def save(cache: CacheState, path: str | os.PathLike[str]) -> None:
-    """See Saveable."""
+    """Writes all that a cache holds to a file; see Saveable.save."""
     cache._check_open()
     sequences = cache.sequences
     if sequences.step is not None:
@@ -106,7 +106,7 @@ def load(
     device: str | torch.device | None,
     options: dict[str, Any],
 ) -> Any:
-    """See Saveable."""
+    """A cache that goes on where the saved one was; see Saveable.load."""
     tensors, about = state_file.read(path)
     geometry = _geometry(about["rows"]["geometry"], device)
     _check_model(path, about, config, geometry)

@@ -10,7 +10,7 @@ from paged_kv.hf.sequences import Sequences
 
 
 class CacheState(Protocol):
-    """See PagedCache."""
+    """What a PagedCache holds; see there."""
 
     compression: CompressionConfig
     pool: PagePool

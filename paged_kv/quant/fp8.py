@@ -22,13 +22,13 @@ class Fp8(Codec):
         return self.size
 
     def encode(self, numbers: torch.Tensor) -> torch.Tensor:
-        """See Codec. Rounds half to even."""
+        """Bytes of float32 numbers. Rounds half to even."""
         scale, factor = symmetric_scale(numbers, LIMIT)
         codes = (numbers / factor).clamp(-LIMIT, LIMIT)
         codes = torch.where(scale > 0, codes, 0.0).to(torch.float8_e4m3fn)
         return torch.cat([codes.view(torch.uint8), scales_to_bytes(scale)], -1)
 
     def decode(self, bits: torch.Tensor) -> torch.Tensor:
-        """See Codec."""
+        """float32 numbers of stored bytes."""
         codes = bits[..., : self.size].view(torch.float8_e4m3fn).float()
         return codes * scales_of(bits[..., self.size :])

@@ -43,7 +43,7 @@ class Int4(Codec):
         return self.size // 2
 
     def encode(self, numbers: torch.Tensor) -> torch.Tensor:
-        """See Codec. Rounds half to even."""
+        """Bytes of float32 numbers. Rounds half to even."""
         groups = rotate(numbers, self.rotation).unflatten(-1, (self.num_groups, -1))
         finite = numbers.isfinite().all(-1, keepdim=True)
         low = groups.amin(-1).to(torch.bfloat16).float()
@@ -57,7 +57,7 @@ class Int4(Codec):
         return torch.cat([packed, scales_to_bytes(torch.cat([scale, low], -1))], -1)
 
     def decode(self, bits: torch.Tensor) -> torch.Tensor:
-        """See Codec."""
+        """float32 numbers of stored bytes."""
         packed, scales = bits[..., : self.data_bytes], scales_of(bits[..., self.data_bytes :])
         scale, low = scales.chunk(2, -1)
         codes = torch.stack([packed & 15, packed >> 4], -1).flatten(-2).float()

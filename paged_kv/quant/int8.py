@@ -40,7 +40,7 @@ class Int8(Codec):
         return self.size
 
     def encode(self, numbers: torch.Tensor) -> torch.Tensor:
-        """See Codec. Rounds half to even."""
+        """Bytes of float32 numbers. Rounds half to even."""
         rotated = rotate(numbers, self.rotation)
         scale, factor = symmetric_scale(rotated, LIMIT)
         codes = (rotated / factor).round().clamp(-LIMIT, LIMIT)
@@ -48,7 +48,7 @@ class Int8(Codec):
         return torch.cat([codes.view(torch.uint8), scales_to_bytes(scale)], -1)
 
     def decode(self, bits: torch.Tensor) -> torch.Tensor:
-        """See Codec."""
+        """float32 numbers of stored bytes."""
         codes = bits[..., : self.size].view(torch.int8).float()
         return rotate(codes * scales_of(bits[..., self.size :]), self.rotation)
 

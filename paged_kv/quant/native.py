@@ -41,5 +41,5 @@ class Native(Codec):
         return numbers.to(self.dtype).contiguous().view(torch.uint8)
 
     def decode(self, bits: torch.Tensor) -> torch.Tensor:
-        """See Codec."""
+        """float32 numbers of stored bytes."""
         return bits.contiguous().view(self.dtype).float()

@@ -237,21 +237,21 @@ class SpillView:
 
     @property
     def num_entries(self) -> int:
-        """See Tier."""
+        """Per layer and KV head."""
         return self.store.count(self.layers)
 
     def summaries(self) -> tuple[Tensor, Tensor]:
-        """See Tier."""
+        """Least and largest number in each channel of a page's keys; see Tier."""
         self.store.wait(self._own)
         return self.store.bounds(self.layers)
 
     def read(self, name: str, places: Places) -> Tensor:
-        """See Tier."""
+        """Keys or values [..., size], positions or scores [...]."""
         self.store.wait(self._own)
         return self.store.take(name, (self.layers[places[0]], *places[1:]))
 
     def recall(self) -> Memo | None:
-        """See Tier."""
+        """What was remembered of these layers last; None: nothing yet."""
         found = [self.store.memos.get(layer) for layer in self.layers.tolist()]
         known = [memo for memo in found if memo is not None]
         if len(known) < len(found):
@@ -259,12 +259,12 @@ class SpillView:
         return known[0]._replace(fetched=torch.stack([memo.fetched for memo in known]))
 
     def remember(self, memo: Memo) -> None:
-        """See Tier."""
+        """Keeps this for the next compaction of the sequence."""
         for layer, fetched in zip(self.layers.tolist(), memo.fetched.unbind(0), strict=True):
             self.store.memos[layer] = memo._replace(fetched=fetched)
 
     def exchange(self, taken: Places, spilled: Spilled) -> None:
-        """See Tier."""
+        """Entries leave and others come, in the background; see Tier."""
         self.store.submit(self.layers, taken, spilled)
 
 

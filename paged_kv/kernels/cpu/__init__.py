@@ -42,7 +42,7 @@ class CompiledKernels:
     def write(
         self, blocks: Tensor, layout: PageLayout, keys: Tensor, values: Tensor, slots: Tensor
     ) -> None:
-        """See protocol.Kernels."""
+        """Stores new entries, quantized as the layout says."""
         work = structs.WriteStruct(
             structs.blocks_struct(blocks, layout),
             keys.data_ptr(),
@@ -58,7 +58,7 @@ class CompiledKernels:
     def gather(
         self, stack: Tensor, layout: PageLayout, part: str, layers: Tensor, pages: Tensor
     ) -> Tensor:
-        """See protocol.Kernels."""
+        """Numbers of whole pages, float32."""
         rows, columns = pages.shape
         heads = torch.arange(stack.shape[2])[:, None]
         index = (
@@ -75,13 +75,13 @@ class CompiledKernels:
     def store(
         self, stack: Tensor, layout: PageLayout, part: str, index: Index, numbers: Tensor
     ) -> None:
-        """See protocol.Kernels."""
+        """Stores numbers in slots."""
         self._entries("store", stack, layout, part, numbers.contiguous(), target=index)
 
     def move(
         self, stack: Tensor, layout: PageLayout, part: str, source: Index, target: Index
     ) -> None:
-        """See protocol.Kernels."""
+        """Copies entries' bytes between slots."""
         self._entries("move", stack, layout, part, None, source, target)
 
     def _entries(
@@ -117,7 +117,7 @@ class CompiledKernels:
         terms: Terms,
         side: Side,
     ) -> None:
-        """See protocol.Kernels."""
+        """Attention of new tokens to what their rows hold."""
         states, starts = queries
         described = [structs.segment_struct(segment) for segment in segments]
         tokens, heads, _ = states.shape
@@ -143,7 +143,7 @@ class CompiledKernels:
         _run(self.library.paged_kv_attend, work, "table", segments[0].layout)
 
     def attention_mass(self, attention: DenseAttention) -> Tensor:
-        """See protocol.Kernels."""
+        """What each entry gets from all queries of its KV head."""
         queries, keys, query_positions, key_positions, terms = attention.expanded()
         lead, (group, num_queries, size) = queries.shape[:-3], queries.shape[-3:]
         # Kept until the call is over: the struct has addresses only.

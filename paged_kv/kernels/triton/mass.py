@@ -12,7 +12,7 @@ QUERIES, ENTRIES = 16, 32  # of a program's block
 
 
 def attention_mass(attention: DenseAttention) -> Tensor:
-    """See protocol.Kernels."""
+    """What each entry gets from all queries of its KV head."""
     queries, keys, query_positions, key_positions, terms = attention.expanded()
     lead, (group, num_queries, size) = queries.shape[:-3], queries.shape[-3:]
     num_entries, count = keys.shape[-2], group * num_queries

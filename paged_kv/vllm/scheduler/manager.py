@@ -78,7 +78,7 @@ class PagedManager(RestoringManager):
         self.forget_restored(request_id)
 
     def prompt_len(self, request_id: str) -> int:
-        """See RestoringManager."""
+        """Tokens of a request's prompt."""
         return self._sequences[request_id].prompt_len
 
     def usable_hit(self, request_id: str, blocks: Sequence[KVCacheBlock], copy: bool) -> int:

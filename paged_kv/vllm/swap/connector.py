@@ -209,7 +209,7 @@ class SwapConnector(KVConnectorBase_V1, SupportsHMA):
         """Nothing is saved while a request runs."""
 
     def wait_for_save(self) -> None:
-        """See save_kv_layer."""
+        """Nothing is saved while a request runs."""
 
     def build_connector_worker_meta(self) -> Finished | None:
         """What the background work has come to."""
@@ -231,10 +231,10 @@ class SwapConnector(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Any:
-        """See metrics."""
+        """What was counted, as vLLM adds it up."""
         return metrics.SwapStats(data=data) if data is not None else metrics.SwapStats()
 
     @classmethod
     def build_prom_metrics(cls, *args: Any) -> Any:
-        """See metrics."""
+        """The metrics that vLLM exports."""
         return metrics.SwapPromMetrics(*args)

@@ -54,7 +54,7 @@ class Raw:
             self._numbers(row).copy_(self.tensor[:, page], non_blocking=True)
 
     def load(self, page_ids: Sequence[int], rows: Sequence[Tensor], last: int) -> None:
-        """See save."""
+        """The reverse of save."""
         for page, row in zip(page_ids, rows, strict=True):
             self.tensor[:, page].copy_(self._numbers(row), non_blocking=True)
 
@@ -70,7 +70,7 @@ class Side(Raw):
     """
 
     def load(self, page_ids: Sequence[int], rows: Sequence[Tensor], last: int) -> None:
-        """See SlotPart."""
+        """The reverse of save; of the last page, its first `last` entries."""
         super().load(page_ids[:-1], rows[:-1], last)
         old = self._numbers(rows[-1])[..., :last]
         self.tensor[:, page_ids[-1], ..., :last].copy_(old, non_blocking=True)
@@ -100,7 +100,7 @@ class Converted:
             Raw(blocks).save(range(len(ids)), rows[start : start + PAGES_AT_ONCE])
 
     def load(self, page_ids: Sequence[int], rows: Sequence[Tensor], last: int) -> None:
-        """See SlotPart."""
+        """The reverse of save; of the last page, its first `last` entries."""
         for start in range(0, len(page_ids), PAGES_AT_ONCE):
             blocks, ids, some = self._chunk(page_ids[start : start + PAGES_AT_ONCE])
             Raw(blocks).load(range(len(ids)), rows[start : start + PAGES_AT_ONCE], last)

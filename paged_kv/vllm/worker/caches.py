@@ -12,7 +12,7 @@ from paged_kv.store.pages import Pages
 from paged_kv.vllm.swap.ring_slots import Rings
 from paged_kv.vllm.worker.layer_group import make_pages
 from paged_kv.vllm.worker.layout import stack_layers
-from paged_kv.vllm.worker.residual import Residual
+from paged_kv.vllm.worker.residual import ResidualRings
 from paged_kv.vllm.worker.step import Compactor
 
 
@@ -54,7 +54,7 @@ class WorkerCaches:
         return self.layers[name]
 
 
-def rings_of(compactor: Compactor | None, residual: Residual | None) -> list[Rings]:
+def rings_of(compactor: Compactor | None, residual: ResidualRings | None) -> list[Rings]:
     """The query ring and the residual, where there are such."""
     rings = []
     if compactor is not None and compactor.policy.observation_window:

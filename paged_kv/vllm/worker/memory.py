@@ -9,7 +9,7 @@ from typing import Any
 from paged_kv.core.schedule import Schedule, cdiv
 from paged_kv.store import side_data
 from paged_kv.vllm.worker.layer_group import row_bytes
-from paged_kv.vllm.worker.residual import Residual
+from paged_kv.vllm.worker.residual import ResidualRings
 from paged_kv.vllm.worker.step import Compactor
 
 
@@ -31,7 +31,7 @@ class Shares:
     num_groups: int
     max_num_seqs: int
     compactor: Compactor | None
-    residual: Residual | None
+    residual: ResidualRings | None
 
     def grow_rings(self, memory: int) -> None:
         """Makes room for the requests that fit into so many bytes."""

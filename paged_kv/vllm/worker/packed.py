@@ -27,7 +27,7 @@ from paged_kv.store.attention import attend
 from paged_kv.store.residual_ring import Newest
 from paged_kv.vllm.worker.layer_group import packed_view
 from paged_kv.vllm.worker.metadata import retaining_builder
-from paged_kv.vllm.worker.residual import Residual
+from paged_kv.vllm.worker.residual import ResidualRings
 from paged_kv.vllm.worker.step import Compactor
 
 Tensor = torch.Tensor
@@ -66,7 +66,7 @@ def packed_spec(spec: FullAttentionSpec, page_format: str) -> FullAttentionSpec:
 
 
 def packed_backend(
-    backend: type[AttentionBackend], compactor: Compactor | None, residual: Residual | None
+    backend: type[AttentionBackend], compactor: Compactor | None, residual: ResidualRings | None
 ) -> type[AttentionBackend]:
     """A subclass of backend that makes PackedMetadata, of what compactions have left."""
     builder: Any = retaining_builder(backend.get_builder_cls(), compactor)
@@ -115,7 +115,7 @@ class PackedAttention:
         layer: Any,
         layout: PageLayout,
         compactor: Compactor | None,
-        residual: Residual | None,
+        residual: ResidualRings | None,
     ) -> None:
         self.name = name
         self.layer = layer

@@ -21,7 +21,7 @@ from paged_kv.vllm.worker.requests import RequestRows
 Tensor = torch.Tensor
 
 
-class Residual:
+class ResidualRings:
     """A ring for each run of equal layers; all have the same rows.
 
     Args:

@@ -32,7 +32,7 @@ from paged_kv.vllm.worker.attention import observe_layer, wrap_backend
 from paged_kv.vllm.worker.caches import WorkerCaches, rings_of
 from paged_kv.vllm.worker.memory import Shares
 from paged_kv.vllm.worker.packed import PackedAttention, layout_of, packed_backend, packed_spec
-from paged_kv.vllm.worker.residual import Residual
+from paged_kv.vllm.worker.residual import ResidualRings
 from paged_kv.vllm.worker.spilling import make_request_stores
 from paged_kv.vllm.worker.step import Compactor
 
@@ -51,7 +51,7 @@ class PagedWorkerMixin:
     vllm_config: Any
     model_runner: Any
     compactor: Compactor | None = None
-    residual: Residual | None = None
+    residual: ResidualRings | None = None
     layouts: dict[str, PageLayout] = {}  # noqa: RUF012 -- replaced, never changed
 
     def load_model(self, **kwargs: Any) -> None:
@@ -66,7 +66,7 @@ class PagedWorkerMixin:
         plan = self._plan
         if plan.residual_pages:
             quantized = {n: every[n] for n, form in self._formats().items() if form != NATIVE}
-            self.residual = Residual(
+            self.residual = ResidualRings(
                 self.model_runner, plan.residual_pages, plan.page_size, quantized
             )
         if layers:
