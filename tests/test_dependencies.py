@@ -43,11 +43,13 @@ SAME_LEVEL = {
 }
 
 
-# Folders of the second level: a folder may import those after it; "" is what lies beside them.
+# Folders of the second level: a folder may import those after it; "" is what lies beside them. A
+# module stands here if it belongs above folders that are above the rest.
 INSIDE = {
     "vllm": ["driver", "frontend", "worker", "scheduler", "swap", ""],
     "hf": ["driver", "batch", ""],
     "eval": ["", "reference"],
+    "kernels": ["ops", "cpu", "triton", ""],
 }
 
 
@@ -78,6 +80,11 @@ def name_of(file: Path) -> str:
     return str(file.relative_to(PACKAGE))
 
 
+def module_of(file: Path) -> str:
+    parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_imports_go_down(file):
     own = part(file)
@@ -90,20 +97,26 @@ def test_imports_go_down(file):
         assert LEVELS[other] < LEVELS[own] or (own, other) in SAME_LEVEL, f"{own} imports {name}"
 
 
-def folder(parts: list[str]) -> str:
-    """Of a dotted name below paged_kv, its folder of the second level; "" for none."""
-    is_folder = len(parts) > 1 and (PACKAGE / parts[0] / parts[1]).is_dir()
-    return parts[1] if is_folder else ""
+def place(parts: list[str]) -> int:
+    """Of a dotted name below paged_kv, its folder's place in the order of INSIDE."""
+    order = INSIDE[parts[0]]
+    return order.index(parts[1] if len(parts) > 1 and parts[1] in order else "")
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if part(f) in INSIDE], ids=name_of)
 def test_imports_go_down_inside_folders(file):
-    order = INSIDE[part(file)]
-    place = order.index(folder(list(file.relative_to(PACKAGE).parts)))
+    importing = place(module_of(file).split(".")[1:])
     for name, _ in imports(file):
         parts = name.split(".")[1:]
         if name.startswith("paged_kv.") and parts[0] == part(file):
-            assert order.index(folder(parts)) >= place, f"{name_of(file)} imports {name}"
+            assert place(parts) >= importing, f"{name_of(file)} imports {name}"
+
+
+def test_every_folder_of_the_second_level_has_a_place():
+    folders = {tuple(f.relative_to(PACKAGE).parts[:2]) for f in PACKAGE.glob("*/*/*.py")}
+    assert {above for above, _ in folders} == set(INSIDE)
+    for above, inner in folders:
+        assert inner in INSIDE[above], f"{above}/{inner}: say in INSIDE what it may import"
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if part(f) == "vllm"], ids=name_of)
@@ -111,11 +124,6 @@ def test_the_plugin_does_not_need_the_driver(file):
     """What runs engines for our own commands is no part of what runs in them."""
     if "driver" not in file.parts:
         assert not any(name.startswith("paged_kv.vllm.driver") for name, _ in imports(file))
-
-
-def module_of(file: Path) -> str:
-    parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:
