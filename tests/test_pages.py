@@ -49,7 +49,7 @@ def assert_all_back(llm: Any) -> None:
     for manager in scheduler(llm).paged_managers:
         assert not manager.req_to_blocks
         assert not manager._sequences
-        assert not manager._to_be_written
+        assert not manager.cached_pages.to_be_written
     assert not worker(llm).compactor._pending
 
 
@@ -270,7 +270,7 @@ def capacity_line() -> Iterator[list[str]]:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    log = logging.getLogger("vllm.paged_kv.vllm.scheduler.scheduler")
+    log = logging.getLogger("vllm.paged_kv.vllm.scheduler.capacity")
     log.setLevel(logging.INFO)
     log.addHandler(handler)
     try:

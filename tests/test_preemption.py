@@ -32,7 +32,7 @@ def check(llm: Any, model: Any, rule: Rule, prompts: list[Tokens], chunks: Any, 
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
     for manager in scheduler(llm).paged_managers:
         assert not manager._sequences
-        assert not manager._to_be_written
+        assert not manager.cached_pages.to_be_written
 
 
 @pytest.mark.parametrize("caching", [True, False])

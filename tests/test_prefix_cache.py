@@ -70,7 +70,7 @@ def llm(tiny: str, policy: str, uncached: Any) -> Iterator[Any]:
     with engine(tiny, kv, enable_prefix_caching=True, kv_cache_memory_bytes=32 << 20) as llm:
         yield llm
         for manager in scheduler(llm).paged_managers:
-            assert not manager._to_be_written
+            assert not manager.cached_pages.to_be_written
             assert not manager._sequences
 
 

@@ -6,18 +6,20 @@ import dataclasses
 import inspect
 
 import engines  # noqa: F401  vLLM's environment
+import pytest
 from signatures import begins_with, has_fields, parameters, takes
 
 # ---- managers
 
 
-def test_manager_methods_that_we_override():
+@pytest.mark.parametrize("manager", ["PagedManager", "RestoringManager"])
+def test_manager_methods_that_we_override(manager):
     from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 
-    from paged_kv.vllm.scheduler.manager import PagedManager
+    from paged_kv.vllm.scheduler import restoring
 
     for name, theirs in vars(SingleTypeKVCacheManager).items():
-        ours = vars(PagedManager).get(name)
+        ours = vars(getattr(restoring, manager)).get(name)
         theirs, ours = getattr(theirs, "__func__", theirs), getattr(ours, "__func__", ours)
         if not inspect.isfunction(ours) or name.startswith("__"):
             continue
@@ -76,7 +78,7 @@ def test_registry_of_specs():
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
     from paged_kv.vllm.scheduler import registration, spec
-    from paged_kv.vllm.scheduler.manager import PagedManager
+    from paged_kv.vllm.scheduler.restoring import RestoringManager
 
     takes(
         KVCacheSpecRegistry.register, "kvcache_spec_cls", "manager_class", "uniform_type_base_spec"
@@ -87,7 +89,7 @@ def test_registry_of_specs():
     kwargs = {"block_size": 32, "num_kv_heads": 1, "head_size": 32, "dtype": "float32"}
     stock = FullAttentionSpec(**kwargs)
     assert manager_of(stock).__name__ == "FullAttentionManager"
-    assert manager_of(spec.PagedSpec.from_full(stock, None)) is PagedManager
+    assert manager_of(spec.PagedSpec.from_full(stock, None)) is RestoringManager
 
 
 def test_vllm_counts_the_bytes_that_a_spec_says():

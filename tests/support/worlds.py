@@ -149,8 +149,8 @@ class World:
         for manager in self.paged_managers:
             assert not manager._sequences
             assert not manager._restored
-            assert not manager._to_be_written
-            assert not manager.snapshots._in_flight
+            assert not manager.cached_pages.to_be_written
+            assert not manager.cached_pages.snapshots._in_flight
 
     @property
     def _managers(self) -> Any:
@@ -214,7 +214,7 @@ class World:
                 for block in blocks:
                     counts[block.block_id] += not block.is_null
         for manager in self.paged_managers:  # copies that are under way
-            for snapshot in manager.snapshots._in_flight:
+            for snapshot in manager.cached_pages.snapshots._in_flight:
                 counts[snapshot.copy.block_id] += 1
         found = [block.ref_cnt if not block.is_null else 0 for block in self.pool.blocks]
         assert found == counts
@@ -222,7 +222,7 @@ class World:
         assert self.num_free + num_held == self.rules.num_pages - 1
         for manager in self.paged_managers:
             held = {b.block_id for blocks in manager.req_to_blocks.values() for b in blocks}
-            assert manager._to_be_written <= held
+            assert manager.cached_pages.to_be_written <= held
 
     def _check_hashed(self) -> None:
         """Every page in the prefix cache holds, raw, what its hash says."""

@@ -149,7 +149,7 @@ class Engine:
         )
         pages, decode = pool.num_blocks - 1, cache.kv_cache_max_concurrency
         if hasattr(scheduler, "paged_managers"):
-            decode = pages / scheduler.pages_per_sequence()
+            decode = pages / scheduler.capacity.pages_per_sequence()
         return EngineInfo(
             pages,
             page_bytes,

@@ -1,4 +1,4 @@
-"""What fits: the longest prompt that can be admitted, and the decode capacity of the pool."""
+"""What fits: the longest prompt that can be admitted, and the pieces that prompts come in."""
 
 from __future__ import annotations
 

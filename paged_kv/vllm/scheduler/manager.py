@@ -1,15 +1,6 @@
-"""The scheduler's side of one layer group: which pages a request holds, shares and gives back.
+"""The scheduler's side of one layer group: which pages a request takes, and gives back.
 
-Prefix caching stays on. Of a request's pages, those below its first eviction are never written
-again; they are hashed and shared as ever, also after they were freed. The rest will be rewritten by
-compactions, so nobody may read them through the prefix cache once that has begun:
-
-    prompt    | shared, immutable | will be rewritten: private, raw until the first compaction |
-              0             first_write                                                prompt_len
-
-* A hit on a page that this request, or its present owner, will rewrite is copied at admission.
-* When the step that ends in the first compaction is scheduled, the pages above first_write lose
-  their hashes to copies (snapshots.py). Shared or hashed pages are never written: see _freeze.
+Pages come and go with the schedule; which of them the prefix cache may show is in cached_pages.py.
 """
 
 from __future__ import annotations
@@ -20,11 +11,11 @@ from typing import Any
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, resolve_block_hashes
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.request import Request
 
 from paged_kv.core.schedule import Schedule, cdiv
-from paged_kv.vllm.scheduler.restoring import RestoringManager
-from paged_kv.vllm.scheduler.snapshots import Snapshots
+from paged_kv.vllm.scheduler.cached_pages import CachedPages, longest_hit
 from paged_kv.vllm.scheduler.spec import PagedSpec
 
 
@@ -47,7 +38,7 @@ class _Sequence:
     copies: list[int] = field(default_factory=list)
 
 
-class PagedManager(RestoringManager):
+class PagedManager(SingleTypeKVCacheManager):
     """Allocates pages under a schedule. Told of every request by the scheduler (see begin)."""
 
     def __init__(self, kv_cache_spec: PagedSpec, *args: Any, **kwargs: Any) -> None:
@@ -58,10 +49,8 @@ class PagedManager(RestoringManager):
         self.private_hits = kv_cache_spec.private_hits
         self.max_chunk = 1  # tokens past the prompt that can be in flight; set by the scheduler
         self.num_groups = 1  # of compressed layers; set by the scheduler
-        self.snapshots = Snapshots(self.block_pool, self.kv_cache_group_id, self.block_size)
+        self.cached_pages = CachedPages(self.block_pool, self.kv_cache_group_id, self.block_size)
         self._sequences: dict[str, _Sequence] = {}
-        self._hashed_in_step: set[int] = set()  # page ids; not computed before the next step
-        self._to_be_written: set[int] = set()  # ids of hashed pages that their owner will rewrite
 
     def begin(self, request_id: str, prompt_len: int, max_len: int) -> None:
         """A request has arrived that can grow to max_len tokens."""
@@ -75,11 +64,14 @@ class PagedManager(RestoringManager):
     def end(self, request_id: str) -> None:
         """The request is over; its pages are free."""
         del self._sequences[request_id]
-        self.forget_restored(request_id)
 
     def prompt_len(self, request_id: str) -> int:
         """Tokens of a request's prompt."""
         return self._sequences[request_id].prompt_len
+
+    def never_hash(self, request_id: str) -> None:
+        """None of the request's pages may be in the prefix cache: it is compressed already."""
+        self._sequences[request_id].frozen = 0
 
     def usable_hit(self, request_id: str, blocks: Sequence[KVCacheBlock], copy: bool) -> int:
         """Tokens of a prefix hit that this request may take.
@@ -88,23 +80,13 @@ class PagedManager(RestoringManager):
         page to be copied that is only computed in the step that would copy it, or if not copy.
         """
         sequence = self._sequences[request_id]
-        limit = self._max_hit_pages(sequence.prompt_len)
-        for index in self._pages_to_copy(sequence, blocks[:limit]):
-            if not copy or blocks[index].block_id in self._hashed_in_step:
-                limit = index
-                break
-        return limit * self.block_size
+        blocks = blocks[: self._max_hit_pages(sequence.prompt_len)]
+        return self.cached_pages.usable(blocks, sequence.first_write, copy) * self.block_size
 
     def pages_soon(self, request: Request, num_pages: int) -> int:
         """Pages of the prompt after the first num_pages that can be hit when this step is done."""
         hashes = self._block_hashes(request)[: self._max_hit_pages(request.num_prompt_tokens)]
-        soon = self.snapshots.block_hashes()
-        for index in range(num_pages, len(hashes)):
-            cached = self.block_pool.get_cached_block(hashes[index], [self.kv_cache_group_id])
-            in_step = cached is not None and cached[0].block_id in self._hashed_in_step
-            if not in_step and hashes[index] not in soon:
-                return index - num_pages
-        return max(0, len(hashes) - num_pages)
+        return self.cached_pages.pages_soon(hashes, num_pages)
 
     def pages_between(self, request_id: str, num_tokens: int, later: int) -> int:
         """Pages that compactions empty between two lengths of the request."""
@@ -131,17 +113,14 @@ class PagedManager(RestoringManager):
     ) -> int:
         """Pages needed. With the cap, what the schedule lets the request hold, not its length."""
         sequence = self._sequences[request_id]
-        is_new = request_id not in self.num_cached_block
-        if is_new and self.restored_pages(request_id, total_computed_tokens):
-            return self.pages_to_restore(request_id, num_tokens, apply_admission_cap)
         if apply_admission_cap:
             num_tokens = self.peak_pages(num_tokens, sequence.prompt_len) * self.block_size
-        needed = super().get_num_blocks_to_allocate(
+        needed: int = super().get_num_blocks_to_allocate(
             request_id, num_tokens, new_computed_blocks, total_computed_tokens, *args, **kwargs
         )
         if not new_computed_blocks:
             return needed
-        return needed + len(self._pages_to_copy(sequence, new_computed_blocks))
+        return needed + len(self.cached_pages.to_copy(new_computed_blocks, sequence.first_write))
 
     def add_local_computed_blocks(
         self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], *args: Any
@@ -149,7 +128,7 @@ class PagedManager(RestoringManager):
         """Takes a prefix hit; notes which of its pages allocate_new_blocks has to copy."""
         super().add_local_computed_blocks(request_id, new_computed_blocks, *args)
         sequence = self._sequences[request_id]
-        sequence.copies = self._pages_to_copy(sequence, new_computed_blocks)
+        sequence.copies = self.cached_pages.to_copy(new_computed_blocks, sequence.first_write)
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
@@ -158,15 +137,15 @@ class PagedManager(RestoringManager):
         sequence = self._sequences[request_id]
         copied = self._copy(request_id, sequence) if sequence.copies else []
         new = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
-        if self.restored_pages(request_id):
-            sequence.frozen = 0  # compressed already; none of its pages is hashed
         if sequence.frozen is not None:
             return copied + new
         evicted = self.schedule.evicted(num_tokens, sequence.prompt_len)
         if evicted:
-            private = {block.block_id for block in copied}
-            self._freeze(request_id, sequence, evicted // self.block_size, private)
+            sequence.frozen = evicted // self.block_size
             sequence.raw_pages = num_tokens // self.block_size
+            private = {block.block_id for block in copied}
+            blocks = self.req_to_blocks[request_id]
+            self.cached_pages.freeze(request_id, blocks, sequence.frozen, private)
         return copied + new
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
@@ -181,11 +160,8 @@ class PagedManager(RestoringManager):
             first_write = None  # these pages are never written
         start = self.num_cached_block.get(request_id, 0)
         super().cache_blocks(request, num_tokens, *args, **kwargs)
-        blocks = self.req_to_blocks[request_id]
-        for index in range(start, self.num_cached_block.get(request_id, 0)):
-            self._hashed_in_step.add(blocks[index].block_id)
-            if first_write is not None and index >= first_write:
-                self._to_be_written.add(blocks[index].block_id)
+        hashed = range(start, self.num_cached_block.get(request_id, 0))
+        self.cached_pages.note_hashed(self.req_to_blocks[request_id], hashed, first_write)
         if sequence.raw_pages:
             self._take_snapshots(request, sequence)
 
@@ -199,20 +175,12 @@ class PagedManager(RestoringManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """The request ends or is preempted: nobody will rewrite its pages now."""
-        self.snapshots.cancel(request_id)
-        self.forget_restored(request_id)
-        blocks = super().pop_blocks_for_free(request_id)
-        ids = {block.block_id for block in blocks}
-        self._to_be_written -= ids
-        # A victim that this step had already scheduled: these are not going to be computed.
-        self.block_pool.evict_blocks(ids & self._hashed_in_step)
+        self.cached_pages.snapshots.cancel(request_id)
+        blocks: list[KVCacheBlock] = super().pop_blocks_for_free(request_id)
+        self.cached_pages.release(blocks)
         if request_id in self._sequences:
             self._sequences[request_id].frozen = None
         return blocks
-
-    def new_step_starts(self) -> None:
-        """A step is scheduled: what it hashed is computed before the next one."""
-        self._hashed_in_step.clear()
 
     @classmethod
     def find_longest_cache_hit(
@@ -229,27 +197,9 @@ class PagedManager(RestoringManager):
         """The longest run of cached pages from the start, as for full attention."""
         assert not drop_eagle_block, "speculative decoding is refused at start-up"
         page_size = kv_cache_spec.block_size
-        hashes = resolve_block_hashes(block_hashes, block_pool.hash_block_size, page_size)
-        hits: tuple[list[KVCacheBlock], ...] = tuple([] for _ in kv_cache_group_ids)
-        for block_hash, _ in zip(hashes, range(max_length // page_size), strict=False):
-            cached = block_pool.get_cached_block(block_hash, kv_cache_group_ids)
-            if not cached:
-                break
-            for hit, block in zip(hits, cached, strict=True):
-                hit.append(block)
-        num_tokens = len(hits[0]) * page_size
-        num_tokens -= num_tokens % alignment_tokens
-        for hit in hits:
-            del hit[num_tokens // page_size :]
-        return hits, num_tokens
-
-    def _pages_to_copy(self, sequence: _Sequence, blocks: Sequence[KVCacheBlock]) -> list[int]:
-        first = len(blocks) if sequence.first_write is None else sequence.first_write
-        return [
-            index
-            for index, block in enumerate(blocks)
-            if index >= first or block.block_id in self._to_be_written
-        ]
+        return longest_hit(
+            block_hashes, max_length, kv_cache_group_ids, block_pool, page_size, alignment_tokens
+        )
 
     def _max_hit_pages(self, prompt_len: int) -> int:
         return max(0, prompt_len - self._to_compute) // self.block_size
@@ -275,23 +225,7 @@ class PagedManager(RestoringManager):
         assert sequence.frozen is not None
         # What every running request may need in the next steps stays free.
         reserve = 2 * self.num_groups * len(self.req_to_blocks)
-        self.snapshots.take(request.request_id, blocks, hashes, sequence.frozen, reserve)
-        sequence.raw_pages = 0
-
-    def _freeze(
-        self, request_id: str, sequence: _Sequence, first_kept: int, copied: set[int]
-    ) -> None:
-        """This step ends in the first compaction: its pages leave the prefix cache."""
-        sequence.frozen = first_kept
-        written = self.req_to_blocks[request_id][first_kept:]
-        hashed = {block.block_id for block in written if block.block_hash is not None}
-        self.block_pool.evict_blocks(hashed)
-        # All of its pages: a resumed request may keep more of them than first_write said.
-        self._to_be_written.difference_update(
-            block.block_id for block in self.req_to_blocks[request_id]
+        self.cached_pages.snapshots.take(
+            request.request_id, blocks, hashes, sequence.frozen, reserve
         )
-        for block in written:
-            # A page copied in this step is also held by the copy until it has run.
-            assert block.ref_cnt == 1 + (block.block_id in copied), (
-                f"page {block.block_id} of {request_id} is shared and would be rewritten"
-            )
+        sequence.raw_pages = 0

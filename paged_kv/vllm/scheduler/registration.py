@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from paged_kv.vllm.scheduler.manager import PagedManager
+from paged_kv.vllm.scheduler.restoring import RestoringManager
 from paged_kv.vllm.scheduler.spec import PagedSpec
 
 
@@ -12,4 +12,4 @@ def register() -> None:
     """In every process that allocates pages, or is told of specs. Idempotent."""
     # vLLM registers its own specs only while the registry is empty.
     KVCacheSpecRegistry._ensure_registered()
-    KVCacheSpecRegistry.register(PagedSpec, PagedManager, uniform_type_base_spec=PagedSpec)
+    KVCacheSpecRegistry.register(PagedSpec, RestoringManager, uniform_type_base_spec=PagedSpec)

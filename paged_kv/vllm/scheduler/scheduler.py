@@ -7,50 +7,43 @@ past the prompt in one chunk, which needs those pages at once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from paged_kv.core.schedule import cdiv
 from paged_kv.vllm.plan import get_plan
 from paged_kv.vllm.scheduler import limits
+from paged_kv.vllm.scheduler.capacity import PoolCapacity
 from paged_kv.vllm.scheduler.manager import PagedManager
 from paged_kv.vllm.scheduler.refusing import RefusingMixin
+from paged_kv.vllm.scheduler.restoring import RestoringManager
 from paged_kv.vllm.swap.scheduler import SwapMixin
-
-logger = init_logger(f"vllm.{__name__}")
 
 PAGES_WORTH_A_STEP = 2
 """Computing as much again takes longer than waiting for the step that is being scheduled."""
 
 
-class _PagedMixin(RefusingMixin, SwapMixin):
+class _PagedMixin(RefusingMixin):
     """Overrides shared by the synchronous and the asynchronous scheduler."""
 
     need_mamba_block_aligned_split: bool
+    paged_managers: Sequence[PagedManager]  # of the layer groups under a schedule
     _prompt_chunk: int | None  # most tokens of a prompt in a step; None: as many as vLLM likes
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         managers = self.kv_cache_manager.coordinator.single_type_managers
         self.paged_managers = [m for m in managers if isinstance(m, PagedManager)]
-        self._num_other_pages = sum(
-            cdiv(
-                m.kv_cache_spec.max_memory_usage_bytes(self.vllm_config),
-                m.kv_cache_spec.page_size_bytes,
-            )
-            for m in managers
-            if not isinstance(m, PagedManager)
-        )
+        self.capacity = PoolCapacity(self.vllm_config, managers, self.kv_cache_config.num_blocks)
         assert not self.need_mamba_block_aligned_split, "Mamba hybrids are refused at start-up"
         # vLLM's one hook where a chunk's length can be cut before pages are allocated for it,
         # unless it carries our source patch (see patches/), which has _clip_chunk.
         self.need_mamba_block_aligned_split = not hasattr(Scheduler, "_clip_chunk")
-        self._resume_chunk, self._prompt_chunk = self._max_resume_chunk(), None
+        self._resume_chunk, self._prompt_chunk = self.capacity.resume_chunk(), None
         if get_plan(self.vllm_config).compress_prefill:
             self._prompt_chunk = limits.prompt_chunk(self.vllm_config)
             self._resume_chunk = min(self._resume_chunk, self._prompt_chunk)
@@ -59,21 +52,21 @@ class _PagedMixin(RefusingMixin, SwapMixin):
             manager.max_chunk = chunk * self.vllm_config.max_concurrent_batches
             manager.num_groups = len(self.paged_managers)
         self._held_back: Request | None = None
-        self._log_capacity()
+        self.capacity.log(self._prompt_chunk, chunk * self.vllm_config.max_concurrent_batches)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """One step; tells the worker which raw pages to copy before it compacts."""
         output = super().schedule(*args, **kwargs)
         for manager in self.paged_managers:
-            manager.new_step_starts()
-        copies = [copy for manager in self.paged_managers for copy in manager.snapshots.drain()]
+            manager.cached_pages.end_step()
+        copies = [copy for m in self.paged_managers for copy in m.cached_pages.snapshots.drain()]
         output.paged_kv_snapshots = copies  # an attribute more: travels with the pickled output
         return output
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
         """A step is done: its copies can be hit."""
         for manager in self.paged_managers:
-            manager.snapshots.publish()
+            manager.cached_pages.snapshots.publish()
         return super().update_from_output(*args, **kwargs)
 
     def add_request(self, request: Request) -> None:
@@ -100,25 +93,21 @@ class _PagedMixin(RefusingMixin, SwapMixin):
     def _get_local_prefix_cache_hit(self, request: Request, *longest: int | None) -> Any:
         # longest: nothing up to vLLM 0.32; the most tokens that may be hit, or None, from 0.33 on.
         self._held_back = None
-        restored = self.restorable_tokens(request)
-        evicted = [m.restore(request.request_id, restored) for m in self.paged_managers]
-        if any(evicted):  # what comes back is compressed; cached pages are not
-            return self.kv_cache_manager.empty_kv_cache_blocks, 0, 0, False
         blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(
             request, *longest
         )
         while num_tokens > (limit := self._usable_hit(request, blocks)):
-            found, num_tokens, _ = self.kv_cache_manager.coordinator.find_longest_cache_hit(
+            shorter, num_tokens, _ = self.kv_cache_manager.coordinator.find_longest_cache_hit(
                 request.block_hashes, limit
             )
-            blocks = self.kv_cache_manager.create_kv_cache_blocks(found)
+            blocks = self.kv_cache_manager.create_kv_cache_blocks(shorter)
             boundary = 0
         pages = num_tokens // self.paged_managers[0].block_size
         soon = min(manager.pages_soon(request, pages) for manager in self.paged_managers)
         for most in longest:
             if most is not None:
                 soon = min(soon, most // self.paged_managers[0].block_size - pages)
-        if soon >= PAGES_WORTH_A_STEP and not restored:
+        if soon >= PAGES_WORTH_A_STEP:
             self._held_back = request
         return blocks, num_tokens, boundary, diverged
 
@@ -154,11 +143,11 @@ class _PagedMixin(RefusingMixin, SwapMixin):
         num_new_local_computed_tokens: int = 0,
         num_external_computed_tokens: int = 0,
     ) -> int:
-        """Ends a chunk at the prompt's end; bounds those of a prompt that is compressed meanwhile.
+        """Tokens of a chunk that may be computed: it ends at the prompt's end.
 
-        Cuts what a resumed request recomputes after its prompt.
-
-        Nothing of a request that can hit more of its prompt when this step is done.
+        Chunks of a prompt that is compressed meanwhile are bounded, and so is what a resumed
+        request recomputes after its prompt. Nothing of a request that can hit more of its prompt
+        when this step is done.
         """
         if request is self._held_back:
             return 0
@@ -195,60 +184,27 @@ class _PagedMixin(RefusingMixin, SwapMixin):
         )
         return needed > self.kv_cache_manager.block_pool.get_num_free_blocks()
 
-    def pages_per_sequence(self, chunk: int = 1) -> int:
-        """Pages of a sequence of max_model_len, in all groups, in steps of so many tokens."""
-        return self._num_other_pages + sum(
-            cdiv(m.schedule.max_retained(self.max_model_len, 0, chunk), m.block_size)
-            for m in self.paged_managers
-        )
 
-    def _max_resume_chunk(self) -> int:
-        """Tokens past the prompt that a step may recompute: a budget, or what the pool holds.
+class _RestoringMixin(SwapMixin, _PagedMixin):
+    """Overrides for requests that come back from the swap; without one they change nothing."""
 
-        Admission reserves for each group the most that it holds, at whatever time.
-        """
-        num_pages = self.kv_cache_config.num_blocks
-        longest = limits.max_prompt_len(self.vllm_config, num_pages) or self.max_model_len
-        batches = self.vllm_config.max_concurrent_batches
+    paged_managers: Sequence[RestoringManager]
 
-        def fits(chunk: int) -> bool:
-            peaks = (
-                m.schedule.max_retained(self.max_model_len, longest, chunk * batches)
-                for m in self.paged_managers
-            )
-            needed = sum(cdiv(peak, self.paged_managers[0].block_size) for peak in peaks)
-            return needed <= num_pages - 1 - self._num_other_pages
-
-        budget = max(m.schedule.budget(self.max_model_len) for m in self.paged_managers)
-        page_size = self.paged_managers[0].block_size
-        return next((chunk for chunk in range(budget, 0, -page_size) if fits(chunk)), 1)
-
-    def _log_capacity(self) -> None:
-        """The last word on it: vLLM has counted prompts that are held whole."""
-        num_pages, pages = self.kv_cache_config.num_blocks - 1, self.pages_per_sequence()
-        longest = limits.max_prompt_len(self.vllm_config, num_pages + 1)
-        prompts = "any" if longest is None else f"{longest:,} tokens"
-        if self._prompt_chunk is not None:
-            own = self.pages_per_sequence(self.paged_managers[0].max_chunk)
-            prompts += (
-                f", in pieces of {self._prompt_chunk:,} tokens, meanwhile {num_pages / own:.2f} "
-                f"sequences ({own} pages each): smaller pieces hold less, larger ones are computed "
-                "faster (--long-prefill-token-threshold, at most --max-num-batched-tokens)"
-            )
-        logger.info(
-            "paged_kv decode capacity: %.2f sequences of %s tokens once their prompts are done "
-            "(%d pages each). This, not vLLM's maximum concurrency, is how many can decode at "
-            "once. Longest prompt: %s",
-            num_pages / pages,
-            f"{self.max_model_len:,}",
-            pages,
-            prompts,
-        )
+    def _get_local_prefix_cache_hit(self, request: Request, *longest: int | None) -> Any:
+        restored = self.restorable_tokens(request)
+        evicted = [m.restore(request.request_id, restored) for m in self.paged_managers]
+        if any(evicted):  # what comes back is compressed; cached pages are not
+            self._held_back = None
+            return self.kv_cache_manager.empty_kv_cache_blocks, 0, 0, False
+        hit = super()._get_local_prefix_cache_hit(request, *longest)
+        if restored:  # nothing that it could wait for is longer
+            self._held_back = None
+        return hit
 
 
-class PagedScheduler(_PagedMixin):
+class PagedScheduler(_RestoringMixin):
     """The synchronous scheduler."""
 
 
-class PagedAsyncScheduler(_PagedMixin, AsyncScheduler):
+class PagedAsyncScheduler(_RestoringMixin, AsyncScheduler):
     """The asynchronous scheduler: pages are freed when the step that emptied them is processed."""
