@@ -35,14 +35,14 @@ def test_a_save_names_pages_and_slots_and_a_load_the_same_slots():
     assert isinstance(save, Save)
     assert save.pages.page_ids == ((12, 13), (20,))
     assert [len(some) for some in save.pages.slots] == [2, 1]
-    assert len(save.pages.state_slots) == 1
+    assert len(save.pages.ring_slots) == 1
     one.load("a", [{3: 33}, {0: 40}], 70, 60)  # page 2 is a prefix hit
     assert one.used == (4, 0), "the slots are read in this step"
     [load] = one.end_step()
     assert isinstance(load, Load)
     assert load.pages.page_ids == ((33,), (40,))
     assert load.pages.slots == (save.pages.slots[0][1:], save.pages.slots[1])
-    assert load.pages.state_slots == save.pages.state_slots
+    assert load.pages.ring_slots == save.pages.ring_slots
     assert one.used == (0, 0)
     assert one.counts["restored_tokens"] == 60
 

@@ -79,7 +79,7 @@ def random_swaps(rng: random.Random, **fixed: Any) -> Rules:
     host = rng.choice([rng.randint(2, 12), rng.randint(8, 30)])
     values: dict[str, Any] = {
         "swap": (host, rng.choice([0, rng.randint(1, 40), 200])),
-        "state_slots": rng.choice([0, 0, 1, 2]),
+        "ring_slots": rng.choice([0, 0, 1, 2]),
         "ranks": rng.choice([1, 1, 2]),
         "private_hits": rng.random() < 0.2,
         # Of a victim that the step had scheduled, vLLM's own managers keep the pages hashed.

@@ -50,7 +50,7 @@ class Rules:
         private_hits: as in PagedSpec.
         priorities: requests have them; else the one that came last is preempted.
         swap: host slots and file slots for preempted requests; None for no swap.
-        state_slots: that a swapped request takes beside its pages'.
+        ring_slots: that a swapped request takes beside its pages'.
         ranks: workers that have tiers.
     """
 
@@ -67,7 +67,7 @@ class Rules:
     private_hits: bool = False
     priorities: bool = False
     swap: tuple[int, int] | None = None
-    state_slots: int = 0
+    ring_slots: int = 0
     ranks: int = 1
 
     @property
@@ -127,7 +127,7 @@ def capacities(rules: Rules) -> list[Capacity]:
     """What the tiers of each rank hold: no two the same."""
     host, file = rules.swap or (0, 0)
     return [
-        Capacity(64, host + rank, file + rank * (file > 0), rules.state_slots)
+        Capacity(64, host + rank, file + rank * (file > 0), rules.ring_slots)
         for rank in range(rules.ranks)
     ]
 

@@ -155,7 +155,7 @@ class LabelCopier:
                 for page, slot in zip(page_ids, slots, strict=True):
                     pages[page] = list(self._loaded(slot))
             kept = self.kept.pop(load.request_id)
-            for index, slot in enumerate(load.pages.state_slots):
+            for index, slot in enumerate(load.pages.ring_slots):
                 assert self._loaded(slot) == (load.request_id, index, kept.run, kept.num_tokens)
 
     def finished(self, is_busy: bool) -> Finished | None:
@@ -178,13 +178,13 @@ class LabelCopier:
         assert save.request_id not in self.kept
         num_tokens = 1 + max(row.private[0])
         self.kept[save.request_id] = Kept(row.run, [dict(one) for one in row.private], num_tokens)
-        every = [slot for some in (*save.pages.slots, save.pages.state_slots) for slot in some]
+        every = [slot for some in (*save.pages.slots, save.pages.ring_slots) for slot in some]
         for tiers in self.tiers:
             tiers.wait(every)
             for page_ids, slots in zip(save.pages.page_ids, save.pages.slots, strict=True):
                 for page, slot in zip(page_ids, slots, strict=True):
                     tiers.host[slot] = list(pages[page])
-            for index, slot in enumerate(save.pages.state_slots):
+            for index, slot in enumerate(save.pages.ring_slots):
                 tiers.host[slot] = (save.request_id, index, row.run, num_tokens)
 
     def _work(self) -> None:

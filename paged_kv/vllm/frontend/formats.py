@@ -36,15 +36,16 @@ def take_cache_dtype(engine_args: Any, config: CompressionConfig) -> Compression
     if not current_platform.is_cpu():
         _refuse_ours(config)
         return config
-    given = engine_args.kv_cache_dtype
-    asked = CACHE_DTYPES.get(given)
+    cache_dtype = engine_args.kv_cache_dtype
+    asked = CACHE_DTYPES.get(cache_dtype)
     under_policy = config.enabled and cpu.available()
-    if given in FP8_DTYPES and (under_policy or config.page_format == "fp8"):
+    if cache_dtype in FP8_DTYPES and (under_policy or config.page_format == "fp8"):
         asked = "fp8"
-    if config.page_format != NATIVE and given != AUTO and asked != config.page_format:
+    has_both = config.page_format != NATIVE and cache_dtype != AUTO
+    if has_both and asked != config.page_format:
         raise ValueError(
-            f"page_format {config.page_format} and kv-cache-dtype {given} contradict each other: "
-            "give one of them"
+            f"page_format {config.page_format} and kv-cache-dtype {cache_dtype} contradict each "
+            "other: give one of them"
         )
     if asked is not None:
         config = dataclasses.replace(config, page_format=asked)

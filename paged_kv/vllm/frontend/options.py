@@ -115,11 +115,11 @@ def _take_flags(args: argparse.Namespace, additional: dict[str, Any]) -> None:
     """Moves our flags into additional. Raises ValueError: they contradict it or each other."""
     policy, budget = getattr(args, "kv_policy", None), getattr(args, "kv_budget", None)
     more = getattr(args, "kv_policy_config", None)
-    swapping = {name: getattr(args, f"kv_{name}", None) for name in SWAP_OPTIONS}
-    given = {name: value for name, value in swapping.items() if value is not None}
+    flags = {name: getattr(args, f"kv_{name}", None) for name in SWAP_OPTIONS}
+    swap_flags = {name: text for name, text in flags.items() if text is not None}
     if policy is None and (budget is not None or more is not None):
         raise ValueError("kv-budget and kv-policy-config need a kv-policy")
-    if policy is None and not given:
+    if policy is None and not swap_flags:
         return
     if CONFIG_KEY in additional:
         flag = "kv-policy" if policy is not None else "kv-swap-space"
@@ -129,7 +129,7 @@ def _take_flags(args: argparse.Namespace, additional: dict[str, Any]) -> None:
     settings |= {"budget": budget} if budget is not None else {}
     settings |= {
         name: _gib(name, text) if OPTIONS[name].metavar == "GIB" else text
-        for name, text in given.items()
+        for name, text in swap_flags.items()
     }
     additional[CONFIG_KEY] = _read(settings).to_dict()
     for name in FLAGS:
@@ -167,9 +167,9 @@ def before_engine_config(engine_args: Any) -> CompressionConfig:
     additional = engine_args.additional_config
     with _errors_of(additional):
         settings = additional.get(CONFIG_KEY, {}) if isinstance(additional, dict) else {}
-        given = _read(settings)
-        config = formats.take_cache_dtype(engine_args, given)
-        if config != given:
+        asked = _read(settings)
+        config = formats.take_cache_dtype(engine_args, asked)
+        if config != asked:
             # vLLM may ask for a config again, and no longer finds the dtype in the arguments.
             engine_args.additional_config = _with_settings(additional, config)
         _check_machine(config)

@@ -21,7 +21,7 @@ def prompt_chunk(vllm_config: Any) -> int:
     if chunk == 0:
         schedules = (plan.schedule(layer) for layer in plan.budgets)
         max_len = vllm_config.model_config.max_model_len
-        chunk = max([LEAST_CHUNK, *(one.budget(max_len) for one in schedules if one is not None)])
+        chunk = max([LEAST_CHUNK, *(s.budget(max_len) for s in schedules if s is not None)])
     return int(min(chunk, scheduler.max_num_batched_tokens))
 
 

@@ -18,12 +18,12 @@ class SwappedPages(NamedTuple):
     Args:
         page_ids: of each layer group of vLLM.
         slots: host slot of each page, of each layer group.
-        state_slots: host slots of what the request has beside its pages.
+        ring_slots: host slots of its rows of rings; see ring_slots.py.
     """
 
     page_ids: tuple[tuple[int, ...], ...]
     slots: tuple[tuple[int, ...], ...]
-    state_slots: tuple[int, ...]
+    ring_slots: tuple[int, ...]
 
 
 class Save(NamedTuple):
@@ -108,10 +108,10 @@ class Capacity(KVConnectorHandshakeMetadata):
         slot_bytes: of a slot: one page of one layer group, in the layers of this rank.
         host_slots: in memory.
         file_slots: in the file; 0 without a directory.
-        state_slots: what a request has beside its pages.
+        ring_slots: host slots that the rows of one request take; 0: there are no rings.
     """
 
     slot_bytes: int
     host_slots: int
     file_slots: int
-    state_slots: int
+    ring_slots: int

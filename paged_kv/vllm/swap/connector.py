@@ -7,6 +7,7 @@ worker saves them before it does anything else in that step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -47,10 +48,10 @@ class SwapConnector(KVConnectorBase_V1, SupportsHMA):
     def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
         """The workers have made their tiers; the smallest counts."""
         ranks: list[Capacity] = list(metadata.values())
-        names = ("slot_bytes", "host_slots", "file_slots", "state_slots")
-        every = {name: [getattr(one, name) for one in ranks] for name in names}
-        assert len(set(every["slot_bytes"])) == len(set(every["state_slots"])) == 1
-        self.ledger = Ledger(Capacity(**{n: min(v) for n, v in every.items()}), len(ranks))
+        names = ("slot_bytes", "host_slots", "file_slots", "ring_slots")
+        by_name = {name: [getattr(rank, name) for rank in ranks] for name in names}
+        assert len(set(by_name["slot_bytes"])) == len(set(by_name["ring_slots"])) == 1
+        self.ledger = Ledger(Capacity(**{n: min(v) for n, v in by_name.items()}), len(ranks))
 
     def swap_out(self, request: Any) -> None:
         """A request is being preempted and still has its pages.
@@ -67,8 +68,7 @@ class SwapConnector(KVConnectorBase_V1, SupportsHMA):
             first = self._evicted(manager, request, num_tokens) // manager.block_size
             blocks = manager.req_to_blocks.get(request_id, [])
             last = cdiv(num_tokens, manager.block_size)
-            some = enumerate(blocks[first:last], first)
-            pages.append({index: block.block_id for index, block in some if not block.is_null})
+            pages.append(_page_ids(blocks, first, last))
         self.ledger.save(request_id, num_tokens, pages)
 
     def restorable(self, request: Any) -> int:
@@ -79,11 +79,12 @@ class SwapConnector(KVConnectorBase_V1, SupportsHMA):
         """
         if self.ledger is None:
             return 0
-        one = self.ledger.swapped.get(request.request_id)
-        if one is None:
+        swapped = self.ledger.swapped.get(request.request_id)
+        if swapped is None:
             return 0
-        num_tokens = min(one.num_tokens, request.num_tokens - 1)
-        if num_tokens < one.num_tokens and self._has_changed(request, num_tokens, one.num_tokens):
+        saved = swapped.num_tokens
+        num_tokens = min(saved, request.num_tokens - 1)
+        if num_tokens < saved and self._has_changed(request, num_tokens, saved):
             self.ledger.drop(request.request_id, STALE)
             return 0
         return num_tokens
@@ -117,10 +118,9 @@ class SwapConnector(KVConnectorBase_V1, SupportsHMA):
             return
         num_tokens = self.restorable(request)
         pages = []
-        for manager, own in zip(self._managers, blocks.blocks, strict=True):
+        for manager, new_blocks in zip(self._managers, blocks.blocks, strict=True):
             first = (num_tokens - num_external_tokens) // manager.block_size
-            some = enumerate(own[first : cdiv(num_tokens, manager.block_size)], first)
-            pages.append({index: block.block_id for index, block in some if not block.is_null})
+            pages.append(_page_ids(new_blocks, first, cdiv(num_tokens, manager.block_size)))
         self.ledger.load(request_id, pages, num_tokens, num_external_tokens)
 
     def get_loaded_kv_cache_group_ids(self, request: Any) -> tuple[int, ...]:
@@ -238,3 +238,9 @@ class SwapConnector(KVConnectorBase_V1, SupportsHMA):
     def build_prom_metrics(cls, *args: Any) -> Any:
         """The metrics that vLLM exports."""
         return metrics.SwapPromMetrics(*args)
+
+
+def _page_ids(blocks: Sequence[Any], first: int, last: int) -> dict[int, int]:
+    """Page ids by logical index, of the pages from first up to last that are not given back."""
+    pages = enumerate(blocks[first:last], first)
+    return {index: block.block_id for index, block in pages if not block.is_null}

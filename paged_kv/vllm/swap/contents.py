@@ -49,7 +49,7 @@ class Raw:
         self.num_bytes = math.prod(self.shape) * tensor.element_size()
 
     def save(self, page_ids: Sequence[int], rows: Sequence[Tensor]) -> None:
-        """See SlotPart. Copies of a GPU's pages are in stream order."""
+        """Writes each page to its row. Copies of a GPU's pages are in stream order."""
         for page, row in zip(page_ids, rows, strict=True):
             self._numbers(row).copy_(self.tensor[:, page], non_blocking=True)
 
@@ -91,25 +91,25 @@ class Converted:
         self.num_bytes = pages.num_layers * pages.num_heads * layout.block_bytes
 
     def save(self, page_ids: Sequence[int], rows: Sequence[Tensor]) -> None:
-        """See SlotPart. What nobody has written yet may hold anything, also what is no number."""
+        """Encodes each page to its row; numbers also where nobody has written yet (may be NaN)."""
         for start in range(0, len(page_ids), PAGES_AT_ONCE):
-            blocks, ids, some = self._chunk(page_ids[start : start + PAGES_AT_ONCE])
+            blocks, ids, block_ids = self._chunk(page_ids[start : start + PAGES_AT_ONCE])
             for name, part in (("key", self.pages.keys), ("value", self.pages.values)):
                 numbers = part.gather(self.layers, ids[None]).unflatten(-2, (len(ids), -1))
-                ops.store(blocks, self.layout, name, self._index(some), numbers.nan_to_num())
+                ops.store(blocks, self.layout, name, self._index(block_ids), numbers.nan_to_num())
             Raw(blocks).save(range(len(ids)), rows[start : start + PAGES_AT_ONCE])
 
     def load(self, page_ids: Sequence[int], rows: Sequence[Tensor], last: int) -> None:
         """The reverse of save; of the last page, its first `last` entries."""
         for start in range(0, len(page_ids), PAGES_AT_ONCE):
-            blocks, ids, some = self._chunk(page_ids[start : start + PAGES_AT_ONCE])
+            blocks, ids, block_ids = self._chunk(page_ids[start : start + PAGES_AT_ONCE])
             Raw(blocks).load(range(len(ids)), rows[start : start + PAGES_AT_ONCE], last)
             for name, part in (("key", self.pages.keys), ("value", self.pages.values)):
-                numbers = ops.gather(blocks, self.layout, name, self.layers, some[None])
+                numbers = ops.gather(blocks, self.layout, name, self.layers, block_ids[None])
                 part.store(self._index(ids), numbers.unflatten(-2, (len(ids), -1)))
 
     def _chunk(self, page_ids: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Room for the blocks of these pages, the pages' ids, and the blocks' own."""
+        """Room for the blocks of these pages, the ids of the pages, and those of the blocks."""
         pages, count = self.pages, len(page_ids)
         shape = (pages.num_layers, count, pages.num_heads, self.layout.block_bytes)
         blocks = torch.zeros(shape, dtype=torch.uint8, device=pages.device)

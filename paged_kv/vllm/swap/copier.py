@@ -59,12 +59,12 @@ class Copier:
         self.config = config
         self.num_pages = kv_cache_config.num_blocks
         self.caches, self.spilled = caches, spilled
-        builders = [[tuple(one.layer_names) for one in group] for group in runner.attn_groups]
+        builders = [[tuple(b.layer_names) for b in group] for group in runner.attn_groups]
         self.contents = [
             Contents(self._parts(names), group.kv_cache_spec.block_size)
             for names, group in zip(builders, kv_cache_config.kv_cache_groups, strict=True)
         ]
-        slot_bytes = max(one.num_bytes for one in self.contents)
+        slot_bytes = max(contents.num_bytes for contents in self.contents)
         self.ring_slots = RingSlots(rings, slot_bytes)
         self.is_gpu = runner.device.type != "cpu"
         parallel = vllm_config.parallel_config
@@ -99,7 +99,7 @@ class Copier:
         for command in self._loads:
             for contents, page_ids, slots in self._groups(command.pages):
                 contents.load(page_ids, slots, self.tiers.host, command.num_tokens)
-            rows = [self.tiers.host[slot] for slot in command.pages.state_slots]
+            rows = [self.tiers.host[slot] for slot in command.pages.ring_slots]
             self.ring_slots.load(command.request_id, rows)
         if self._loads:
             self._loaded = self._event()
@@ -118,11 +118,11 @@ class Copier:
 
     def _save(self, command: Save) -> None:
         pages = command.pages
-        self.tiers.wait([slot for some in (*pages.slots, pages.state_slots) for slot in some])
+        self.tiers.wait([slot for slots in (*pages.slots, pages.ring_slots) for slot in slots])
         for contents, page_ids, slots in self._groups(pages):
             contents.save(page_ids, slots, self.tiers.host)
         self.ring_slots.save(
-            command.request_id, [self.tiers.host[slot] for slot in pages.state_slots]
+            command.request_id, [self.tiers.host[slot] for slot in pages.ring_slots]
         )
         self._saved = self._event()
         if self.spilled is not None:
@@ -162,9 +162,7 @@ class Copier:
                 logger.warning("kv-swap-format is not used: the kernel's pages are not vLLM's")
                 return raw
             converted.append(Converted(pages, layout))
-        if sum(one.num_bytes for one in converted) < sum(one.num_bytes for one in raw):
-            return converted
-        return raw
+        return min(raw, converted, key=_num_bytes)
 
     def _by_page(self, tensor: Tensor) -> Tensor:
         """[layers, pages, ...], whatever the kernel takes for a page."""
@@ -192,6 +190,10 @@ class Copier:
             config.swap_dir or "files",
         )
         return SwapTiers(slot_bytes, host, file, config.swap_dir, pin=self.is_gpu)
+
+
+def _num_bytes(parts: Sequence[SlotPart]) -> int:
+    return sum(part.num_bytes for part in parts)
 
 
 def _nothing() -> None:

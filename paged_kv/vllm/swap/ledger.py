@@ -38,7 +38,7 @@ class Swapped:
     Args:
         num_tokens: computed before it was preempted.
         pages: logical indices of its pages, of each layer group.
-        host: its host slots: of all pages, then of its state; empty while it is in the file.
+        host: its host slots: of all pages, then of its rows of rings; empty while in the file.
         file: its file slots; empty while it is not.
     """
 
@@ -64,12 +64,12 @@ class Swapped:
             pages: page id by logical index, of each layer group.
         """
         slots = iter(self.host)
-        slot_of = [dict(zip(indices, slots, strict=False)) for indices in self.pages]
+        slots_of_groups = [dict(zip(indices, slots, strict=False)) for indices in self.pages]
         return SwappedPages(
-            tuple(tuple(some.values()) for some in pages),
+            tuple(tuple(page_ids.values()) for page_ids in pages),
             tuple(
-                tuple(group[index] for index in some)
-                for group, some in zip(slot_of, pages, strict=True)
+                tuple(slot_by_index[index] for index in page_ids)
+                for slot_by_index, page_ids in zip(slots_of_groups, pages, strict=True)
             ),
             tuple(slots),
         )
@@ -114,15 +114,15 @@ class Ledger:
         """
         assert request_id not in self.swapped
         num_pages = sum(map(len, pages))
-        count = num_pages + self.capacity.state_slots
+        count = num_pages + self.capacity.ring_slots
         if not self._make_room(count):
             self.counts[FULL] += 1
             return False
         self._largest = max(self._largest, count)
         slots = tuple(self._host.popleft() for _ in range(count))
-        one = Swapped(num_tokens, tuple(tuple(group) for group in pages), slots)
-        self.swapped[request_id] = one
-        self._commands.append(Save(request_id, one.in_slots(pages)))
+        request = Swapped(num_tokens, tuple(tuple(group) for group in pages), slots)
+        self.swapped[request_id] = request
+        self._commands.append(Save(request_id, request.in_slots(pages)))
         self.counts["swapped_out_requests"] += 1
         self.counts["swapped_out_pages"] += num_pages
         self.counts["swapped_out_bytes"] += count * self.capacity.slot_bytes * self.num_ranks
@@ -133,14 +133,14 @@ class Ledger:
 
         One at a time: vLLM asks for all that wait, and they would drive each other out.
         """
-        one = self.swapped[request_id]
+        request = self.swapped[request_id]
         if any(other.is_promoted for other in self.swapped.values()):
             return True
-        if not self._make_room(len(one.file), keep=request_id):
+        if not self._make_room(len(request.file), keep=request_id):
             self.drop(request_id, FULL)
             return False
-        one.host = tuple(self._host.popleft() for _ in one.file)
-        self._commands.append(Promote(request_id, one.file, one.host))
+        request.host = tuple(self._host.popleft() for _ in request.file)
+        self._commands.append(Promote(request_id, request.file, request.host))
         self.counts["promoted_requests"] += 1
         return True
 
@@ -155,19 +155,19 @@ class Ledger:
             num_tokens: that it has now.
             restored: of these, the ones that a prefix hit has not given.
         """
-        one = self.swapped.pop(request_id)
-        assert one.is_loadable
-        self._commands.append(Load(request_id, one.in_slots(pages), num_tokens))
-        self._loaded += one.host
+        request = self.swapped.pop(request_id)
+        assert request.is_loadable
+        self._commands.append(Load(request_id, request.in_slots(pages), num_tokens))
+        self._loaded += request.host
         self.counts["swapped_in_requests"] += 1
         self.counts["swapped_in_pages"] += sum(map(len, pages))
         self.counts["restored_tokens"] += restored
 
     def drop(self, request_id: str, reason: str | None = None) -> None:
         """A request has ended, or (for this reason) will be computed again."""
-        one = self.swapped.pop(request_id)
-        self._host += one.host
-        self._file += one.file
+        request = self.swapped.pop(request_id)
+        self._host += request.host
+        self._file += request.file
         self._arrived.pop(request_id, None)
         self._commands.append(Forget(request_id))
         if reason is not None:
@@ -178,21 +178,21 @@ class Ledger:
         for request_id in finished.failed & set(self.swapped):
             self.drop(request_id, IO_ERROR)
         for request_id, ranks in finished.promoted.items():
-            one = self.swapped.get(request_id)
-            if one is None or not one.is_promoted:
+            request = self.swapped.get(request_id)
+            if request is None or not request.is_promoted:
                 continue  # dropped meanwhile
             self._arrived[request_id] += ranks
             if self._arrived[request_id] == self.num_ranks:
                 del self._arrived[request_id]
-                self._file += one.file
-                one.file = ()
+                self._file += request.file
+                request.file = ()
 
     def end_step(self) -> list[Command]:
         """What the workers have to do in the step that has been scheduled."""
         self._host += self._loaded
         self._loaded = []
         # Room for a preemption as large as any so far, made in the background; nobody pays for it.
-        in_host = [name for name, one in self.swapped.items() if one.is_loadable]
+        in_host = [name for name, request in self.swapped.items() if request.is_loadable]
         is_short = len(self._host) < self._largest and len(in_host) > 1
         if is_short and len(self.swapped[in_host[0]].host) <= len(self._file):
             self._demote(in_host[0])
@@ -212,23 +212,23 @@ class Ledger:
         return True
 
     def _oldest_in_host(self, keep: str | None) -> str | None:
-        candidates = (name for name, one in self.swapped.items() if one.is_loadable)
+        candidates = (name for name, request in self.swapped.items() if request.is_loadable)
         return next((name for name in candidates if name != keep), None)
 
     def _demote(self, request_id: str, keep: str | None = None) -> bool:
         """Moves a request to the file, where the oldest ones make room; False: it is too large."""
-        one = self.swapped[request_id]
-        if len(one.host) > self.capacity.file_slots:
+        request = self.swapped[request_id]
+        if len(request.host) > self.capacity.file_slots:
             return False
-        while len(self._file) < len(one.host):
+        while len(self._file) < len(request.host):
             in_file = (n for n, other in self.swapped.items() if other.file and other.host == ())
             oldest = next((name for name in in_file if name != keep), None)
             if oldest is None:
                 return False
             self.drop(oldest, FULL)
-        one.file = tuple(self._file.popleft() for _ in one.host)
-        self._commands.append(Demote(request_id, one.host, one.file))
-        self._host += one.host
-        one.host = ()
+        request.file = tuple(self._file.popleft() for _ in request.host)
+        self._commands.append(Demote(request_id, request.host, request.file))
+        self._host += request.host
+        request.host = ()
         self.counts["demoted_requests"] += 1
         return True

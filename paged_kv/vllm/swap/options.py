@@ -26,8 +26,10 @@ def check(config: CompressionConfig) -> None:
                 f"{memory / GIB:.1f} GiB of memory"
             )
     else:
-        given = (config.swap_dir, "swap-dir"), (config.swap_dir_space, "swap-dir-space")
-        for value, name in given:
+        for value, name in (
+            (config.swap_dir, "swap-dir"),
+            (config.swap_dir_space, "swap-dir-space"),
+        ):
             if value:
                 raise ValueError(f"kv-{name} {value} needs a kv-swap-space above 0")
         if config.swap_format != "native":
@@ -49,11 +51,11 @@ def set_connector(engine_args: Any) -> None:
     """
     from vllm.config import KVTransferConfig
 
-    given = engine_args.kv_transfer_config
-    if given is not None and not is_ours(given):
+    transfer = engine_args.kv_transfer_config
+    if transfer is not None and not is_ours(transfer):
         raise ValueError(
             f"kv-swap-space does not support KV connectors: kv-transfer-config has "
-            f"{getattr(given, 'kv_connector', given)!r}"
+            f"{getattr(transfer, 'kv_connector', transfer)!r}"
         )
     engine_args.kv_transfer_config = KVTransferConfig(
         kv_connector=CONNECTOR,

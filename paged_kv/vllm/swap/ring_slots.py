@@ -36,41 +36,41 @@ class RingSlots:
 
     def __init__(self, rings: Sequence[Rings], slot_bytes: int) -> None:
         self.rings = rings
-        self.num_slots = -(-sum(one.row_bytes for one in rings) // slot_bytes)
+        self.num_slots = -(-sum(ring.row_bytes for ring in rings) // slot_bytes)
         self._first_tokens: dict[str, list[int | None]] = {}  # of each ring; None: had no row
 
     def save(self, request_id: str, slots: Sequence[Tensor]) -> None:
         """Writes a request's rows to slots, uint8 [slot_bytes] each."""
         firsts: list[int | None] = []
         place = 0
-        for one in self.rings:
-            row = one.requests.row_of(request_id)
-            firsts.append(None if row is None else int(one.requests.first_token[row]))
+        for ring in self.rings:
+            row = ring.requests.row_of(request_id)
+            firsts.append(None if row is None else int(ring.requests.first_token[row]))
             if row is not None:
-                for piece, bytes_ in _pieces(one.of_row(row), slots, place):
+                for piece, bytes_ in _pieces(ring.of_row(row), slots, place):
                     piece.copy_(bytes_, non_blocking=True)
-            place += one.row_bytes
+            place += ring.row_bytes
         self._first_tokens[request_id] = firsts
 
     def begin_load(self, request_id: str) -> None:
         """A request is resumed in this step: it will get rows that begin where its old ones did."""
-        for one, first in zip(self.rings, self._first_tokens[request_id], strict=True):
+        for ring, first in zip(self.rings, self._first_tokens[request_id], strict=True):
             if first is not None:
-                one.requests.resume(request_id, first)
+                ring.requests.resume(request_id, first)
 
     def load(self, request_id: str, slots: Sequence[Tensor]) -> None:
         """The reverse of save, into the rows that the request has now."""
         place = 0
-        for one, first in zip(self.rings, self._first_tokens.pop(request_id), strict=True):
-            row = one.requests.row_of(request_id)
+        for ring, first in zip(self.rings, self._first_tokens.pop(request_id), strict=True):
+            row = ring.requests.row_of(request_id)
             if row is not None and first is not None:
-                parts = one.of_row(row)
+                parts = ring.of_row(row)
                 fresh = [part.new_empty(part.shape) for part in parts]
                 for piece, bytes_ in _pieces(fresh, slots, place):
                     bytes_.copy_(piece, non_blocking=True)
                 for part, new in zip(parts, fresh, strict=True):
                     part.copy_(new)
-            place += one.row_bytes
+            place += ring.row_bytes
 
     def forget(self, request_id: str) -> None:
         """The request ended, or will be computed again."""
