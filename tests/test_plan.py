@@ -139,7 +139,7 @@ def test_a_worker_makes_one_config_and_one_policy(vllm_config, ranks, monkeypatc
     """However many layers it has. (A config makes a policy of its own, which may refuse.)"""
     from paged_kv.vllm.worker import worker
 
-    monkeypatch.setattr(worker, "make_spilled", lambda *args: None)
+    monkeypatch.setattr(worker, "make_request_stores", lambda *args: None)
     monkeypatch.setattr(worker, "Compactor", lambda runner, policy, *args: policy)
     created, files = [], []
     create, temporary = registry.create, tempfile.TemporaryFile
