@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from configs import engine_config
 from reference_loop import Rule, Sequence_, load_model
-from test_support import engine_config, in_process  # noqa: F401  an autouse fixture
 
 from paged_kv.config import CompressionConfig
 from paged_kv.eval.reference.engine import ReferenceEngine

@@ -17,6 +17,7 @@ from reference_loop import Rule, load_model
 from vllm import SamplingParams
 from vllm_spill_loop import complete_and_check
 
+from paged_kv.store.spill_stores import SpillShape
 from paged_kv.tiers.spill_memory import SpillSpace
 from paged_kv.vllm.worker.spilling import RequestStores
 
@@ -134,17 +135,8 @@ def test_what_ends_leaves_nothing(tiny):
 def test_stores_of_preempted_requests(tiny):
     """They are dropped, unless somebody keeps the pages until the request resumes."""
     spill = RequestStores(SpillSpace(budget=10, host_budget=10))
-    stack = SimpleNamespace(
-        pages=SimpleNamespace(
-            num_layers=2,
-            num_heads=1,
-            keys=SimpleNamespace(size=16),
-            values=SimpleNamespace(size=16),
-        ),
-        dtype=torch.float32,
-    )
-    spill.of(["a", "b", "c"], stack)
-    (kept,) = spill.of(["a"], stack)
+    shape = SpillShape((2, 1), (16, 16), torch.float32)
+    kept, *_ = [spill.of(request, "layers", shape) for request in "abc"]
 
     def update(finished=(), preempted=(), resumed=()):
         cached = SimpleNamespace(resumed_req_ids=set(resumed))
@@ -161,9 +153,9 @@ def test_stores_of_preempted_requests(tiny):
     assert update(preempted="ab") == ["a", "c"]
     assert update() == ["a", "c"]
     assert update(resumed="a") == ["a", "c"]
-    assert spill.of(["a"], stack) == [kept]
+    assert spill.of("a", "layers", shape) is kept
     assert update(preempted="a") == ["c"]  # kept once, not for ever
-    spill.of("a", stack)
+    spill.of("a", "layers", shape)
     spill.keep("a")
     assert update(preempted="a", resumed="a") == ["a", "c"]
     spill.keep("c")

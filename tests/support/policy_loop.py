@@ -168,6 +168,9 @@ def recorded_losers(llm: Any) -> Iterator[dict[str, Losers]]:
     """Positions that each compaction of the engine drops, by request."""
     result: dict[str, Losers] = defaultdict(dict)
     compactor = engines.worker(llm).compactor
+    if compactor is None:  # without a policy
+        yield result
+        return
     note = compactor._note
     ids = engines.worker(llm).model_runner.input_batch.req_ids
 
