@@ -272,7 +272,7 @@ def test_what_cannot_be_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error:.*tiers:DeprecationWarning")
 def test_a_file_that_has_an_option_s_old_name(saved):
     """Nobody is told: whoever has the file did not write the option."""
     tensors, about = state_file.read(saved)
