@@ -111,6 +111,16 @@ def test_dtypes(name, dtype, tmp_path):
         ask(load("llama"), cache, QUESTIONS[0])
 
 
+def test_what_transformers_leaves_in_a_config(saved, monkeypatch):
+    """A call with is_causal is told to the model through its config."""
+    model = load("llama")
+    with PagedCache.load(saved, model.config) as cache:
+        expected = ask(model, cache, QUESTIONS[0])
+    monkeypatch.setattr(model.config, "is_causal", True, raising=False)
+    with PagedCache.load(saved, model.config) as cache:
+        assert ask(model, cache, QUESTIONS[0]) == expected
+
+
 @pytest.mark.parametrize("name", ["late", "h2o", "spill", "int4"])
 def test_padded_rows_that_share_pages(name, tmp_path):
     """Each page is in the file once, and shared again."""

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 # What a model's class declares, and what changes no key and no value.
 _OTHER = {"use_cache", "pretraining_tp", "bos_token_id", "eos_token_id", "pad_token_id"}
+_OTHER |= {"is_causal"}  # transformers writes it into a config for a call, and may leave it there
 
 
 def fingerprint(config: Any) -> dict[str, Any]:
