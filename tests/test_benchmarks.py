@@ -157,6 +157,13 @@ def test_prints_the_documented_lines(name, tmp_path, tiny):
     assert (tmp_path / "results" / "pool_sweep.png").exists() == (name == "pool_sweep")
 
 
+@pytest.mark.exhaustive
+def test_swap_loses_nothing_in_three_minutes(tmp_path, tiny):
+    """Its bound on the memory that grows is for runs that are not short."""
+    result = run_script("swap_soak", tmp_path, "--model", tiny, "--minutes", "3")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 def test_every_script_is_here():
     assert {file.stem for file in BENCHMARKS.glob("*.py")} == set(SCRIPTS)
 

@@ -112,15 +112,19 @@ def test_memory_during_a_long_prompt(compress_prefill, model):
 
 
 @pytest.mark.slow
-def test_memory_of_4096_tokens(model):
-    """Budget 1,024: within one page per layer at each step, within a chunk more in the prompt."""
+@pytest.mark.parametrize(
+    ("num_tokens", "budget"),
+    [(4096, 1024), pytest.param(8192, 2048, marks=pytest.mark.exhaustive)],
+)
+def test_memory_of_many_tokens(model, num_tokens, budget):
+    """Within one page per layer of the budget at each step, within a chunk more in the prompt."""
     page = 2 * 2 * 32 * 32 * 4 * 6  # bytes of a page in all layers
-    ids, kept = tokens(1, 4096), 1024 // 32
-    options: dict[str, Any] = {"policy": "streaming", "budget": 1024}
+    ids, kept = tokens(1, num_tokens), budget // 32
+    options: dict[str, Any] = {"policy": "streaming", "budget": budget}
     with torch.inference_mode():
         with PagedCache(model.config, **options) as cache:
             model(ids[:, :20], past_key_values=cache)
-            for step in range(20, 4096):
+            for step in range(20, num_tokens):
                 model(ids[:, step : step + 1], past_key_values=cache)
                 assert cache.stats().bytes <= min(kept + 1, step // 32 + 1) * page
             assert kept * page <= cache.stats().bytes
@@ -132,7 +136,7 @@ def test_memory_of_4096_tokens(model):
         with PagedCache(model.config, **options) as cache:
             generate(model, ids, cache, 2, prefill_chunk_size=512)
             assert cache.stats().bytes <= (kept + 1) * page
-            assert cache.stats().peak_bytes == 4096 // 32 * page
+            assert cache.stats().peak_bytes == num_tokens // 32 * page
 
 
 @pytest.mark.slow

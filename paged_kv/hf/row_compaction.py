@@ -105,14 +105,13 @@ def _holding(rows: Rows, layers: Int64s, chosen: Int64s, num_losers: Int64s) -> 
 
 
 def _note(rows: Rows, holding: Holding, region: Region, decided: Compaction) -> None:
-    """Counts what was merged and fetched: tensors, so that nobody waits for a GPU."""
+    """Counts what was merged (a tensor: nobody waits for a GPU) and fetched."""
     heads = region.positions.shape[2]
     if decided.weights is not None and region.weights is not None:
         gained = (decided.weights - region.weights).masked_fill(decided.losers, 0.0)
         rows.counters.merged.append(gained.sum() / heads)
     if decided.exchanged is not None:
-        fetched = len(decided.exchanged.places[0]) / heads
-        rows.counters.fetched.append(torch.tensor(fetched))
+        rows.counters.fetched += len(decided.exchanged.places[0]) / heads
 
 
 def _shrink(rows: Rows, layers: Int64s, chosen: Int64s, num_losers: Int64s) -> None:

@@ -165,7 +165,7 @@ def state_of(sequences: Sequences) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "compactions": counters.compactions,
             "peak_bytes": counters.peak_bytes,
             "merged": counters.num_merged,
-            "fetched": counters.num_fetched,
+            "fetched": counters.fetched,
         },
         "rope": (rope.is_past, rope.is_mixed),
         **{name: getattr(sequences, name) for name in _FLAGS},
@@ -206,8 +206,7 @@ def restore(
         own = sinks[str(at)].clone().to(geometry.device) if str(at) in sinks else None
         sequences.terms[at] = Terms(scale, softcap, own)
     counters = dict(about["counters"])
-    for name in ("merged", "fetched"):
-        counters[name] = [torch.tensor(counters[name])]
+    counters["merged"] = [torch.tensor(counters["merged"])]
     sequences.counters = Counters(**counters)
 
 

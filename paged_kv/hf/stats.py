@@ -68,7 +68,7 @@ def snapshot(rows: Rows, marks_bytes: int) -> CacheStats:
         evicted=counters.evicted,
         merged=counters.num_merged,
         spilled=sum(store.num_entries for store in rows.spilled.stores),
-        fetched=counters.num_fetched,
+        fetched=counters.fetched,
         compactions=counters.compactions,
         page_format=rows.page_format,
         bytes_by_tier={"device": num_bytes + rows.residual.num_bytes, **rows.spilled.num_bytes},

@@ -85,7 +85,7 @@ class QueryRing(RowTensor):
         return np.where((positions >= first[:, None]) & (positions >= 0), positions, -1)
 
     def states(self, layers: Tensor, rows: Tensor, num_kv_heads: int) -> Tensor:
-        """float32 [layers, sequences, kv_heads, group, window, head_dim]; see region.Queries.
+        """float32 [layers, sequences, kv_heads, group, window, head_dim] of some sequences.
 
         Args:
             layers: int64 [layers].

@@ -17,7 +17,7 @@ from paged_kv.vllm.worker.step import Compactor
 
 
 class WorkerCaches:
-    """See swap.needs.LayerCaches.
+    """The caches of a worker's layers, as swap.needs.LayerCaches wants them.
 
     Args:
         layers: Attention layers by name (vLLM's static forward context).

@@ -8,6 +8,7 @@ needed. Cumulative policies compute every step's attention a second time.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from paged_kv.kernels.operands import DenseAttention, Terms
 from paged_kv.kernels.reference import attention_probabilities
 from paged_kv.policies.base import Int64s, Policy
 from paged_kv.store.layers import PageStore
-from paged_kv.store.query_ring import grouped
+from paged_kv.store.query_ring import RingWrite, grouped
 from paged_kv.store.ragged import to_device
 
 MAX_PROBABILITIES = 1 << 24  # computed at once
@@ -56,6 +57,21 @@ class QueryBatch(NamedTuple):
     positions: torch.Tensor
     pages: torch.Tensor
     first_slot: torch.Tensor
+
+
+@dataclass
+class Observed:
+    """What the forward pass of a builder's layers must note in a step.
+
+    Args:
+        stores: of each layer, by name: its store, and its index there.
+        ring: where the last queries go; None if they are not kept.
+        batches: whose probabilities are added up.
+    """
+
+    stores: dict[str, tuple[PageStore, int]]
+    ring: RingWrite | None
+    batches: list[QueryBatch]
 
 
 def query_batches(rows: StepRows, table: torch.Tensor, page_size: int) -> Iterator[QueryBatch]:

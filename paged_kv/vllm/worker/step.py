@@ -10,7 +10,7 @@ nothing waits for a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,15 +27,15 @@ from paged_kv.policies.region import Compaction, Region
 from paged_kv.store.compaction import compact
 from paged_kv.store.holding import Holding
 from paged_kv.store.layers import PageStore
-from paged_kv.store.query_ring import RingWrite
 from paged_kv.store.ragged import ragged
 from paged_kv.vllm.scheduler.spec import PagedSpec
 from paged_kv.vllm.worker import observation
-from paged_kv.vllm.worker.block_table import physical, skip
-from paged_kv.vllm.worker.layer_group import make_stores, movers, row_bytes
-from paged_kv.vllm.worker.observation import StepRows
+from paged_kv.vllm.worker.block_table import skip
+from paged_kv.vllm.worker.layer_group import make_stores, row_bytes
+from paged_kv.vllm.worker.observation import Observed, StepRows
 from paged_kv.vllm.worker.requests import RequestRows
 from paged_kv.vllm.worker.rope import find_rotary
+from paged_kv.vllm.worker.slot_movers import SlotMovers
 from paged_kv.vllm.worker.spilling import RequestStores, SpillStats
 
 
@@ -50,15 +50,6 @@ class _Pending:
     events: Events
     ring: Int64s | None  # [num_events], row of each event's request in the query ring
     owners: list[Any]  # [num_events], see Holding: names of requests, if entries are spilled
-
-
-@dataclass
-class _Observed:
-    """What the forward pass of a builder's layers must note in this step."""
-
-    stores: dict[str, tuple[PageStore, int]]  # layer name -> its store, its index there
-    ring: RingWrite | None
-    batches: list[observation.QueryBatch]
 
 
 class Compactor:
@@ -96,8 +87,8 @@ class Compactor:
             self.rotary = find_rotary(runner.get_model(), list(layers))
         self._in_step = False
         self._pending: list[_Pending] = []
-        self._observed: dict[str, _Observed] = {}  # by layer name
-        self._movers: dict[tuple[str, ...], list[Callable[..., None]]] = {}
+        self._observed: dict[str, Observed] = {}  # by layer name
+        self._movers = SlotMovers(layers, self.layouts)
         self._stores: dict[tuple[str, ...], list[PageStore]] = {}
 
     @property
@@ -264,12 +255,14 @@ class Compactor:
         if "scores" in self.policy.reads and not self._summed(names[0]):
             batches += observation.query_batches(step, table, stores[0].pages.page_size)
         places = [(store, layer) for store in stores for layer in range(store.pages.num_layers)]
-        observed = _Observed(dict(zip(names, places, strict=True)), write, batches)
+        observed = Observed(dict(zip(names, places, strict=True)), write, batches)
         self._observed |= dict.fromkeys(names, observed)
 
     def _compact(self, pending: _Pending) -> None:
         if self.positional:
-            self._move(pending)
+            moves, table = self.policy.moves(pending.events), pending.block_table
+            rows, size = pending.rows[moves.event], pending.block_size
+            self._movers.move(pending.layer_names, moves, rows, table, size)
             return
         assert pending.ring is not None
         events, table = pending.events, pending.block_table
@@ -292,21 +285,6 @@ class Compactor:
     def _note(self, holding: Holding, region: Region, decided: Compaction) -> None:
         if self.spilled is not None and decided.exchanged is not None:
             self.spilled.num_fetched += len(decided.exchanged.places[0])
-
-    def _move(self, pending: _Pending) -> None:
-        """The moves of a policy that decides by position alone: the same in all layers."""
-        moves = self.policy.moves(pending.events)
-        table = pending.block_table
-        rows = torch.from_numpy(pending.rows[moves.event]).to(table.device, non_blocking=True)
-        source, target = (
-            physical(slots, rows, table, pending.block_size)
-            for slots in (moves.source, moves.target)
-        )
-        names = pending.layer_names
-        if names not in self._movers:
-            self._movers[names] = movers(names, self.layers, self.layouts)
-        for move in self._movers[names]:
-            move(source, target)
 
     def stores_of(self, layer_names: tuple[str, ...]) -> list[PageStore]:
         """The stores of a metadata builder's layers; policies that go by position have none."""
