@@ -81,7 +81,7 @@ def run_step(compactor: Any, step: Any, kernel_page_size: int, query: torch.Tens
     with compactor.step(scheduler_output(dict(zip("ab", BEFORE, strict=True)))):
         compactor.shift(spec, LAYERS, step)
         for name in LAYERS:
-            compactor.observe(name, query)
+            compactor.observer.observe(name, query)
 
 
 def survivors(held: torch.Tensor, row: int, losers: set[int]) -> list[list[float]]:
@@ -151,7 +151,7 @@ def test_merged_values_are_written(layout, make_compactor):
     table = step.block_table_tensor
     before = [[entries(view, table, row) for row in range(2)] for view in views]
     run_step(compactor, step, PAGE_SIZE, torch.randn(31, QUERY_HEADS, HEAD_SIZE))
-    ((store,),) = compactor._stores.values()
+    ((store,),) = compactor.observer._stores.values()
     for index, (view, rows) in enumerate(zip(views, before, strict=True)):
         weights = store.side.tensors["weights"][index][..., None]
         for row, entry in enumerate(rows):

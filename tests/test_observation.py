@@ -44,7 +44,7 @@ def stored_scores(llm: Any, row: int, num_tokens: int) -> torch.Tensor:
     """[layers, kv_heads, tokens] of a sequence that was never compacted."""
     worker = engines.worker(llm)
     table = worker.model_runner.input_batch.block_table[0].get_device_tensor(8)
-    ((store,),) = worker.compactor._stores.values()
+    ((store,),) = worker.compactor.observer._stores.values()
     pages = table[row, : -(-num_tokens // store.pages.page_size)].long()
     scores = store.side.tensors["scores"][:, pages]  # [layers, pages, heads, page_size]
     return scores.transpose(1, 2).flatten(2)[..., :num_tokens]

@@ -16,8 +16,9 @@ from paged_kv.config import CompressionConfig
 from paged_kv.policies.region import ObservedQueries, Region
 from paged_kv.policies.spill_ranking import logit_bounds
 from paged_kv.policies.tier import Spilled
+from paged_kv.tiers.page_bounds import PAGE_SIZE
 from paged_kv.tiers.spill_memory import SpillSpace
-from paged_kv.tiers.spill_store import PAGE_SIZE, SpillStore
+from paged_kv.tiers.spill_store import SpillStore
 
 NOTHING = (torch.zeros(0, dtype=torch.int64),) * 3
 

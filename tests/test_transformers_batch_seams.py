@@ -24,8 +24,9 @@ from paged_kv.config import CompressionConfig
 from paged_kv.core.schedule import Schedule
 from paged_kv.hf import generate_batch
 from paged_kv.hf.batch import arguments, layers
-from paged_kv.hf.batch.engine import BatchCache, BatchProcessor, BatchScheduler
+from paged_kv.hf.batch.engine import BatchCache
 from paged_kv.hf.batch.page_counts import PageCounts
+from paged_kv.hf.batch.processor import BatchProcessor, BatchScheduler
 from paged_kv.hf.pool import PagePool
 
 # Read where nothing is shared, swapped, forked, captured or kept for a next session.

@@ -24,8 +24,9 @@ from paged_kv.hf.pool import PagePool
 from paged_kv.hf.rope import Rope, drops_caches
 from paged_kv.hf.row_operations import RowOperations
 from paged_kv.hf.saving import Saveable, recognizes
-from paged_kv.hf.sequences import Sequences, interrupted
+from paged_kv.hf.sequences import Sequences
 from paged_kv.hf.stats import CacheStats
+from paged_kv.hf.step import interrupted
 from paged_kv.kernels.operands import Terms
 
 Tensor = torch.Tensor
@@ -169,14 +170,14 @@ class PagedCache(Copyable, Saveable, RowOperations):
             output = self.sequences.attend(layer, query, key, value, terms, bias)
         else:
             output = query.new_zeros(*query.shape[:3], value.shape[-1])
-            chosen = [torch.from_numpy(row).to(query.device) for row in real]
+            tokens = [torch.from_numpy(row).to(query.device) for row in real]
             queries, keys, values = (
-                [tensor[row][:, own] for row, own in enumerate(chosen)]
+                [tensor[row][:, index] for row, index in enumerate(tokens)]
                 for tensor in (query, key, value)
             )
-            found = self.sequences.attend_ragged(layer, queries, keys, values, terms, bias)
-            for row, own in enumerate(chosen):
-                output[row][:, own] = found[row].to(output.dtype)  # autocast may differ
+            outputs = self.sequences.attend_ragged(layer, queries, keys, values, terms, bias)
+            for row, index in enumerate(tokens):
+                output[row][:, index] = outputs[row].to(output.dtype)  # autocast may differ
         if layer == self._paged[-1]:
             self._end(query.shape[2], real is not None)
         return output

@@ -7,8 +7,9 @@ from typing import Any, NoReturn
 
 from paged_kv.hf.modes import keeps
 from paged_kv.hf.paged_layer import PagedLayer
-from paged_kv.hf.sequences import Sequences, interrupted
+from paged_kv.hf.sequences import Sequences
 from paged_kv.hf.state_of_cache import CacheState
+from paged_kv.hf.step import interrupted
 
 
 class Copyable:

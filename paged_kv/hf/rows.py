@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from paged_kv.config import CompressionConfig
 from paged_kv.core.page_formats import FORMATS, NATIVE, layer_formats
+from paged_kv.hf.allocator import Int64s
 from paged_kv.hf.arena import Geometry
 from paged_kv.hf.counters import Counters
 from paged_kv.hf.groups import layer_groups
@@ -120,6 +122,12 @@ class Rows:
         """Where the pages are; a step has begun before."""
         return self.tables.parts[0].arena.geometry.device
 
+    def rope_after(self, length: int) -> Rope | None:
+        """What rows hold keys of after a forward pass over so many tokens; see Rope.after."""
+        reads = self.policy is not None and "rotary" in self.policy.reads
+        reader = self.compression.policy if reads else None
+        return None if self.rotary is None else self.rotary.after(length, reader)
+
     @keeps
     def add_rows(self, num_rows: int, prompt_lens: Sequence[int] | None = None) -> None:
         """Empty rows at the end.
@@ -158,3 +166,12 @@ class Rows:
                 self.residual.bind_geometry(geometry)
             for part in self.tables.parts:
                 part.arena.need_side(self.policy)
+
+    def written(self, counts: Int64s) -> npt.NDArray[np.bool_]:
+        """bool [layers, rows, width]: shared pages that a step writes to."""
+        shared = self.tables.shared()
+        if self.reads_scores:  # each page of a row
+            return shared & (counts[:, None] > 0)
+        last = np.arange(shared.shape[2]) == (self.tables.count - 1)[..., None]
+        is_partial = (counts > 0) & (self.size % self.pool.page_size > 0)
+        return shared & last & is_partial[..., None]

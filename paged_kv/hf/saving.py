@@ -14,9 +14,10 @@ from paged_kv.hf.arena import Geometry
 from paged_kv.hf.counters import Counters
 from paged_kv.hf.modes import keeps
 from paged_kv.hf.rope import of_file
-from paged_kv.hf.sequences import Sequences, interrupted
+from paged_kv.hf.sequences import Sequences
 from paged_kv.hf.spilled import part_of
 from paged_kv.hf.state_of_cache import CacheState
+from paged_kv.hf.step import interrupted
 from paged_kv.kernels.operands import Terms
 from paged_kv.option_table import current_names
 

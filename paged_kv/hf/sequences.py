@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from paged_kv.hf import row_compaction
@@ -26,10 +25,9 @@ from paged_kv.hf.marks import Marks, check_crop, remove
 from paged_kv.hf.modes import keeps
 from paged_kv.hf.packed_step import PackedStep
 from paged_kv.hf.paged_attention import Bias
-from paged_kv.hf.rope import Rope
 from paged_kv.hf.rows import NEVER, Rows
 from paged_kv.hf.stats import CacheStats, snapshot
-from paged_kv.hf.step import Step
+from paged_kv.hf.step import Step, interrupted
 from paged_kv.kernels.operands import Terms
 
 Tensor = torch.Tensor
@@ -58,12 +56,6 @@ class Sequences(Rows):
         if self.is_private and not self.pool.num_held:  # copies may hold some
             self.pool.free_memory()
 
-    def rope_after(self, length: int) -> Rope | None:
-        """What rows hold keys of after a forward pass over so many tokens; see Rope.after."""
-        reads = self.policy is not None and "rotary" in self.policy.reads
-        reader = self.compression.policy if reads else None
-        return None if self.rotary is None else self.rotary.after(length, reader)
-
     @keeps
     def begin(self, counts: Int64s, geometry: Geometry) -> None:
         """A forward pass begins; counts [rows]: new tokens of each row.
@@ -83,7 +75,7 @@ class Sequences(Rows):
         self._prompt_ends(counts)
         self.marks.note(self, counts)
         need = -(-(self.size + counts) // self.pool.page_size) - self.tables.count
-        copies = self._written(counts)
+        copies = self.written(counts)
         self.pool.check(
             int(need.sum() + copies.sum()),
             f"a step of {counts.sum()} tokens in {len(self.layers)} layers and {self.num_rows} "
@@ -91,24 +83,9 @@ class Sequences(Rows):
         )
         self.tables.own(copies)
         self.tables.extend(need)
-        self.step = step = Step(self.tables, self.size, self.num_tokens, counts)
-        rows, ends = np.arange(self.num_rows), self.num_tokens + counts
-        if self.ring.window:
-            starts = np.cumsum(counts) - counts
-            step.queries = self.ring.plan(rows, starts, counts, ends, self.device)
-        if self.residual_pages:
-            known = self.residual.known
-            step.newest = self.residual.plan(rows, counts, ends, known, self.device)
+        self.step = Step(self.tables, self.size, self.num_tokens, counts)
+        self.step.plan_rings(self.ring, self.residual)
         self.counters.note_bytes(self.tables.num_bytes[0] + self.residual.num_bytes)
-
-    def _written(self, counts: Int64s) -> npt.NDArray[np.bool_]:
-        """bool [layers, rows, width]: shared pages that a step writes to."""
-        shared = self.tables.shared()
-        if self.reads_scores:  # each page of a row
-            return shared & (counts[:, None] > 0)
-        last = np.arange(shared.shape[2]) == (self.tables.count - 1)[..., None]
-        is_partial = (counts > 0) & (self.size % self.pool.page_size > 0)
-        return shared & last & is_partial[..., None]
 
     def _prompt_ends(self, counts: Int64s) -> None:
         """A step of several tokens is a prompt's; one of one token ends it: then it compacts."""
@@ -270,11 +247,3 @@ class Sequences(Rows):
     def stats(self) -> CacheStats:
         """What is held, and what was given up."""
         return snapshot(self, self.marks.num_bytes)
-
-
-def interrupted() -> ValueError:
-    """What a cache says in which some layers have seen more than others."""
-    return ValueError(
-        "an error interrupted the last forward pass of this cache; call reset() (it gives its "
-        "pages back) or use a new one"
-    )

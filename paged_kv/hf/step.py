@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from paged_kv.hf.allocator import Int64s
+from paged_kv.hf.rings import CacheQueries, CacheResidual
 from paged_kv.hf.tables import PageTables
 from paged_kv.store.query_ring import RingWrite
 from paged_kv.store.ragged import ragged, to_device
@@ -30,7 +31,7 @@ class Step:
         self, tables: PageTables, size: Int64s, num_tokens: Int64s, counts: Int64s
     ) -> None:
         self.counts, self.tables = counts, tables
-        self._size = size
+        self._size, self._num_tokens = size, num_tokens
         self.done: set[int] = set()  # layers that have stored theirs
         row, nth = ragged(counts)
         slot, page_size = size[:, row] + nth, tables.pool.page_size
@@ -39,9 +40,19 @@ class Step:
         self._device = tables.parts[0].arena.geometry.device
         # int64 [layers, tokens of all rows]: where in the arena, counted in entries
         self.places = to_device(places, self._device)
-        self.queries: RingWrite | None = None  # where the last queries go, if they are kept
-        self.newest: Newest | None = None  # of the residual, if there is one
+        self.queries: RingWrite | None = None  # see plan_rings
+        self.newest: Newest | None = None
         self._forget(num_tokens[row] + nth)
+
+    def plan_rings(self, ring: CacheQueries, residual: CacheResidual) -> None:
+        """Where the last queries go, and the newest entries once more, if they are kept."""
+        counts, rows = self.counts, np.arange(len(self.counts))
+        ends = self._num_tokens + counts
+        if ring.window:
+            starts = np.cumsum(counts) - counts
+            self.queries = ring.plan(rows, starts, counts, ends, self._device)
+        if residual.num_pages:
+            self.newest = residual.plan(rows, counts, ends, residual.known, self._device)
 
     def _forget(self, tokens: Int64s) -> None:
         """Nothing is known of the new entries but that they hold these tokens."""
@@ -80,3 +91,11 @@ class Step:
 
     def _int32(self, numbers: Int64s) -> Tensor:
         return to_device(numbers.astype(np.int32), self._device)
+
+
+def interrupted() -> ValueError:
+    """What a cache says in which some layers have seen more than others."""
+    return ValueError(
+        "an error interrupted the last forward pass of this cache; call reset() (it gives its "
+        "pages back) or use a new one"
+    )

@@ -9,16 +9,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 
 import torch
 
 from paged_kv.policies.tier import Memo, Places, Spilled
 from paged_kv.tiers import spill_places
+from paged_kv.tiers.page_bounds import PAGE_SIZE, PageBounds, grown
 from paged_kv.tiers.spill_memory import SpillMemory, SpillSpace
 
 Tensor = torch.Tensor
-PAGE_SIZE = 32  # entries that have one summary
 _SMALL = {"positions": torch.int32, "importance": torch.float32, "scores": torch.float32}
 
 
@@ -46,8 +46,7 @@ class SpillStore:
         names = dict(zip(("keys", "values"), self.sizes, strict=True))
         self._memory = SpillMemory(self.shape, names, self.dtype, self.space)
         self._small: dict[str, Tensor] = {}  # [layers, kv_heads, capacity] by name
-        # Least and largest number in each channel of a page: [layers, kv_heads, pages, key_size].
-        self._bounds = [torch.empty(*self.shape, 0, self.sizes[0], dtype=self.dtype)] * 2
+        self._bounds = PageBounds(self.shape, self.sizes[0], self.dtype)
         self._num_lost = 0
         self.memos: dict[int, Memo] = {}  # by layer; of that layer alone
 
@@ -72,8 +71,8 @@ class SpillStore:
         """Memory taken, by tier: host and mmap."""
         self.wait()
         host, mmap = self._memory.num_bytes
-        small = sum(tensor.nbytes for tensor in [*self._small.values(), *self._bounds])
-        return {"host": host + small, "mmap": mmap}
+        small = sum(tensor.nbytes for tensor in self._small.values())
+        return {"host": host + small + self._bounds.num_bytes, "mmap": mmap}
 
     def copy(self) -> SpillStore:
         """One with the same entries; with the most important, if there is no room for all."""
@@ -98,7 +97,7 @@ class SpillStore:
         names = {"keys", "values", *_SMALL} & set(state)
         nothing = torch.zeros(0, dtype=torch.int64)
         for count in set(counts) - {0}:
-            layers = torch.tensor([at for at, held in enumerate(counts) if held == count])
+            layers = torch.tensor([layer for layer, n in enumerate(counts) if n == count])
             row = torch.arange(len(layers) * self.shape[1]).repeat_interleave(count)
             content = {name: state[name][layers, :, :count].flatten(0, 2) for name in names}
             self.arrive(layers, (nothing, nothing, nothing), row, content)
@@ -113,8 +112,7 @@ class SpillStore:
         layer, head, slot = torch.broadcast_tensors(*places)
         if name in _SMALL:
             # Not _side: that is for the thread that writes.
-            held = self._small.get(name, torch.empty(*self.shape, 0, dtype=_SMALL[name]))
-            return held[layer, head, slot]
+            return self._side_as_is(name)[layer, head, slot]
         return self._memory.read(name, layer * self.shape[1] + head, slot)
 
     def bounds(self, layers: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,9 +120,7 @@ class SpillStore:
 
         Nobody writes to these layers, see wait.
         """
-        num_pages = -(-self.counts[int(layers[0])] // PAGE_SIZE)
-        least, largest = (bound[layers, :, :num_pages] for bound in self._bounds)
-        return least, largest
+        return self._bounds.read(layers, self.counts[int(layers[0])])
 
     def count(self, layers: Tensor) -> int:
         """Entries of each of these layers, which hold equally many."""
@@ -136,10 +132,10 @@ class SpillStore:
 
     def wait(self, layers: set[int] | None = None) -> None:
         """Until what was given to some layers, or to all, has arrived; raises what went wrong."""
-        work = [one for one in self._work if layers is None or one[0] & layers]
-        self._work = [one for one in self._work if one not in work]
-        for _, one in work:
-            one.result()
+        awaited = [work for work in self._work if layers is None or work[0] & layers]
+        self._work = [work for work in self._work if work not in awaited]
+        for _, arrival in awaited:
+            arrival.result()
 
     def submit(self, layers: Tensor, taken: Places, spilled: Spilled) -> None:
         """exchange of a view, in the background."""
@@ -172,19 +168,21 @@ class SpillStore:
             content: see Spilled.
         """
         num_rows = len(layers) * self.shape[1]
-        more, rest = divmod(len(row) - len(taken[0]), num_rows)
-        assert rest == 0, "KV heads would hold different numbers of entries"
+        more, remainder = divmod(len(row) - len(taken[0]), num_rows)
+        assert remainder == 0, "KV heads would hold different numbers of entries"
         count = self.counts[int(layers[0])]
         end = min(count + more, self._memory.grow(count + more))
-        left = taken[0] * self.shape[1] + taken[1], taken[2]
+        taken_places = taken[0] * self.shape[1] + taken[1], taken[2]
         if count + more > end:
             lost = count + more - end
             self._num_lost += lost * len(layers)
-            held = [self._side(name)[layers, :, :end] for name in ("importance", "positions")]
-            target, slot, stays = spill_places.make_room(left, count, held, row, content, lost)
+            ranked = [self._side(name)[layers, :, :end] for name in ("importance", "positions")]
+            target, slot, stays = spill_places.make_room(
+                taken_places, count, ranked, row, content, lost
+            )
             content = {name: numbers[stays] for name, numbers in content.items()}
         else:
-            target, slot = spill_places.free_places(left, num_rows, count, end)
+            target, slot = spill_places.free_places(taken_places, num_rows, count, end)
         # In each row there are as many free slots as entries to come; both are in order of rows.
         target = layers[target // self.shape[1]] * self.shape[1] + target % self.shape[1]
         for name, numbers in content.items():
@@ -196,33 +194,23 @@ class SpillStore:
                 self._memory.write(name, target, slot, numbers)
         for index in layers.tolist():
             self.counts[index] = end
-        self._summarize(target, slot, end)
+        keys_of = partial(self._memory.read, "keys")
+        self._bounds.update(target, slot, end, self._memory.capacity, keys_of)
 
     def _side(self, name: str) -> Tensor:
         """[layers, kv_heads, capacity], with room for all that keys and values have."""
         capacity = self._memory.capacity
-        held = self._small.get(name, torch.empty(*self.shape, 0, dtype=_SMALL[name]))
-        if held.shape[2] < capacity:
-            self._small[name] = held = _grown(held, capacity)
-        return held
+        side = self._side_as_is(name)
+        if side.shape[2] < capacity:
+            self._small[name] = side = grown(side, capacity)
+        return side
 
-    def _summarize(self, row: Tensor, slot: Tensor, end: int) -> None:
-        """New summaries of the pages that have these slots, of rows of `end` entries."""
-        num_pages = -(-self._memory.capacity // PAGE_SIZE)
-        if self._bounds[0].shape[2] < num_pages:
-            self._bounds = [_grown(bound, num_pages) for bound in self._bounds]
-        pages = torch.unique(row * num_pages + slot // PAGE_SIZE)
-        slots = (pages % num_pages)[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)
-        rows = (pages // num_pages)[:, None].expand_as(slots)
-        keys = self._memory.read("keys", rows, slots.clamp_max(end - 1))
-        # Past the end the last entry is read once more, which changes neither.
-        least, largest = keys.amin(1), keys.amax(1)
-        for bound, numbers in zip(self._bounds, (least, largest), strict=True):
-            bound.flatten(0, 2)[pages] = numbers
+    def _side_as_is(self, name: str) -> Tensor:
+        return self._small.get(name, torch.empty(*self.shape, 0, dtype=_SMALL[name]))
 
 
 class SpillView:
-    """Some layers of a store; see paged_kv.policies.spill.Tier.
+    """Some layers of a store; see paged_kv.policies.tier.Tier.
 
     Args:
         store: of a sequence.
@@ -233,7 +221,7 @@ class SpillView:
 
     def __init__(self, store: SpillStore, layers: Tensor) -> None:
         self.store, self.layers = store, layers
-        self._own = set(layers.tolist())
+        self._layer_set = set(layers.tolist())
 
     @property
     def num_entries(self) -> int:
@@ -242,19 +230,19 @@ class SpillView:
 
     def summaries(self) -> tuple[Tensor, Tensor]:
         """Least and largest number in each channel of a page's keys; see Tier."""
-        self.store.wait(self._own)
+        self.store.wait(self._layer_set)
         return self.store.bounds(self.layers)
 
     def read(self, name: str, places: Places) -> Tensor:
         """Keys or values [..., size], positions or scores [...]."""
-        self.store.wait(self._own)
+        self.store.wait(self._layer_set)
         return self.store.take(name, (self.layers[places[0]], *places[1:]))
 
     def recall(self) -> Memo | None:
         """What was remembered of these layers last; None: nothing yet."""
-        found = [self.store.memos.get(layer) for layer in self.layers.tolist()]
-        known = [memo for memo in found if memo is not None]
-        if len(known) < len(found):
+        memos = [self.store.memos.get(layer) for layer in self.layers.tolist()]
+        known = [memo for memo in memos if memo is not None]
+        if len(known) < len(memos):
             return None
         return known[0]._replace(fetched=torch.stack([memo.fetched for memo in known]))
 
@@ -275,10 +263,3 @@ def _executor() -> ThreadPoolExecutor:
 
 
 os.register_at_fork(after_in_child=_executor.cache_clear)  # threads stay behind
-
-
-def _grown(tensor: Tensor, size: int) -> Tensor:
-    """The same [layers, kv_heads, n, ...] with room for `size`."""
-    new = tensor.new_zeros(*tensor.shape[:2], size, *tensor.shape[3:])
-    new[:, :, : tensor.shape[2]] = tensor
-    return new

@@ -19,8 +19,9 @@ import torch
 from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig
 from paged_kv.core.page_formats import NATIVE, layer_formats
 from paged_kv.core.schedule import Schedule
+from paged_kv.eval.reference.attention import explicit, outside_window
 from paged_kv.eval.reference.layer import Alike, Layer, apply, make_region
-from paged_kv.eval.reference.layer_cache import LayerCache, Window
+from paged_kv.eval.reference.layer_cache import Window
 from paged_kv.eval.reference.packing import Packing
 from paged_kv.hf import dispatch, paged_attention, seams
 from paged_kv.hf.arguments import check_page_format
@@ -84,8 +85,8 @@ class ReferenceEngine(seams.Attends):
         self._reader: str | None = None  # the policy's name, if it reads RoPE
         self._space: SpillSpace | None = None
         if config.spill:
-            own = config.spill_budget, config.spill_host_budget, config.spill_dir
-            self._space = SpillSpace(*own)
+            budgets = config.spill_budget, config.spill_host_budget
+            self._space = SpillSpace(*budgets, config.spill_dir)
         self.schedules: list[Schedule | None] = [None] * self._num_layers
         if config.enabled:
             self.policy = config.create_policy()
@@ -185,48 +186,26 @@ class ReferenceEngine(seams.Attends):
         sliding_window: int | None,
     ) -> Tensor:
         """Called by the model in each layer; see paged_kv.hf.seams.Attends."""
-        own = self.layers[layer]
-        own.terms, cache = terms, own.cache
+        state = self.layers[layer]
+        state.terms, cache, packing = terms, state.cache, state.packing
         num_new = query.shape[1]
         positions = torch.arange(self.num_tokens, self.num_tokens + num_new, device=key.device)
-        one = key.new_ones(1, 1)
-        fields = {"positions": positions[None], "weights": one, "scores": one * 0}
-        stored = dict(zip(("keys", "values"), own.packing.store(key, value), strict=True))
+        weight = key.new_ones(1, 1)
+        fields = {"positions": positions[None], "weights": weight, "scores": weight * 0}
+        stored = dict(zip(("keys", "values"), packing.store(key, value), strict=True))
         cache.append(num_new, **stored, **fields)
         keys, values = (
-            own.packing.attended(name, cache[name], self.num_tokens + num_new) for name in stored
+            packing.attended(name, cache[name], self.num_tokens + num_new) for name in stored
         )
-        own.window.append(query, self.num_tokens)
-        bias = _outside(sliding_window, num_new, cache.size, key.device)
+        state.window.append(query, self.num_tokens)
+        bias = outside_window(sliding_window, num_new, cache.size, key.device)
         if self._reads_scores or not terms.is_plain:
-            return self._explicit(cache, query, keys, values, positions, terms, bias)
+            policy = self.policy if self._reads_scores else None
+            return explicit(cache, query, keys, values, positions, terms, bias, policy)
         states = query[None], keys[None], values[None]
         if bias is not None:
             return paged_attention.masked(*states, bias[None], terms.scale)[0]
         return paged_attention.fused(*states, [cache.size - num_new], terms.scale)[0]
-
-    def _explicit(
-        self,
-        cache: LayerCache,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        positions: Tensor,
-        terms: Terms,
-        bias: Tensor | None,
-    ) -> Tensor:
-        """Attention by its probabilities, which the policy may want to accumulate."""
-        outputs = []
-        first = [cache.size - query.shape[1]]
-        blocks = paged_attention.probabilities(query[None], keys[None], first, terms, bias)
-        for start, chances in blocks:
-            outputs.append(paged_attention.mix(chances, values[None])[0])
-            if self._reads_scores:
-                assert self.policy is not None
-                own = positions[None, start : start + chances.shape[3]]
-                scores = self.policy.accumulate(cache["scores"][None], chances, own)
-                cache["scores"].copy_(scores[0])
-        return torch.cat(outputs, 1)
 
     @torch.inference_mode()
     def compact(self) -> None:
@@ -258,15 +237,3 @@ class ReferenceEngine(seams.Attends):
 def _same_scores(old: Policy | None, new: Policy) -> bool:
     """Whether what one policy accumulated means the same to another, with or without spill."""
     return old is not None and old.scores_key == new.scores_key
-
-
-def _outside(
-    window: int | None, num_queries: int, num_entries: int, device: torch.device
-) -> Tensor | None:
-    """float32 [1, queries, entries]: -inf outside a sliding window over entries in order."""
-    if window is None or window >= num_entries:
-        return None
-    entries = torch.arange(num_entries, device=device)
-    queries = entries[num_entries - num_queries :, None]
-    inside = (entries <= queries) & (entries > queries - window)
-    return torch.where(inside, 0.0, -torch.inf)[None]

@@ -18,13 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
-from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 
 from paged_kv.hf.arena import Geometry
 from paged_kv.hf.batch.page_counts import PageCounts
 from paged_kv.hf.paged_attention import Bias
-from paged_kv.hf.seams import ENGINE, Attends
+from paged_kv.hf.seams import Attends
 from paged_kv.hf.sequences import Sequences
 from paged_kv.kernels.operands import Terms
 
@@ -200,8 +198,9 @@ class BatchCache(Attends):
             counts[self._row_of] = self._lengths
             part.begin(counts, _geometry(key, value))
         if self._row_of == list(range(len(self.rows))) and set(self._lengths) == {1}:
-            one, its_key, its_value = (x.transpose(0, 1)[:, :, None] for x in (query, key, value))
-            return part.attend(layer, one, its_key, its_value, *rules)[:, :, 0].transpose(0, 1)
+            # Flat tokens are rows of one token each: [rows, heads, 1, size].
+            q, k, v = (x.transpose(0, 1)[:, :, None] for x in (query, key, value))
+            return part.attend(layer, q, k, v, *rules)[:, :, 0].transpose(0, 1)
         queries, keys, values = (self._by_row(x) for x in (query, key, value))
         outputs = part.attend_ragged(layer, queries, keys, values, *rules)
         return torch.cat([outputs[row] for row in self._row_of], 1)
@@ -247,38 +246,3 @@ def _window(size: int) -> Bias:
 def _geometry(key: Tensor, value: Tensor) -> Geometry:
     sizes = key.shape[-1], value.shape[-1]
     return Geometry(len(key), *sizes, key.dtype, value.dtype, key.device)
-
-
-class BatchScheduler(FIFOScheduler):
-    """transformers' scheduler; steps end where a request may drop something."""
-
-    def _schedule_request(
-        self, state: Any, request_tokens: list[int], token_budget: int, removed: set[str]
-    ) -> None:
-        length = self.cache.step_length(state, min(token_budget, len(request_tokens)))
-        super()._schedule_request(state, request_tokens, length, removed)
-
-
-class BatchProcessor(ContinuousBatchProcessor):
-    """transformers' processor; a forward pass is a step of our Sequences."""
-
-    def _generation_step(self, model: Any) -> None:
-        with self.cache.step(self.inputs_and_outputs.requests_in_batch):
-            super()._generation_step(_Attended(model, self.cache))
-
-
-class _Attended:
-    """A model whose attention an engine computes, from what transformers prepared for its own."""
-
-    def __init__(self, model: Any, engine: Attends) -> None:
-        self._model, self._engine = model, engine
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-    def __call__(self, **inputs: Any) -> Any:
-        del inputs["cache"]
-        inputs[ENGINE] = self._engine
-        # Of four dimensions, it is taken as it is: the model makes none.
-        inputs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool)
-        return self._model(**inputs)

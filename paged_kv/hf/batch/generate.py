@@ -1,7 +1,7 @@
 """generate_batch: many prompts of any lengths at once, under a policy, in a bounded pool.
 
 The scheduler, request states, logits processors and sampling are those of transformers' continuous
-batching; the pages are ours (batch_engine). Everything runs in the caller's thread.
+batching; the pages are ours (engine.py). Everything runs in the caller's thread.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig
 from paged_kv.hf import compat, dispatch
 from paged_kv.hf.arguments import read_options
 from paged_kv.hf.batch import arguments, layers
-from paged_kv.hf.batch.engine import BatchCache, BatchProcessor, BatchScheduler
+from paged_kv.hf.batch.engine import BatchCache
 from paged_kv.hf.batch.page_counts import PageCounts
+from paged_kv.hf.batch.processor import BatchProcessor, BatchScheduler
 from paged_kv.hf.pool import PagePool
 
 Tokens = list[int]

@@ -13,6 +13,7 @@ from vllm.v1.attention.backend import (
 )
 
 from paged_kv.vllm.worker.metadata import retaining_builder
+from paged_kv.vllm.worker.observer import Observer
 from paged_kv.vllm.worker.step import Compactor
 
 
@@ -37,7 +38,7 @@ def wrap_backend(backend: type[AttentionBackend], compactor: Compactor) -> type[
     return subclass_attention_backend("PagedKV", backend, PagedMetadataBuilder)
 
 
-def observe_layer(layer: Any, name: str, compactor: Compactor) -> None:
+def observe_layer(layer: Any, name: str, observer: Observer) -> None:
     """Has a layer's attention show its queries. Outside of graphs: vLLM splits them here."""
     forward = layer.impl.forward
 
@@ -51,7 +52,7 @@ def observe_layer(layer: Any, name: str, compactor: Compactor) -> None:
         **kw: Any,
     ) -> Any:
         output = forward(self, query, key, value, *args, **kw)
-        compactor.observe(name, query)
+        observer.observe(name, query)
         return output
 
     layer.impl.forward = observed

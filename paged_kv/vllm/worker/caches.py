@@ -46,7 +46,7 @@ class WorkerCaches:
         compactor = self.compactor
         if compactor is None or compactor.positional or names[0] not in compactor.layers:
             return []
-        stores = compactor.stores_of(names)
+        stores = compactor.observer.stores_of(names)
         return [tensor for store in stores for tensor in store.side.tensors.values()]
 
     def layer(self, name: str) -> Any:
@@ -58,7 +58,8 @@ def rings_of(compactor: Compactor | None, residual: ResidualRings | None) -> lis
     """The query ring and the residual, where there are such."""
     rings = []
     if compactor is not None and compactor.policy.observation_window:
-        rings.append(Rings(compactor.requests, compactor.row_bytes, compactor.ring_rows))
+        observer = compactor.observer
+        rings.append(Rings(compactor.requests, observer.row_bytes, observer.ring_rows))
     if residual is not None:
         rings.append(Rings(residual.requests, residual.row_bytes, residual.ring_rows))
     return rings

@@ -27,6 +27,7 @@ from paged_kv.store.attention import attend
 from paged_kv.store.residual_ring import Newest
 from paged_kv.vllm.worker.layer_group import packed_view
 from paged_kv.vllm.worker.metadata import retaining_builder
+from paged_kv.vllm.worker.observer import Observer
 from paged_kv.vllm.worker.residual import ResidualRings
 from paged_kv.vllm.worker.step import Compactor
 
@@ -105,7 +106,7 @@ class PackedAttention:
         name: of the layer.
         layer: vLLM's Attention layer.
         layout: of its pages.
-        compactor: may want attention summed up; None for none.
+        observer: may want attention summed up; None for none.
         residual: holds the newest pages in the model's dtype; None for none.
     """
 
@@ -114,13 +115,13 @@ class PackedAttention:
         name: str,
         layer: Any,
         layout: PageLayout,
-        compactor: Compactor | None,
+        observer: Observer | None,
         residual: ResidualRings | None,
     ) -> None:
         self.name = name
         self.layer = layer
         self.layout = layout
-        self.compactor = compactor
+        self.observer = observer
         self.residual = residual
         self._cache: Tensor | None = None
         self._blocks: Tensor | None = None
@@ -172,7 +173,7 @@ class PackedAttention:
         return self._terms
 
     def _side(self) -> Side:
-        return Side(scores=None if self.compactor is None else self.compactor.scores(self.name))
+        return Side(scores=None if self.observer is None else self.observer.scores(self.name))
 
     def _blocks_of(self, cache: Tensor) -> Tensor:
         if self._cache is not cache or self._blocks is None:

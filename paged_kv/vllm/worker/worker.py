@@ -77,13 +77,14 @@ class PagedWorkerMixin:
             residual = self.residual if self.residual and name in self.residual.layers else None
             layer = every[name]
             layer.attn_backend = packed_backend(layer.attn_backend, compactor, residual)
-            PackedAttention(name, layer, layout, compactor, residual)
+            observer = None if compactor is None else compactor.observer
+            PackedAttention(name, layer, layout, observer, residual)
         for name, layer in layers.items():
             assert self.compactor is not None
             if name not in layouts:
                 layer.attn_backend = wrap_backend(layer.attn_backend, self.compactor)
-            if self.compactor.observes:
-                observe_layer(layer, name, self.compactor)
+            if self.compactor.observer.observes:
+                observe_layer(layer, name, self.compactor.observer)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """The model's specs, with packed pages and with a schedule for every compressed layer."""

@@ -1,0 +1,141 @@
+"""What a policy sees besides pages: side data of their slots, and queries of each step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from paged_kv.kernels.page_layout import PageLayout
+from paged_kv.policies.base import Policy
+from paged_kv.store.layers import PageStore
+from paged_kv.store.ragged import ragged
+from paged_kv.vllm.worker import observation
+from paged_kv.vllm.worker.layer_group import make_stores, row_bytes
+from paged_kv.vllm.worker.observation import Observed, StepRows
+from paged_kv.vllm.worker.requests import RequestRows
+from paged_kv.vllm.worker.spilling import RequestStores
+
+
+class Observer:
+    """The stores of a worker's layers, and what each step notes in them.
+
+    Args:
+        policy: says what it reads.
+        layers: Attention layers by name (vLLM's static forward context).
+        layouts: of those whose pages are packed.
+        requests: rows of the query ring.
+        spilled: where a policy that spills has its entries.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        layers: dict[str, Any],
+        layouts: Mapping[str, PageLayout],
+        requests: RequestRows,
+        spilled: RequestStores | None,
+    ) -> None:
+        self.policy, self.layers, self.layouts = policy, layers, layouts
+        self.requests, self.spilled = requests, spilled
+        self._stores: dict[tuple[str, ...], list[PageStore]] = {}
+        self._observed: dict[str, Observed] = {}  # by layer name, in this step
+
+    @property
+    def observes(self) -> bool:
+        """Whether the forward pass must show its queries."""
+        return self.policy.observation_window > 0 or "scores" in self.policy.reads
+
+    @property
+    def row_bytes(self) -> int:
+        """Memory of a row of the query ring, in all layers."""
+        return row_bytes(list(self.layers.values()), self.policy)
+
+    def ring_rows(self, row: int) -> list[torch.Tensor]:
+        """A row of the query ring, [layers, window, heads, head_dim] of each store."""
+        stores = [store for names in sorted(self._stores) for store in self._stores[names]]
+        rings = [store.ring for store in stores if store.ring is not None]
+        return [tensor for ring in rings for tensor in ring.row(row)]
+
+    def stores_of(self, layer_names: tuple[str, ...]) -> list[PageStore]:
+        """The stores of a metadata builder's layers; policies that go by position have none."""
+        if layer_names not in self._stores:
+            self._stores[layer_names] = make_stores(
+                layer_names, self.layers, self.policy, self.layouts, self.spilled
+            )
+        return self._stores[layer_names]
+
+    def forget_step(self) -> None:
+        """No step is observed any more."""
+        self._observed.clear()
+
+    def reset_pages(self) -> None:
+        """Forgets the caches: they have been allocated anew."""
+        self._stores.clear()
+
+    def note_tokens(
+        self,
+        names: tuple[str, ...],
+        metadata: CommonAttentionMetadata,
+        step: StepRows,
+        hits: dict[int, int],
+    ) -> None:
+        """Slots that this step writes know nothing yet, nor do those of a prefix hit."""
+        table = metadata.block_table_tensor
+        stores = self.stores_of(names)
+        size = stores[0].pages.page_size
+        rows, firsts, counts = np.arange(len(step.start)), step.after - step.num_new, step.num_new
+        if hits:  # once per request
+            rows = np.append(rows, list(hits))
+            counts = np.append(counts, list(hits.values()))
+            firsts = np.append(firsts, np.zeros(len(hits), dtype=np.int64))
+        sequence, offset = ragged(counts)
+        positions = torch.from_numpy(firsts[sequence] + offset).to(table.device)
+        page = table[torch.from_numpy(rows[sequence]).to(table.device), positions // size].long()
+        for store in stores:
+            store.side.reset(page, positions % size, positions)
+        if self.observes:
+            self._note_queries(names, table, step)
+
+    def observe(self, layer_name: str, query: torch.Tensor) -> None:
+        """After a layer's attention: notes its queries [tokens, heads, head_dim], after RoPE."""
+        if layer_name not in self._observed:
+            return
+        observed = self._observed[layer_name]
+        store, layer = observed.stores[layer_name]
+        query = query.view(len(query), -1, self.layers[layer_name].head_size)
+        if observed.ring is not None and store.ring is not None:
+            store.ring.write(layer, query, observed.ring)
+        for batch in observed.batches:
+            observation.accumulate(self.policy, store, layer, query, batch)
+
+    def scores(self, layer_name: str) -> torch.Tensor | None:
+        """Where a layer's attention has to add its probabilities, [pages, kv_heads, page_size].
+
+        None if it need not. Packed pages only: vLLM's kernels add nothing.
+        """
+        if layer_name not in self._observed or not self._summed(layer_name):
+            return None
+        store, layer = self._observed[layer_name].stores[layer_name]
+        return store.side.tensors["scores"][layer]
+
+    def _note_queries(self, names: tuple[str, ...], table: torch.Tensor, step: StepRows) -> None:
+        stores = self.stores_of(names)
+        rings = [store.ring for store in stores if store.ring is not None]
+        for ring in rings:
+            ring.add_rows(self.requests.num_rows - ring.num_rows)
+        write = None
+        if rings:  # all of them have the same rows
+            write = rings[0].plan(step.ring, step.start, step.num_new, step.after, table.device)
+        batches: list[observation.QueryBatch] = []
+        if "scores" in self.policy.reads and not self._summed(names[0]):
+            batches += observation.query_batches(step, table, stores[0].pages.page_size)
+        places = [(store, layer) for store in stores for layer in range(store.pages.num_layers)]
+        observed = Observed(dict(zip(names, places, strict=True)), write, batches)
+        self._observed |= dict.fromkeys(names, observed)
+
+    def _summed(self, layer_name: str) -> bool:
+        return self.policy.sums_attention and layer_name in self.layouts
