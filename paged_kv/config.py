@@ -95,27 +95,27 @@ class CompressionConfig(OptionTable):
             raise ValueError(f"spill_dir {self.spill_dir!r} is for spill: add spill=true")
 
     @classmethod
-    def from_env(cls, **given: Any) -> CompressionConfig:
+    def from_env(cls, **options: Any) -> CompressionConfig:
         """Options that are given; what is not comes from the environment, then from the defaults.
 
         A policy's own options in PAGED_KV_POLICY_CONFIG belong to the policy in PAGED_KV_POLICY:
         they are left out where another one is given. A variable that is empty is not set.
 
         Args:
-            given: flat options; None is not given.
+            options: flat; None is not given.
 
         Raises:
             ValueError: see from_dict; names the variable, too, that has the value.
         """
-        chosen = {key: value for key, value in given.items() if value is not None}
-        found = read_environment(OPTIONS)
-        if "policy" in found and chosen.get("policy", found["policy"]) != found["policy"]:
-            found = {key: value for key, value in found.items() if key in (*OPTIONS, *OLD_NAMES)}
-        warn_of_old_names(found | chosen)
+        chosen = {key: value for key, value in options.items() if value is not None}
+        env = read_environment(OPTIONS)
+        if "policy" in env and chosen.get("policy", env["policy"]) != env["policy"]:
+            env = {key: value for key, value in env.items() if key in (*OPTIONS, *OLD_NAMES)}
+        warn_of_old_names(env | chosen)
         try:
-            return cls.from_dict(current_names(found) | current_names(chosen))
+            return cls.from_dict(current_names(env) | current_names(chosen))
         except ValueError as error:
-            if not set(found) - set(chosen) - set(VARIABLES):
+            if not set(env) - set(chosen) - set(VARIABLES):
                 raise
             raise ValueError(f"{error} (with the options in {CONFIG_VARIABLE})") from None
 

@@ -27,7 +27,7 @@ from paged_kv.option_table import OPTIONS
 from paged_kv.sampling import Sampling
 
 MAX_CHAT_TOKENS = 8192  # of vLLM's pool
-OWN = ("policy", "budget", "page_format", "residual_pages")  # have arguments of their own
+FLAGS = ("policy", "budget", "page_format", "residual_pages")  # have arguments of their own
 SLACK_PAGES = 64  # pages of vLLM's pool beside those of the longest sequence
 
 
@@ -99,11 +99,11 @@ def read_config(args: argparse.Namespace) -> CompressionConfig:
     if args.page_size < 1:
         raise ValueError(f"page-size must be an integer >= 1, not {args.page_size}")
     more = parse_json(args.policy_config, "policy-config") if args.policy_config else {}
-    given = {name: getattr(args, name) for name in OWN}
-    for name in OWN:
+    options = {name: getattr(args, name) for name in FLAGS}
+    for name in FLAGS:
         if name in more:
             raise ValueError(f"policy-config must not have {name}: use --{name.replace('_', '-')}")
-    config = CompressionConfig.from_env(**given, **more)
+    config = CompressionConfig.from_env(**options, **more)
     if config.enabled:
         config.check_page_size(args.page_size)
     from paged_kv.tiers.files import check_spill_dir

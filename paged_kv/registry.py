@@ -48,8 +48,8 @@ _BUILT_IN = {
 
 
 def _locations() -> dict[str, str]:
-    found = {point.name: point.value for point in entry_points(group=ENTRY_POINT_GROUP)}
-    return found | _BUILT_IN
+    plugins = {point.name: point.value for point in entry_points(group=ENTRY_POINT_GROUP)}
+    return plugins | _BUILT_IN
 
 
 def split(policy: str) -> tuple[str | None, str]:
@@ -116,15 +116,15 @@ def create(
         ValueError: an option's value is not allowed.
     """
     policy = load(name)
-    own = {key: options[key] for key in policy.options if key in options}
+    settings = {key: options[key] for key in policy.options if key in options}
     if not policy.wraps:
-        return policy(num_sink_tokens, recent_window, own)
-    of = own.get(WRAPPED, policy.options[WRAPPED].default)
-    others = {key: value for key, value in options.items() if key not in policy.options}
-    inner = create(of, num_sink_tokens, recent_window, others)
+        return policy(num_sink_tokens, recent_window, settings)
+    of = settings.get(WRAPPED, policy.options[WRAPPED].default)
+    inner_options = {key: value for key, value in options.items() if key not in policy.options}
+    inner = create(of, num_sink_tokens, recent_window, inner_options)
     assert inner.evicts, f"{of} does not evict: see declared"
     wrapper: Any = policy
-    return wrapper(inner, own)  # type: ignore[no-any-return]
+    return wrapper(inner, settings)  # type: ignore[no-any-return]
 
 
 def available() -> dict[str, str]:

@@ -41,12 +41,12 @@ def step_pages(
     exact = [weight * budget_pages for weight in weights]
     pages = [int(value) for value in exact]
     lost = (size * (all_ - whole) for size, all_, whole in zip(sizes, exact, pages, strict=True))
-    left = sum(lost, Fraction())
+    remainder = sum(lost, Fraction())
     order = sorted(range(len(exact)), key=lambda step: (pages[step] - exact[step], step))
     for step in order:
-        if sizes[step] <= left:
+        if sizes[step] <= remainder:
             pages[step] += 1
-            left -= sizes[step]
+            remainder -= sizes[step]
     return pages
 
 

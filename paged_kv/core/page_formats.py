@@ -38,16 +38,16 @@ def read_calibration(path: str) -> dict[str, Any]:
         ValueError: the file cannot be read, or is something else.
     """
     try:
-        found = read_json(Path(path).read_text())
+        calibration = read_json(Path(path).read_text())
     except OSError as error:
         reason = error.strerror or str(error)
         raise ValueError(f"page_format {path}: the file cannot be read: {reason}") from None
     except ValueError as error:
         raise ValueError(f"page_format {path}: the file is not JSON: {error}") from None
-    layers = found.get("layers") if isinstance(found, dict) else None
+    layers = calibration.get("layers") if isinstance(calibration, dict) else None
     if not isinstance(layers, list) or not layers or not set(map(str, layers)) <= set(FORMATS):
         raise ValueError(
             f'page_format {path}: the file needs "layers", a list of {", ".join(FORMATS)}, one for '
             "each layer: `paged-kv calibrate` writes it"
         )
-    return dict(found)
+    return dict(calibration)

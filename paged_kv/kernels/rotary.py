@@ -47,15 +47,15 @@ class Rotary:
     def turn(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """x [..., head_dim] turned by cos and sin [..., rotary_dim / 2]."""
         half = len(self.frequencies)
-        turning, rest = x[..., : 2 * half], x[..., 2 * half :]
+        turning, tail = x[..., : 2 * half], x[..., 2 * half :]
         if self.neox:
             first, second = turning[..., :half], turning[..., half:]
         else:
             first, second = turning[..., 0::2], turning[..., 1::2]
         turned = first * cos - second * sin, second * cos + first * sin
         if self.neox:
-            return torch.cat([*turned, rest], -1)
-        return torch.cat([torch.stack(turned, -1).flatten(-2), rest], -1)
+            return torch.cat([*turned, tail], -1)
+        return torch.cat([torch.stack(turned, -1).flatten(-2), tail], -1)
 
 
 def from_tables(
@@ -87,8 +87,8 @@ def from_tables(
     rotary = Rotary(frequencies.float(), scale, neox)
     # float32 angles are rounded, here and there: an error in proportion to the angle.
     bound = scale * (1e-5 + 5e-7 * positions[:, None] * rotary.frequencies.abs())
-    for ours, theirs in zip(rotary.at(positions), (cos, sin), strict=True):
-        if not bool(((ours - theirs).abs() <= bound).all()):
+    for values, table in zip(rotary.at(positions), (cos, sin), strict=True):
+        if not bool(((values - table).abs() <= bound).all()):
             raise ValueError("these rotary position embeddings are no turns by fixed frequencies")
     return rotary
 

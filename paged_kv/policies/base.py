@@ -208,8 +208,8 @@ class Wrapper(Policy):
         super().__init__(inner.num_sink_tokens, inner.recent_window, options)
         self.inner = inner
         self.reads = type(self).reads | inner.reads
-        own = type(self).accumulate is not Wrapper.accumulate
-        self.sums_attention = inner.sums_attention and not own
+        override = type(self).accumulate is not Wrapper.accumulate
+        self.sums_attention = inner.sums_attention and not override
 
     @property
     def observation_window(self) -> int:

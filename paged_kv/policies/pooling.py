@@ -56,11 +56,11 @@ class Pooling(Policy):
         first_nodes, first_count = self._oldest(region)
         size = first_nodes.slots.shape[-1]
         nodes, count = first_nodes, first_count
-        left = region.num_losers[:, None].expand_as(first_count)
+        excess = region.num_losers[:, None].expand_as(first_count)
         # After r rounds a node has up to window ** r members: there can be no more than `size`.
         most_members = 1
         while most_members < size:
-            nodes, count, left = self._round(nodes, count, left)
+            nodes, count, excess = self._round(nodes, count, excess)
             most_members *= self.settings["window"]
         index = torch.arange(size, device=nodes.slots.device)
         was_node, is_node = index < first_count[..., None], index < count[..., None]  # [..., n]
@@ -94,9 +94,9 @@ class Pooling(Policy):
         return nodes, (~protected).sum(-1).clamp_max(limit)
 
     def _round(
-        self, nodes: Nodes, count: torch.Tensor, left: torch.Tensor
+        self, nodes: Nodes, count: torch.Tensor, excess: torch.Tensor
     ) -> tuple[Nodes, torch.Tensor, torch.Tensor]:
-        """From the oldest node to the newest, or until none are `left` to vanish.
+        """From the oldest node to the newest, or until `excess` nodes have vanished.
 
         Windows of 3; 10 nodes, 5 of which are to vanish:
 
@@ -107,16 +107,16 @@ class Pooling(Policy):
         Args:
             nodes: the first `count` of each row mean something.
             count: int64 [...], nodes of each row.
-            left: int64 [...], how many nodes of each row are still to vanish.
+            excess: int64 [...], how many nodes of each row are still to vanish.
 
         Returns:
-            The nodes, count and left after the round.
+            The nodes, count and excess after the round.
         """
         window, size = self.settings["window"], nodes.slots.shape[-1]
         # A full window makes all of its nodes but one vanish.
-        full = torch.minimum(count // window, left // (window - 1))  # windows, [...]
+        full = torch.minimum(count // window, excess // (window - 1))  # windows, [...]
         # A smaller one makes the last few vanish, or takes what is left of the row.
-        part = torch.minimum(left - full * (window - 1) + 1, count - full * window)
+        part = torch.minimum(excess - full * (window - 1) + 1, count - full * window)
         part = part.masked_fill(part < 2, 0)  # a node alone is no window
         end = full * window + part  # nodes from here on stay as they are
         pooled = self._pool(nodes, end)  # [..., num_windows(, d)]
@@ -130,8 +130,8 @@ class Pooling(Policy):
         index = torch.arange(size, device=nodes.slots.device)
         unpooled = (index + vanished[..., None]).clamp_max(size - 1) + num_windows
         source = torch.where(index < num_pooled[..., None], index, unpooled)  # [..., n]
-        both = (torch.cat(parts, end.ndim) for parts in zip(pooled, nodes, strict=True))
-        return Nodes(*(take(part, source) for part in both)), count - vanished, left - vanished
+        rows = (torch.cat(parts, end.ndim) for parts in zip(pooled, nodes, strict=True))
+        return Nodes(*(take(row, source) for row in rows)), count - vanished, excess - vanished
 
     def _pool(self, nodes: Nodes, end: torch.Tensor) -> Nodes:
         """Each window of the nodes below `end` [...]; what lies past it means nothing."""

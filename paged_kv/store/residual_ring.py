@@ -93,8 +93,8 @@ class ResidualRing(RowTensor):
         page = rows[sequence] * k + token // size % k
         slots = np.where(token >= first[sequence], page * size + token % size, -1)
         table = rows[:, None] * k + (first[:, None] // size + np.arange(k)) % k
-        held, pages = (ends - first).astype(np.int32), table.astype(np.int32)
-        return Newest(*(to_device(array, device) for array in (slots, held, pages)))
+        lengths, pages = (ends - first).astype(np.int32), table.astype(np.int32)
+        return Newest(*(to_device(array, device) for array in (slots, lengths, pages)))
 
     def write(self, layer: int, keys: Tensor, values: Tensor, newest: Newest) -> None:
         """Stores a batch's new tokens in a layer, [tokens, kv_heads, size]; padding may follow."""

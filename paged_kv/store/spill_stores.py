@@ -49,7 +49,7 @@ class SpillStores(Generic[Owner]):
     @property
     def stores(self) -> list[SpillStore]:
         """All there are; one that owners share counts once."""
-        return list(dict.fromkeys(one for own in self._stores.values() for one in own.values()))
+        return list({store: None for stores in self._stores.values() for store in stores.values()})
 
     @property
     def num_entries(self) -> int:

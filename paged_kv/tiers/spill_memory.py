@@ -82,12 +82,12 @@ class SpillMemory:
     def grow(self, wanted: int) -> int:
         """Makes room for so many entries, as far as possible; how many there is room for."""
         wanted = min(wanted, self.space.budget)
-        held = next(iter(self._parts[0].values())).shape[2]
-        if held < wanted and held < self.space.host_entries:
+        length = next(iter(self._parts[0].values())).shape[2]
+        if length < wanted and length < self.space.host_entries:
             size = min(self.space.host_entries, max(wanted * 3 // 2, FIRST_ENTRIES))
             for name, old in self._parts[0].items():
                 new = self._host(self.sizes[name], size)
-                new[:, :, :held] = old
+                new[:, :, :length] = old
                 self._parts[0][name] = new
         while self.capacity < wanted and not self._disk_is_full:
             try:
@@ -106,14 +106,14 @@ class SpillMemory:
         """[..., size]: what lies in slots; row = layer * KV heads + head, of the slots' shape."""
         result: Tensor | None = None
         for part, start, inside in self._of(slot):
-            held = part[name]  # once: another thread may put a larger one in its place
-            index = (row * held.shape[2] + slot - start)[inside]
-            found = held.flatten(0, 2).index_select(0, index.flatten())
+            buffer = part[name]  # once: another thread may put a larger one in its place
+            index = (row * buffer.shape[2] + slot - start)[inside]
+            entries = buffer.flatten(0, 2).index_select(0, index.flatten())
             if inside is Ellipsis:
-                return found.view(*slot.shape, self.sizes[name])
+                return entries.view(*slot.shape, self.sizes[name])
             if result is None:
                 result = torch.empty(*slot.shape, self.sizes[name], dtype=self.dtype)
-            result[inside] = found
+            result[inside] = entries
         assert result is not None
         return result
 

@@ -12,27 +12,27 @@ Tensor = torch.Tensor
 
 
 def free_places(
-    left: tuple[Tensor, Tensor], num_rows: int, count: int, end: int
+    holes: tuple[Tensor, Tensor], num_rows: int, count: int, end: int
 ) -> tuple[Tensor, Tensor]:
-    """(row, slot), in order: places that are left below `count`, and all from there to `end`.
+    """(row, slot), in order: the holes below `count`, and all places from there to `end`.
 
     Args:
-        left: int64 (row, slot), [n] each.
+        holes: int64 (row, slot), [n] each; free places.
         num_rows: of the store.
         count: entries that each row has.
         end: entries that it will have.
     """
     new = torch.arange(count, end)
-    row = torch.cat([left[0], torch.arange(num_rows).repeat_interleave(len(new))])
-    slot = torch.cat([left[1], new.repeat(num_rows)])
+    row = torch.cat([holes[0], torch.arange(num_rows).repeat_interleave(len(new))])
+    slot = torch.cat([holes[1], new.repeat(num_rows)])
     order = (row * end + slot).argsort()
     return row[order], slot[order]
 
 
 def make_room(
-    left: tuple[Tensor, Tensor],
+    holes: tuple[Tensor, Tensor],
     count: int,
-    held: Sequence[Tensor],
+    entries: Sequence[Tensor],
     row: Tensor,
     content: dict[str, Tensor],
     lost: int,
@@ -40,28 +40,28 @@ def make_room(
     """Where what comes goes, (row, slot) in order, and what of it: bool [n].
 
     Args:
-        left: see free_places.
+        holes: see free_places.
         count: entries that each row has.
-        held: importance and positions, [layers, kv_heads, end] each; mean nothing in free places.
+        entries: importance and positions, [layers, kv_heads, end] each; void in free places.
         row: int64 [n], ascending; see Spilled.
         content: see Spilled.
-        lost: of those that are held or come, per row: the least important go.
+        lost: of the entries and those that come, per row: the least important go.
     """
-    before = [part.flatten(0, 1) for part in held]
+    before = [part.flatten(0, 1) for part in entries]
     free = torch.zeros(before[0].shape, dtype=torch.bool)
     free[:, count:] = True
-    free[left] = True
+    free[holes] = True
     column = torch.arange(len(row)) - torch.searchsorted(row, row)
     size = len(free), int(column.max()) + 1
     absent = torch.ones(size, dtype=torch.bool)
     absent[row, column] = False
-    both = []
+    criteria = []
     for name, old in zip(("importance", "positions"), before, strict=True):
         new = content[name].new_zeros(size)
         new[row, column] = content[name]
-        both.append(torch.cat([old.to(new.dtype), new], -1))
+        criteria.append(torch.cat([old.to(new.dtype), new], -1))
     keep = torch.cat([free, absent], -1)
-    gone = selection.lowest(both[0], both[1], keep, torch.tensor([lost]), lost)
+    gone = selection.lowest(criteria[0], criteria[1], keep, torch.tensor([lost]), lost)
     end = free.shape[1]
     target, slot = (free | gone[:, :end]).nonzero(as_tuple=True)
     return target, slot, ~gone[row, end + column]

@@ -35,15 +35,15 @@ def best() -> ctypes.CDLL | None:
         if forced not in BUILDS:
             allowed = ", ".join((*BUILDS, REFERENCE))
             raise ValueError(f"{VARIABLE} must be one of {allowed}, not {forced!r}")
-        found, why = load(forced)
-        if found is None:
+        library, why = load(forced)
+        if library is None:
             raise ValueError(f"{VARIABLE}={forced}: {why}")
-        return found
+        return library
     reasons = []
     for build in BUILDS:
-        found, why = load(build)
-        if found is not None:
-            return found
+        library, why = load(build)
+        if library is not None:
+            return library
         reasons.append(f"{build}: {why}")
     warnings.warn(
         "paged_kv has no compiled kernels for this CPU: torch reads packed pages, "
@@ -78,13 +78,13 @@ def cpu_bits() -> int:
 
 
 def _file(build: str) -> Path | None:
-    found = sorted(FOLDER.glob(f"_{build}.*so"))
-    return found[0] if found else None
+    files = sorted(FOLDER.glob(f"_{build}.*so"))
+    return files[0] if files else None
 
 
-def _typed(found: Any) -> Any:
+def _typed(library: Any) -> Any:
     for name in FUNCTIONS:
-        function = getattr(found, f"paged_kv_{name}")
+        function = getattr(library, f"paged_kv_{name}")
         function.argtypes = [ctypes.c_void_p]
         function.restype = ctypes.c_int
-    return found
+    return library

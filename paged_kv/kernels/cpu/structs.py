@@ -137,8 +137,8 @@ def layout_struct(layout: PageLayout) -> tuple[LayoutStruct, int]:
 
     offsets = layout.value_offset, layout.key_scale_offset, layout.value_scale_offset
     parts = part(layout.key), part(layout.value)
-    found = LayoutStruct(*parts, layout.page_size, layout.block_bytes, *offsets)
-    return found, ctypes.addressof(found)
+    struct = LayoutStruct(*parts, layout.page_size, layout.block_bytes, *offsets)
+    return struct, ctypes.addressof(struct)
 
 
 def blocks_struct(blocks: torch.Tensor, layout: PageLayout) -> BlocksStruct:
@@ -153,9 +153,9 @@ def blocks_struct(blocks: torch.Tensor, layout: PageLayout) -> BlocksStruct:
 def segment_struct(segment: Segment) -> SegmentStruct:
     """Of a segment."""
     blocks, layout, table, counts = segment
-    own = blocks_struct(blocks, layout)
+    struct = blocks_struct(blocks, layout)
     columns = table.shape[1]
-    return SegmentStruct(own, table.data_ptr(), table.stride(0), columns, counts.data_ptr())
+    return SegmentStruct(struct, table.data_ptr(), table.stride(0), columns, counts.data_ptr())
 
 
 def side_struct(side: torch.Tensor | None) -> SideStruct:

@@ -72,13 +72,13 @@ def logits(
     PRECISION: tl.constexpr,
 ):
     """float32 [queries, entries] in base 2."""
-    found = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
+    logit = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
     if SOFTCAP:  # tanh(x) = 1 - 2 / (exp(2x) + 1)
-        found = softcap * (1.0 - 2.0 / (tl.exp2(found * (2.0 * LOG2_E / softcap)) + 1.0))
-    found = found * LOG2_E
+        logit = softcap * (1.0 - 2.0 / (tl.exp2(logit * (2.0 * LOG2_E / softcap)) + 1.0))
+    logit = logit * LOG2_E
     if weights is not None:
-        found += tl.log2(tl.load(weights + side_place, mask=inside, other=1.0))[None]
-    return tl.where(visible, found, NOTHING)
+        logit += tl.log2(tl.load(weights + side_place, mask=inside, other=1.0))[None]
+    return tl.where(visible, logit, NOTHING)
 
 
 @triton.jit
@@ -158,7 +158,7 @@ def segment_kernel(
             page, side = locate(side_table, row, side_step, before + entry, inside, SIDE_PAGE)
             side_place = page * side_page_step + kv_head * side_head_step + side
         visible = inside[None] & (entry[None] <= position[:, None])
-        found = logits(
+        logit = logits(
             queries,
             keys,
             visible,
@@ -170,9 +170,9 @@ def segment_kernel(
             SOFTCAP,
             PRECISION,
         )
-        new_peak = tl.maximum(peak, tl.max(found, 1))
+        new_peak = tl.maximum(peak, tl.max(logit, 1))
         reference = tl.where(new_peak == NOTHING, 0.0, new_peak)
-        shares = tl.exp2(found - reference[:, None])
+        shares = tl.exp2(logit - reference[:, None])
         shrink = tl.exp2(peak - reference)
         weight_sum = weight_sum * shrink + tl.sum(shares, 1)
         values = load_numbers(words, block, offset, inside, VALUE)

@@ -114,8 +114,8 @@ def move_kernel(
     word = tl.arange(0, triton.next_power_of_2(NUM_WORDS))
     mask = inside[:, None] & (word < NUM_WORDS)[None]
     step = PART.data + word[None] * PART.word_step
-    found = tl.load(words + (source + source_slot * PART.slot_step)[:, None] + step, mask=mask)
-    tl.store(words + (target + target_slot * PART.slot_step)[:, None] + step, found, mask=mask)
+    data = tl.load(words + (source + source_slot * PART.slot_step)[:, None] + step, mask=mask)
+    tl.store(words + (target + target_slot * PART.slot_step)[:, None] + step, data, mask=mask)
     NUM_SCALES: tl.constexpr = PART.groups * (2 if PART.code == INT4 else 1)
     halves = words.to(tl.pointer_type(tl.int16))
     for number in tl.static_range(NUM_SCALES):

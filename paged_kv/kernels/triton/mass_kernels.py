@@ -18,11 +18,11 @@ def _block_logits(
     softcap,
     SOFTCAP: tl.constexpr,
 ):
-    found = tl.dot(queries, tl.trans(keys), input_precision="tf32x3") * scale
+    logit = tl.dot(queries, tl.trans(keys), input_precision="tf32x3") * scale
     if SOFTCAP:
-        found = softcap * (1.0 - 2.0 / (tl.exp2(found * (2.0 * LOG2_E / softcap)) + 1.0))
+        logit = softcap * (1.0 - 2.0 / (tl.exp2(logit * (2.0 * LOG2_E / softcap)) + 1.0))
     visible = key_positions[None] <= query_positions[:, None]
-    return tl.where(visible, found * LOG2_E, NOTHING)
+    return tl.where(visible, logit * LOG2_E, NOTHING)
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def total_kernel(
     query = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
     used = query < num_queries
     states = _load_rows(queries + head * num_queries * SIZE, query, num_queries, SIZE)
-    own = tl.load(query_positions + head * num_queries + query, mask=used, other=-1)
+    query_pos = tl.load(query_positions + head * num_queries + query, mask=used, other=-1)
     peak = tl.full((QUERIES,), NOTHING, tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     if sinks is not None:
@@ -68,12 +68,12 @@ def total_kernel(
     for begin in range(0, num_entries, ENTRIES):
         entry = begin + tl.arange(0, ENTRIES)
         inside = entry < num_entries
-        held = tl.load(key_positions + head * num_entries + entry, mask=inside, other=1 << 62)
+        key_pos = tl.load(key_positions + head * num_entries + entry, mask=inside, other=1 << 62)
         block = _load_rows(keys + head * num_entries * SIZE, entry, num_entries, SIZE)
-        found = _block_logits(states, block, own, held, scale, softcap, SOFTCAP)
-        new_peak = tl.maximum(peak, tl.max(found, 1))
+        logit = _block_logits(states, block, query_pos, key_pos, scale, softcap, SOFTCAP)
+        new_peak = tl.maximum(peak, tl.max(logit, 1))
         reference = tl.where(new_peak == NOTHING, 0.0, new_peak)
-        total = total * tl.exp2(peak - reference) + tl.sum(tl.exp2(found - reference[:, None]), 1)
+        total = total * tl.exp2(peak - reference) + tl.sum(tl.exp2(logit - reference[:, None]), 1)
         peak = new_peak
     tl.store(totals + head * num_queries + query, peak + tl.log2(total), mask=used)
 
@@ -99,16 +99,16 @@ def mass_kernel(
     head = tl.program_id(0).to(tl.int64)
     entry = tl.program_id(1) * ENTRIES + tl.arange(0, ENTRIES)
     inside = entry < num_entries
-    held = tl.load(key_positions + head * num_entries + entry, mask=inside, other=1 << 62)
+    key_pos = tl.load(key_positions + head * num_entries + entry, mask=inside, other=1 << 62)
     block = _load_rows(keys + head * num_entries * SIZE, entry, num_entries, SIZE)
     mass = tl.zeros((ENTRIES,), tl.float32)
     for first in range(0, num_queries, QUERIES):
         query = first + tl.arange(0, QUERIES)
         used = query < num_queries
         states = _load_rows(queries + head * num_queries * SIZE, query, num_queries, SIZE)
-        own = tl.load(query_positions + head * num_queries + query, mask=used, other=-1)
+        query_pos = tl.load(query_positions + head * num_queries + query, mask=used, other=-1)
         total = tl.load(totals + head * num_queries + query, mask=used, other=0.0)
-        found = _block_logits(states, block, own, held, scale, softcap, SOFTCAP)
-        shares = tl.exp2(found - total[:, None])
-        mass += tl.sum(tl.where(found == NOTHING, 0.0, shares), 0)
+        logit = _block_logits(states, block, query_pos, key_pos, scale, softcap, SOFTCAP)
+        shares = tl.exp2(logit - total[:, None])
+        mass += tl.sum(tl.where(logit == NOTHING, 0.0, shares), 0)
     tl.store(result + head * num_entries + entry, mass, mask=inside)

@@ -117,7 +117,7 @@ def score_kernel(
         position = total - num_new + token - before
         queries = load_queries(states, start + token, head, token_step, head_step, used, KEY.size)
         visible = used[:, None] & inside[None] & (entry[None] <= position[:, None])
-        found = logits(
+        logit = logits(
             queries,
             keys,
             visible,
@@ -131,7 +131,7 @@ def score_kernel(
         )
         place = (start + token) * (tl.num_programs(2) * GROUP) + head
         log_total = tl.load(log_totals + place, mask=used, other=0.0)
-        shares = tl.exp2(found - log_total[:, None])
+        shares = tl.exp2(logit - log_total[:, None])
         mass += tl.sum(tl.where(visible, shares, 0.0), 0)
     # Rows may share a page, so that programs may add to one place.
     place = page * score_page_step + kv_head * score_head_step + side

@@ -85,8 +85,8 @@ def with_formats(
     num_layers = vllm_config.model_config.get_total_num_hidden_layers()
     formats: tuple[str | None, ...]
     if config.page_format == NATIVE:
-        ours = bool(plan.budgets) and cpu.available() and _reads_native(vllm_config)
-        formats = tuple(NATIVE if ours and i in plan.budgets else None for i in range(num_layers))
+        native = bool(plan.budgets) and cpu.available() and _reads_native(vllm_config)
+        formats = tuple(NATIVE if native and i in plan.budgets else None for i in range(num_layers))
     else:
         formats = layer_formats(config.page_format, num_layers)
         _check(plan, vllm_config, config, formats, hybrid=len(full_layers) < num_layers)

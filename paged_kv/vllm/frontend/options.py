@@ -95,7 +95,7 @@ def _fold_when_parsed(parser: Any) -> None:
 
     @functools.wraps(parse_known_args)
     def folding(*args: Any, **kwargs: Any) -> Any:
-        namespace, rest = parse_known_args(*args, **kwargs)
+        namespace, extras = parse_known_args(*args, **kwargs)
         additional = _CommandLine(namespace.additional_config or {})
         with _errors_of(additional):
             _take_flags(namespace, additional)
@@ -106,7 +106,7 @@ def _fold_when_parsed(parser: Any) -> None:
                 support.check_model_directory(model, namespace.load_format)
         if CONFIG_KEY in additional:
             namespace.additional_config = additional
-        return namespace, rest
+        return namespace, extras
 
     parser.parse_known_args = folding
 

@@ -29,9 +29,9 @@ class PoolCapacity:
         self.num_pages = num_pages
         self.longest_prompt = limits.max_prompt_len(vllm_config, num_pages)  # None: any
         self.managers = [m for m in managers if isinstance(m, PagedManager)]
-        others = [m.kv_cache_spec for m in managers if not isinstance(m, PagedManager)]
+        specs = [m.kv_cache_spec for m in managers if not isinstance(m, PagedManager)]
         self._num_other_pages = sum(
-            cdiv(spec.max_memory_usage_bytes(vllm_config), spec.page_size_bytes) for spec in others
+            cdiv(spec.max_memory_usage_bytes(vllm_config), spec.page_size_bytes) for spec in specs
         )
 
     def pages_per_sequence(self, chunk: int = 1) -> int:

@@ -35,8 +35,8 @@ def max_prompt_len(vllm_config: Any, num_pages: int) -> int | None:
     if plan.compress_prefill:
         return None
     max_len = vllm_config.model_config.max_model_len
-    others = plan.num_other_groups * cdiv(max_len, plan.page_size)
-    limit = max(0, num_pages - 1 - others) // plan.num_groups * plan.page_size
+    other_pages = plan.num_other_groups * cdiv(max_len, plan.page_size)
+    limit = max(0, num_pages - 1 - other_pages) // plan.num_groups * plan.page_size
     return limit if limit < max_len else None
 
 

@@ -83,9 +83,9 @@ def _pieces(
     """(bytes of a slot, bytes of a part) of equal length, for parts from a place in slots on."""
     size = len(slots[0])
     for part in parts:
-        left = part.contiguous().view(-1).view(torch.uint8)
-        while len(left):
+        data = part.contiguous().view(-1).view(torch.uint8)
+        while len(data):
             slot, offset = divmod(place, size)
-            count = min(len(left), size - offset)
-            yield slots[slot][offset : offset + count], left[:count]
-            left, place = left[count:], place + count
+            count = min(len(data), size - offset)
+            yield slots[slot][offset : offset + count], data[:count]
+            data, place = data[count:], place + count

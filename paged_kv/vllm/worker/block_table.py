@@ -24,8 +24,8 @@ def skip(
     Never in place: the groups share one metadata.
     """
     shift = torch.from_numpy(evicted)
-    left = metadata.seq_lens_cpu_upper_bound - shift.to(torch.int32)
-    max_len = int(left.max())
+    lengths = metadata.seq_lens_cpu_upper_bound - shift.to(torch.int32)
+    max_len = int(lengths.max())
     table = metadata.block_table_tensor
     width = -(-max_len // block_size)
     device_shift = shift.to(table.device, non_blocking=True)
@@ -33,7 +33,7 @@ def skip(
     return metadata.replace(
         block_table_tensor=table.gather(1, columns.clamp_(max=table.shape[1] - 1)),
         seq_lens=metadata.seq_lens - device_shift.to(metadata.seq_lens.dtype),
-        seq_lens_cpu_upper_bound=left,
+        seq_lens_cpu_upper_bound=lengths,
         max_seq_len=max_len,
         _num_computed_tokens_cache=None,
     )

@@ -124,15 +124,15 @@ def _caches(
 ) -> Iterator[tuple[list[str], torch.Tensor, torch.Tensor | None]]:
     """(names, stacked caches, elements) of neighbours that one index operation serves."""
     for layout, run in groupby(names, layouts.get):
-        own = list(run)
-        chosen = [layers[name] for name in own]
+        members = list(run)
+        chosen = [layers[name] for name in members]
         if layout is None:
             caches, elements = caches_of(chosen)
         else:
             caches, elements = [packed_view(layer.kv_cache) for layer in chosen], None
         start = 0
         for cache in stack_layers(caches):
-            yield own[start : start + len(cache)], cache, elements
+            yield members[start : start + len(cache)], cache, elements
             start += len(cache)
 
 

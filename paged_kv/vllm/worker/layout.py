@@ -50,17 +50,17 @@ def probe_elements(layer: Any, cache: torch.Tensor) -> torch.Tensor:
     page_size, content = cache.shape[2:]
     scratch = torch.zeros((1, *cache.shape[1:]), dtype=cache.dtype, device=cache.device)
     labels = torch.arange(page_size * content).view(page_size, content)  # K first, then V
-    found = torch.zeros(page_size * content, dtype=torch.int64)
+    permutation = torch.zeros(page_size * content, dtype=torch.int64)
     for bit in range((page_size * content - 1).bit_length()):
         # One bit of every label at a time: 0 and 1 survive any dtype.
         _write(layer, ((labels >> bit) & 1).to(layer.dtype), scratch)
-        found |= (scratch[0, 0].flatten().float() != 0).long() << bit
-    if not torch.equal(found.sort().values, torch.arange(page_size * content)):
+        permutation |= (scratch[0, 0].flatten().float() != 0).long() << bit
+    if not torch.equal(permutation.sort().values, torch.arange(page_size * content)):
         raise RuntimeError(
             f"cannot compact pages of {type(layer.impl).__name__}: page_size {page_size}, "
             f"{cache.dtype}"
         )
-    return found.argsort().view(page_size, content)
+    return permutation.argsort().view(page_size, content)
 
 
 def _write(layer: Any, values: torch.Tensor, scratch: torch.Tensor) -> None:

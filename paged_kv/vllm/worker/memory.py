@@ -38,8 +38,8 @@ class Shares:
         if self.residual is not None:
             self.residual.requests.grow(self._residual_rows(memory))
         if self.compactor is not None:
-            left = memory - self._residual_bytes(memory)
-            self.compactor.requests.grow(self._query_rows(self.compactor, left))
+            remainder = memory - self._residual_bytes(memory)
+            self.compactor.requests.grow(self._query_rows(self.compactor, remainder))
 
     def for_pages(self, memory: int) -> int:
         """Of so many bytes for the KV cache, those for keys and values.
@@ -47,23 +47,23 @@ class Shares:
         Raises:
             ValueError: nothing is left.
         """
-        left = memory - self._residual_bytes(memory)
+        remainder = memory - self._residual_bytes(memory)
         if self.compactor is None or self.compactor.positional:
-            return left
+            return remainder
         policy, layers = self.compactor.policy, list(self.compactor.layers.values())
-        ring = (self._query_rows(self.compactor, left) + 1) * row_bytes(layers, policy)
+        ring = (self._query_rows(self.compactor, remainder) + 1) * row_bytes(layers, policy)
         sizes = self._pages(self.compactor).values()
         stored, beside = (sum(parts) for parts in zip(*sizes, strict=True))
         # A page of the pool is one group's; what lies beside it, every layer has.
         stored //= self.num_groups
-        left = (left - ring) * stored // (stored + beside)
-        if left <= 0:
+        remainder = (remainder - ring) * stored // (stored + beside)
+        if remainder <= 0:
             raise ValueError(
                 f"the queries that this kv-policy observes take {ring} bytes (observation_window "
                 f"{policy.observation_window}), more than the {memory} of the KV cache: lower "
                 "observation_window, or give the KV cache more memory"
             )
-        return int(left)
+        return int(remainder)
 
     def _query_rows(self, compactor: Compactor, memory: int) -> int:
         """Requests with an observation window that fit: each holds about a budget in each layer."""
@@ -72,8 +72,8 @@ class Shares:
             return 0
         least, pages = row_bytes(layers, policy), self._pages(compactor)
         for name, schedule in self.schedules.items():
-            held = schedule.minimum + schedule.page_size - policy.observation_window
-            least += max(1, cdiv(held, schedule.page_size)) * sum(pages[name])
+            tokens = schedule.minimum + schedule.page_size - policy.observation_window
+            least += max(1, cdiv(tokens, schedule.page_size)) * sum(pages[name])
         return min(self.max_num_seqs, max(1, memory // least))
 
     def _pages(self, compactor: Compactor) -> dict[str, tuple[int, int]]:

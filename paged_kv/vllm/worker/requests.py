@@ -110,8 +110,8 @@ class RequestRows:
             lens = self.runner.req_states.prompt_len.np[metadata.req_idx]
         else:
             lens = self.runner.input_batch.num_prompt_tokens[: metadata.num_reqs]
-        found: Int64s = lens.astype(np.int64)
-        return found
+        lengths: Int64s = lens.astype(np.int64)
+        return lengths
 
     def names(self, metadata: CommonAttentionMetadata, rows: Int64s) -> list[str]:
         """Requests in some rows of the batch."""

@@ -29,10 +29,10 @@ def find_rotary(model: torch.nn.Module, names: list[str]) -> Rotary:
     """
     ropes = [_rope_of(model, name) for name in names]
     device = _table(ropes[0]).device
-    found = {id(rope): _read(rope, name) for rope, name in zip(ropes, names, strict=True)}
-    first, *others = found.values()
-    for other in others:
-        if not _equal(first, other):
+    by_rope = {id(rope): _read(rope, name) for rope, name in zip(ropes, names, strict=True)}
+    first, *rotaries = by_rope.values()
+    for rotary in rotaries:
+        if not _equal(first, rotary):
             raise ValueError(
                 "this kv-policy needs to undo RoPE, but the layers that it compresses have "
                 f"different ones ({names[0]}, ...): take a policy that reads no RoPE (snapkv, ...)"
@@ -40,9 +40,9 @@ def find_rotary(model: torch.nn.Module, names: list[str]) -> Rotary:
     return replace(first, frequencies=first.frequencies.to(device))
 
 
-def _equal(one: Rotary, other: Rotary) -> bool:
-    same = (one.scale, one.neox) == (other.scale, other.neox)
-    return same and torch.equal(one.frequencies, other.frequencies)
+def _equal(rotary: Rotary, other: Rotary) -> bool:
+    same = (rotary.scale, rotary.neox) == (other.scale, other.neox)
+    return same and torch.equal(rotary.frequencies, other.frequencies)
 
 
 def _rope_of(model: torch.nn.Module, name: str) -> Any:
@@ -92,8 +92,8 @@ def _read(rope: Any, name: str) -> Rotary:
     positions = torch.tensor(sorted(rows), device="cpu")
     # Once, when the model is loaded: later nothing is read back from a device. On a GPU the last
     # digits of frequencies differ, which far from 0 is much, so only the first rows are compared.
-    given, begin = used[:_EACH].float().cpu(), table[:_EACH].to(used.dtype).float()
-    if used.shape != table.shape or not torch.allclose(given, begin, atol=2e-2):
+    used_head, table_head = used[:_EACH].float().cpu(), table[:_EACH].to(used.dtype).float()
+    if used.shape != table.shape or not torch.allclose(used_head, table_head, atol=2e-2):
         raise ValueError(f"this kv-policy needs to undo RoPE, and {name} has a table of its own")
     cos, sin = table[positions].chunk(2, -1)
     try:
