@@ -48,7 +48,7 @@ class Series:
     def ratios(self, baseline: Series) -> list[float]:
         """Tokens per second over those of the baseline, round by round."""
         pairs = zip(self.results, baseline.results, strict=True)
-        return [own.tokens_per_second / other.tokens_per_second for own, other in pairs]
+        return [result.tokens_per_second / other.tokens_per_second for result, other in pairs]
 
     def compared(self, baseline: Series) -> dict[str, Any]:
         """The fields that every comparison reports."""
@@ -76,7 +76,7 @@ class Series:
 def running(settings: Mapping[str, EngineSettings], warm_up: Workload) -> Iterator[Engines]:
     """Starts an engine for each name and lets each do its first, slow steps."""
     with ExitStack() as stack:
-        engines = {name: stack.enter_context(EngineProcess(own)) for name, own in settings.items()}
+        engines = {name: stack.enter_context(EngineProcess(settings[name])) for name in settings}
         for engine in engines.values():
             engine.ready()
         for engine in engines.values():
@@ -131,9 +131,9 @@ def _joined(parts: Sequence[RunResult]) -> RunResult:
     )
 
 
-def equal_prefix(one: Tokens, other: Tokens) -> int:
+def equal_prefix(tokens: Tokens, other: Tokens) -> int:
     """Tokens up to the first difference."""
-    for index, (a, b) in enumerate(zip(one, other, strict=False)):
+    for index, (a, b) in enumerate(zip(tokens, other, strict=False)):
         if a != b:
             return index
-    return min(len(one), len(other))
+    return min(len(tokens), len(other))

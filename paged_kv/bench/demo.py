@@ -66,11 +66,11 @@ def main(args: argparse.Namespace) -> None:
     model = models.resolve(args.model)
     args.out.mkdir(parents=True, exist_ok=True)
     options = {PLAIN: {}, args.policy: policy}
-    settings = {name: _settings(args, model, texts, own) for name, own in options.items()}
+    settings = {name: _settings(args, model, texts, fields) for name, fields in options.items()}
     runs: dict[str, tuple[EngineInfo, RunResult]] = {}
     with tqdm(total=len(settings) * args.requests * args.max_tokens, unit="tok") as bar:
-        for name, own in settings.items():
-            runs[name] = _run(name, own, texts, args.max_tokens, bar)
+        for name, config in settings.items():
+            runs[name] = _run(name, config, texts, args.max_tokens, bar)
     report = _report(args, runs)
     report["total_seconds"] = round(time.perf_counter() - start, 1)
     _print_table(report)

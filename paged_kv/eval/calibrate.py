@@ -104,7 +104,7 @@ def write(
         "text": str(args.text),
         "tokens": args.tokens,
         "int4_divergence": [costs.get(layer) for layer in range(num_layers)],
-        "results": {name: found._asdict() for name, found in results.items()},
+        "results": {name: result._asdict() for name, result in results.items()},
     }
     content: dict[str, Any] = {
         "layers": [chosen.get(layer, NATIVE) for layer in range(num_layers)],
@@ -124,8 +124,8 @@ def _print(costs: dict[int, float], chosen: dict[int, str], results: dict[str, M
     for layer, cost in costs.items():
         print(f"{layer:>5}  {1000 * cost:>9.3f}  {chosen[layer]}")
     print(f"\n{'pages':<6}  {'nll':>8}  {'KL x 1000':>9}  {'bytes per token':>15}")
-    for name, found in results.items():
+    for name, result in results.items():
         print(
-            f"{name:<6}  {found.nll:>8.5f}  {1000 * found.divergence:>9.3f}  "
-            f"{found.bytes_per_token:>15.1f}"
+            f"{name:<6}  {result.nll:>8.5f}  {1000 * result.divergence:>9.3f}  "
+            f"{result.bytes_per_token:>15.1f}"
         )

@@ -68,8 +68,8 @@ class Costs:
         loss = divergence = 0.0
         wanted = torch.tensor(self.tokens[1:], device=hidden.device).split(ROWS)
         for rows, native, targets in zip(hidden.split(ROWS), self._native, wanted, strict=True):
-            found = self._predict(engine, rows)
-            loss -= found.gather(1, targets[:, None]).sum().item()
-            divergence += (native.exp() * (native - found)).sum().item()
+            log_probs = self._predict(engine, rows)
+            loss -= log_probs.gather(1, targets[:, None]).sum().item()
+            divergence += (native.exp() * (native - log_probs)).sum().item()
         count = len(self.tokens) - 1
         return Measured(loss / count, divergence / count, engine.cache_bytes / count)

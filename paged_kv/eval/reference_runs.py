@@ -65,17 +65,17 @@ class _Prompts:
 
     def _prefill(self, config: CompressionConfig) -> tuple[ReferenceEngine, float]:
         """An engine that has processed the prompt and dropped nothing, and the seconds it took."""
-        own = CompressionConfig(
+        base = CompressionConfig(
             page_format=config.page_format, residual_pages=config.residual_pages
         )
         key: Any = config.page_format
         if config.enabled and "scores" in config.create_policy().reads:
             options = tuple(sorted(config.options.items()))
             settings = (config.selector, config.num_sink_tokens, config.recent_window, options)
-            key, own = (config.page_format, settings), config
+            key, base = (config.page_format, settings), config
         if key not in self.prefills:
             start = time.perf_counter()
-            engine = ReferenceEngine(self.model, own, self.task.page_size, observe=self.observe)
+            engine = ReferenceEngine(self.model, base, self.task.page_size, observe=self.observe)
             engine.process(self.task.tokens[: self.task.num_prompt], compact=False)
             self.prefills[key] = engine, time.perf_counter() - start
         return self.prefills[key]
@@ -139,8 +139,8 @@ def _sum_nll(engine: ReferenceEngine, hidden: torch.Tensor, targets: Any) -> flo
     """Sum of -log p of the targets, one for each hidden state."""
     wanted = torch.tensor(list(targets), device=hidden.device)
     total = 0.0
-    for rows, own in zip(hidden.split(MOST_AT_ONCE), wanted.split(MOST_AT_ONCE), strict=True):
-        total += F.cross_entropy(engine.logits(rows).float(), own, reduction="sum").item()
+    for rows, labels in zip(hidden.split(MOST_AT_ONCE), wanted.split(MOST_AT_ONCE), strict=True):
+        total += F.cross_entropy(engine.logits(rows).float(), labels, reduction="sum").item()
     return total
 
 

@@ -186,7 +186,7 @@ def newest(samples: list[Sample], budget: float) -> Quality:
 
     positions = [torch.arange(sample.attention.shape[-1]) for sample in samples]
     scores = [
-        own.expand_as(sample.attention) for own, sample in zip(positions, samples, strict=True)
+        index.expand_as(sample.attention) for index, sample in zip(positions, samples, strict=True)
     ]
     return _quality(scores, samples, budget)
 
@@ -194,12 +194,12 @@ def newest(samples: list[Sample], budget: float) -> Quality:
 def _quality(scores: list[Tensor], samples: list[Sample], budget: float) -> Quality:
     """Scores [layers, kv_heads, m] against the attention to come."""
     recalls, correlations = [], []
-    for own, sample in zip(scores, samples, strict=True):
-        size = own.shape[-1]
+    for score, sample in zip(scores, samples, strict=True):
+        size = score.shape[-1]
         count = max(1, round(budget * size))
-        ranks, wanted = (x.argsort(-1).argsort(-1) for x in (own, sample.attention))
-        both = (ranks >= size - count) & (wanted >= size - count)
-        recalls.append(both.float().sum(-1).mean() / count)
+        ranks, wanted = (x.argsort(-1).argsort(-1) for x in (score, sample.attention))
+        hits = (ranks >= size - count) & (wanted >= size - count)
+        recalls.append(hits.float().sum(-1).mean() / count)
         deviations = [(rank - (size - 1) / 2).float() for rank in (ranks, wanted)]
         product = (deviations[0] * deviations[1]).sum(-1)
         correlations.append((product / deviations[0].square().sum(-1)).mean())
@@ -215,9 +215,9 @@ def save(file: Path, network: Network, num_layers: int) -> None:
         np.savez(out, num_layers=np.array(num_layers), **arrays)
 
 
-def _print(args: argparse.Namespace, own: Quality, baseline: Quality) -> None:
+def _print(args: argparse.Namespace, result: Quality, baseline: Quality) -> None:
     print(
-        f"held out: recall of the top {args.budget:.0%} by attention to come {own.recall:.3f} "
-        f"(the newest: {baseline.recall:.3f}), rank correlation {own.rank_correlation:.3f} "
+        f"held out: recall of the top {args.budget:.0%} by attention to come {result.recall:.3f} "
+        f"(the newest: {baseline.recall:.3f}), rank correlation {result.rank_correlation:.3f} "
         f"({baseline.rank_correlation:.3f})\nwrote {args.out}"
     )

@@ -95,9 +95,9 @@ class PageAllocator:
     def release(self, pages: Int64s) -> None:
         """One holder fewer for each time that a page occurs; the last one frees it."""
         np.subtract.at(self.references, pages, 1)
-        left = self.references[pages]
-        assert (left >= 0).all(), "a page is released twice"
-        self.num_held -= len(np.unique(pages[left == 0]))
+        references = self.references[pages]
+        assert (references >= 0).all(), "a page is released twice"
+        self.num_held -= len(np.unique(pages[references == 0]))
 
     def check_integrity(self) -> None:
         """Asserts that free and held pages add up."""

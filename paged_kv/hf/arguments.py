@@ -21,8 +21,8 @@ def read_options(
     if not isinstance(policy, CompressionConfig):
         policy = CompressionConfig.from_env(policy=policy, budget=budget, **options)
     elif budget is not None or options:
-        given = sorted(options | ({} if budget is None else {"budget": budget}))
-        raise ValueError(f"policy is a CompressionConfig: {', '.join(given)} must be in it")
+        names = sorted(options | ({} if budget is None else {"budget": budget}))
+        raise ValueError(f"policy is a CompressionConfig: {', '.join(names)} must be in it")
     for name in ("swap_space", "swap_dir", "swap_dir_space"):
         if value := getattr(policy, name):
             raise ValueError(f"{name} {value!r} is an option of vLLM: here no request is swapped")

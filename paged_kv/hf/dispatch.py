@@ -37,10 +37,10 @@ def install() -> None:
 def _lookup(find: Callable[..., Any], front: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(find)
     def look_up(*args: Any, **kwargs: Any) -> Any:
-        found = find(*args, **kwargs)
-        if isinstance(found, partial) and found.func is front:
-            return found
-        return partial(front, found)
+        function = find(*args, **kwargs)
+        if isinstance(function, partial) and function.func is front:
+            return function
+        return partial(front, function)
 
     return look_up
 
@@ -51,9 +51,9 @@ def attention(original: Any, module: Any, query: Any, key: Any, *args: Any, **kw
         return paged_attention(module, query, key, *args, **kwargs)
     if ENGINE in kwargs:
         return engine_attention(module, query, key, *args, **kwargs)
-    if any(isinstance(one, MaskSpec) for one in (*args, *kwargs.values())):  # of paged layers
+    if any(isinstance(value, MaskSpec) for value in (*args, *kwargs.values())):  # of paged layers
         args = tuple(map(_dense, args))
-        kwargs = {name: _dense(one) for name, one in kwargs.items()}
+        kwargs = {name: _dense(value) for name, value in kwargs.items()}
     return original(module, query, key, *args, **kwargs)
 
 

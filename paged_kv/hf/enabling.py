@@ -49,16 +49,16 @@ class Enabled:
 
     def is_meant(self, config: Any, inputs: dict[str, Any]) -> bool:
         """Whether a call of generate() with this generation config leaves its cache to us."""
-        given = inputs.get(compat.cache_argument()) is not None or config.use_cache is False
-        return not given and config.cache_implementation in (None, self._default)
+        is_chosen = inputs.get(compat.cache_argument()) is not None or config.use_cache is False
+        return not is_chosen and config.cache_implementation in (None, self._default)
 
     def make_and_watch(self) -> PagedCache | PagedEncoderDecoderCache:
         """The same; stats() is about this one from now on."""
         cache = self.make()
-        own: Any = getattr(cache, "self_attention_cache", cache)
-        self._sequences, self._stats = weakref.ref(own.sequences), None
+        paged_cache: Any = getattr(cache, "self_attention_cache", cache)
+        self._sequences, self._stats = weakref.ref(paged_cache.sequences), None
         # Finalizers run last in, first out: the pages are still held when it counts them.
-        weakref.finalize(own, self._note, own.sequences)
+        weakref.finalize(paged_cache, self._note, paged_cache.sequences)
         return cache
 
     def _note(self, sequences: Sequences) -> None:
@@ -72,10 +72,10 @@ class Enabled:
             ValueError: there was none.
         """
         sequences = None if self._sequences is None else self._sequences()
-        found = self._stats if sequences is None or self._stats else sequences.stats()
-        if found is None:
+        stats = self._stats if sequences is None or self._stats else sequences.stats()
+        if stats is None:
             raise ValueError("no generate() has made a cache since enable()")
-        return found
+        return stats
 
 
 @contextmanager

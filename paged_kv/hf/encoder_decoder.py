@@ -31,17 +31,17 @@ class PagedEncoderDecoderCache(Copyable, EncoderDecoderCache):
                 f"{type(model).__name__} is no encoder-decoder model: use PagedCache(model.config)"
             )
         decoder = model.get_decoder()
-        own = copy.deepcopy(decoder.config.get_text_config(decoder=True))
-        own.is_encoder_decoder = False
-        self._config = own
-        super().__init__(PagedCache(own, *args, **options), DynamicCache(config=own))
+        config = copy.deepcopy(decoder.config.get_text_config(decoder=True))
+        config.is_encoder_decoder = False
+        self._config = config
+        super().__init__(PagedCache(config, *args, **options), DynamicCache(config=config))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedEncoderDecoderCache:
         """Pages are shared until one of the two writes. Raises ValueError: it has been closed."""
-        own = copy.deepcopy(self.self_attention_cache, memo)
+        self_attention = copy.deepcopy(self.self_attention_cache, memo)
         other = type(self).__new__(type(self))
         cross = copy.deepcopy(self.cross_attention_cache, memo)
-        EncoderDecoderCache.__init__(other, own, cross)
+        EncoderDecoderCache.__init__(other, self_attention, cross)
         other._config = self._config
         return other
 

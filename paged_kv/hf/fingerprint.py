@@ -23,8 +23,8 @@ def fingerprint(config: Any) -> dict[str, Any]:
     decoder = config.get_text_config(decoder=True)
     common = set(PreTrainedConfig().to_dict()) - {"model_type"}
     values = {key: value for key, value in decoder.to_dict().items() if key not in common | _OTHER}
-    found: dict[str, Any] = json.loads(json.dumps(values, default=str, sort_keys=True))
-    return found
+    fields: dict[str, Any] = json.loads(json.dumps(values, default=str, sort_keys=True))
+    return fields
 
 
 def dtype_of(config: Any) -> str:

@@ -33,10 +33,10 @@ def _after_prefill(prefill: Callable[..., Any]) -> Callable[..., Any]:
     def watched(
         model: Any, input_ids: Any, config: Any, inputs: dict[str, Any], *args: Any, **more: Any
     ) -> Any:
-        given = inputs.get(compat.cache_argument())  # prefill in chunks replaces it
-        _forget(given)
+        cache = inputs.get(compat.cache_argument())  # prefill in chunks replaces it
+        _forget(cache)
         outputs = prefill(model, input_ids, config, inputs, *args, **more)
-        _check(model, given)
+        _check(model, cache)
         return outputs
 
     return watched
@@ -52,21 +52,21 @@ def _after_each(update: Callable[..., Any]) -> Callable[..., Any]:
     return watched
 
 
-def _own(given: Any) -> Any:
+def _own(cache: Any) -> Any:
     """The PagedCache in what generate() was given; None: there is none."""
-    own = getattr(given, "self_attention_cache", given)
-    return own if hasattr(own, "is_used") else None
+    paged_cache = getattr(cache, "self_attention_cache", cache)
+    return paged_cache if hasattr(paged_cache, "is_used") else None
 
 
-def _forget(given: Any) -> None:
-    if (own := _own(given)) is not None:
-        own.is_used = False
+def _forget(cache: Any) -> None:
+    if (paged_cache := _own(cache)) is not None:
+        paged_cache.is_used = False
 
 
-def _check(model: Any, given: Any) -> None:
+def _check(model: Any, cache: Any) -> None:
     """Raises ValueError: the PagedCache in what generate() was given has not been used."""
-    own = _own(given)
-    if own is not None and not own.is_used:
+    paged_cache = _own(cache)
+    if paged_cache is not None and not paged_cache.is_used:
         raise ValueError(
             f"{type(model).__name__} was given a PagedCache and did not use it: the model put it "
             "aside or replaced it, so nothing would be compressed. Known causes: gradient "

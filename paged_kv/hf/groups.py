@@ -50,6 +50,6 @@ def layer_groups(
         schedules = [plan.schedule(layer) for layer in layers.tolist()]
     kinds = list(zip(schedules, formats, strict=True))
     return [
-        Group(one[0], np.array([place for place, other in enumerate(kinds) if other == one]))
-        for one in dict.fromkeys(kinds)
+        Group(kind[0], np.array([place for place, other in enumerate(kinds) if other == kind]))
+        for kind in dict.fromkeys(kinds)
     ]

@@ -54,17 +54,17 @@ def encode(layer: Any, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
         if isinstance(value, torch.device):
             return {"device": str(value)}
         if isinstance(value, list):
-            return [encoded(one, f"{path}.{at}") for at, one in enumerate(value)]
+            return [encoded(item, f"{path}.{at}") for at, item in enumerate(value)]
         if isinstance(value, dict):
-            return {"dict": [[key, encoded(one, f"{path}.{key}")] for key, one in value.items()]}
+            return {"dict": [[key, encoded(item, f"{path}.{key}")] for key, item in value.items()]}
         raise ValueError(f"a layer of class {kind} cannot be saved: it has {path} {value!r}")
 
-    held = {key: encoded(value, f"{name}.{key}") for key, value in vars(layer).items()}
-    return {_KIND: kind, **held}
+    state = {key: encoded(value, f"{name}.{key}") for key, value in vars(layer).items()}
+    return {_KIND: kind, **state}
 
 
 def decode(
-    layer: Any, held: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device
+    layer: Any, state: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device
 ) -> None:
     """A new layer holds what one of its class has held.
 
@@ -72,12 +72,12 @@ def decode(
         ValueError: it is of another class.
     """
     kind = type(layer).__name__
-    if held[_KIND] != kind:
-        raise ValueError(f"the saved cache has a layer of class {held[_KIND]}, here it is {kind}")
+    if state[_KIND] != kind:
+        raise ValueError(f"the saved cache has a layer of class {state[_KIND]}, here it is {kind}")
 
     def decoded(value: Any) -> Any:
         if isinstance(value, list):
-            return [decoded(one) for one in value]
+            return [decoded(item) for item in value]
         if not isinstance(value, dict):
             return value
         if "tensor" in value:
@@ -86,8 +86,8 @@ def decode(
             return getattr(torch, value["dtype"])
         if "device" in value:
             return device
-        return {key: decoded(one) for key, one in value["dict"]}
+        return {key: decoded(item) for key, item in value["dict"]}
 
-    for key, value in held.items():
+    for key, value in state.items():
         if key != _KIND:
             setattr(layer, key, decoded(value))

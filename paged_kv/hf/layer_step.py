@@ -69,9 +69,9 @@ class LayerStep:
         if fresh and not explicit:  # what is stored is at hand
             return fused(query, key, value, first, self.terms.scale)
         if num_queries == 1 and not explicit and self.bias is None:
-            found = self._provided(row, query)
-            if found is not None:
-                return found
+            output = self._provided(row, query)
+            if output is not None:
+                return output
         apart = self.bias is not None or (explicit and not alike)
         if num_rows > 1 and (apart or not self._together(row, num_rows, alike)):
             parts = (self._attend(row + i, *(t[i : i + 1] for t in (query, key, value)))
@@ -100,10 +100,10 @@ class LayerStep:
         if provider is None or not isinstance(self.arena, NativeArena):
             return None
         pages = self.rows.tables.ids[self.index, rows]
-        held = Held(self.arena, pages, self.rows.size[self.index, rows] + 1)
-        if not provider.takes(query, held):
+        entries = Held(self.arena, pages, self.rows.size[self.index, rows] + 1)
+        if not provider.takes(query, entries):
             return None
-        return provider.attend(query, held, self.terms.scale)
+        return provider.attend(query, entries, self.terms.scale)
 
     def _together(self, row: int, num_rows: int, alike: bool) -> bool:
         """Whether one call for all rows is worth it: on a CPU, copies and masks are not."""

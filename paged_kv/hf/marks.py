@@ -57,9 +57,9 @@ class Mark:
         rows.ring, rows.residual = self.ring.copy(), self.residual.copy()
         for (arena, layers), scores in zip(rows.tables.parts, self.scores, strict=False):
             ids = rows.tables.ids[layers][:, :, : scores.shape[3]]
-            held = torch.from_numpy(ids >= 0).to(scores.device)
+            mask = torch.from_numpy(ids >= 0).to(scores.device)
             pages = torch.from_numpy(ids[ids >= 0]).to(scores.device)
-            arena.side["scores"][:, pages] = scores[:, :, :, : ids.shape[2]][:, held]
+            arena.side["scores"][:, pages] = scores[:, :, :, : ids.shape[2]][:, mask]
 
 
 class Marks:

@@ -122,17 +122,18 @@ def bias_of(
 
     def bias(row: int, queries: Tensor, entries: Tensor) -> Tensor:
         known = mask.streams(row) if isinstance(mask, MaskSpec) else None
-        own, held = (queries, entries) if known is None else (known[queries], known[entries])
-        first = _first_query(mask, own)
-        total = torch.where(_visible(rule, row, own, held), 0.0, -torch.inf)
+        if known is not None:
+            queries, entries = known[queries], known[entries]
+        first = _first_query(mask, queries)
+        total = torch.where(_visible(rule, row, queries, entries), 0.0, -torch.inf)
         if custom is not None:
             total = torch.zeros_like(total)  # it says all there is to say
         for extra in (custom, position_bias):
             if extra is not None:
-                more = _at(extra, row, own - first, held, heads)
+                more = _at(extra, row, queries - first, entries, heads)
                 if len(total) != len(more) and min(len(total), len(more)) > 1:  # of KV heads
                     total, more = (
-                        one.repeat_interleave(heads[0] // len(one), 0) for one in (total, more)
+                        part.repeat_interleave(heads[0] // len(part), 0) for part in (total, more)
                     )
                 total = total + more
         return total
@@ -145,35 +146,35 @@ def _first_query(mask: MaskSpec | Tensor | None, streams: Tensor) -> int:
     return mask.query_offset if isinstance(mask, MaskSpec) else int(streams[0])
 
 
-def _visible(rule: Callable[..., Any] | None, row: int, queries: Tensor, held: Tensor) -> Tensor:
+def _visible(rule: Callable[..., Any] | None, row: int, queries: Tensor, entries: Tensor) -> Tensor:
     """bool [kv_heads or 1, queries, entries]."""
     if rule is None:
-        return held[:, None] <= queries[:, None]
-    rows = torch.full((1, 1, 1), row, device=held.device)
-    heads = torch.arange(len(held), device=held.device)[:, None, None]
-    return rule(rows, heads, queries[None, :, None], held[:, None]).expand(
-        len(held), len(queries), held.shape[1]
+        return entries[:, None] <= queries[:, None]
+    rows = torch.full((1, 1, 1), row, device=entries.device)
+    heads = torch.arange(len(entries), device=entries.device)[:, None, None]
+    return rule(rows, heads, queries[None, :, None], entries[:, None]).expand(
+        len(entries), len(queries), entries.shape[1]
     )
 
 
-def _at(mask: Tensor, row: int, queries: Tensor, held: Tensor, heads: tuple[int, int]) -> Tensor:
+def _at(mask: Tensor, row: int, queries: Tensor, entries: Tensor, heads: tuple[int, int]) -> Tensor:
     """float32 [heads or kv_heads or 1, queries, entries] of a mask [rows, heads, queries, stream].
 
     Args:
         mask: bool (True: look) or float, to be added.
         row: which row.
         queries: int64 [queries], their places in the mask.
-        held: int64 [kv_heads or 1, entries], stream index of each entry.
+        entries: int64 [kv_heads or 1, entries], stream index of each entry.
         heads: number of query heads and of KV heads.
     """
-    own = mask[row if len(mask) > 1 else 0]
+    row_mask = mask[row if len(mask) > 1 else 0]
     # A position bias of the decoder's last step can have the columns of this step only.
-    own = own[:, queries if own.shape[1] > 1 else queries * 0]
-    if len(own) > 1 and len(held) > 1:
-        held = held.repeat_interleave(heads[0] // heads[1], 0)
-    size = max(len(own), len(held))
-    index = held[:, None].expand(size, own.shape[1], -1)
-    found = own.expand(size, -1, -1).gather(-1, index)
-    if found.dtype == torch.bool:
-        return torch.where(found, 0.0, -torch.inf)
-    return found.float()
+    row_mask = row_mask[:, queries if row_mask.shape[1] > 1 else queries * 0]
+    if len(row_mask) > 1 and len(entries) > 1:
+        entries = entries.repeat_interleave(heads[0] // heads[1], 0)
+    size = max(len(row_mask), len(entries))
+    index = entries[:, None].expand(size, row_mask.shape[1], -1)
+    values = row_mask.expand(size, -1, -1).gather(-1, index)
+    if values.dtype == torch.bool:
+        return torch.where(values, 0.0, -torch.inf)
+    return values.float()

@@ -24,10 +24,10 @@ def state_of(tables: PageTables) -> dict[str, Tensor]:
     ids = np.full_like(tables.ids, -1)
     state = {"count": torch.from_numpy(tables.count.copy())}
     for arena, layers in tables.parts:
-        held = tables.ids[layers] >= 0
-        pages, rank = np.unique(tables.ids[layers][held], return_inverse=True)
-        inside = np.full(held.shape, -1, dtype=np.int64)
-        inside[held] = rank.ravel()
+        mask = tables.ids[layers] >= 0
+        pages, rank = np.unique(tables.ids[layers][mask], return_inverse=True)
+        inside = np.full(mask.shape, -1, dtype=np.int64)
+        inside[mask] = rank.ravel()
         ids[layers] = inside
         index = torch.from_numpy(pages).to(arena.geometry.device)
         for name, tensor in _numbers(arena).items():
@@ -52,10 +52,10 @@ def restore(tables: PageTables, state: Mapping[str, Tensor]) -> None:
         tables.need(arena, size)
         pages = _free(arena, size)
         arena.allocator.take(pages)
-        own = ids[layers]
-        tables.ids[layers] = np.where(own >= 0, pages[own], -1)
-        others = np.bincount(own[own >= 0], minlength=size) - 1
-        arena.allocator.share(np.repeat(pages, others))
+        ranks = ids[layers]
+        tables.ids[layers] = np.where(ranks >= 0, pages[ranks], -1)
+        shares = np.bincount(ranks[ranks >= 0], minlength=size) - 1
+        arena.allocator.share(np.repeat(pages, shares))
         index = torch.from_numpy(pages).to(arena.geometry.device)
         for name, tensor in _numbers(arena).items():
             if name in state:  # another cache of the pool may have more beside its pages

@@ -77,8 +77,8 @@ def visible(
     if min(first_slots) == max(first_slots):
         first_slots = first_slots[:1]
     first = torch.tensor(first_slots, device=device)[:, None, None, None]
-    own = first + torch.arange(num_queries, device=device)[:, None]
-    return torch.arange(num_entries, device=device) <= own
+    query_slots = first + torch.arange(num_queries, device=device)[:, None]
+    return torch.arange(num_entries, device=device) <= query_slots
 
 
 def probabilities(
@@ -102,13 +102,13 @@ def probabilities(
         terms = terms._replace(sinks=terms.sinks.float().view(1, kv_heads, -1))
     for start in range(0, query.shape[2], QUERY_BLOCK):
         block = grouped[:, :, :, start : start + QUERY_BLOCK]
-        own = first + torch.arange(start, start + block.shape[3], device=keys.device)
+        query_slots = first + torch.arange(start, start + block.shape[3], device=keys.device)
         extra = None
         if bias is not None:
-            own = torch.full_like(own, num_entries)
+            query_slots = torch.full_like(query_slots, num_entries)
             part = bias[:, start : start + QUERY_BLOCK]
             extra = part[None, None] if len(part) == 1 else part.unflatten(0, (kv_heads, -1))[None]
-        attention = DenseAttention(block, entries, own, slots, terms)
+        attention = DenseAttention(block, entries, query_slots, slots, terms)
         yield start, attention_probabilities(attention, extra)
 
 

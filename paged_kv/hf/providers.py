@@ -45,10 +45,10 @@ class Held(NamedTuple):
 class Provider(Protocol):
     """Attention of one new query of each row."""
 
-    def takes(self, query: Tensor, held: Held) -> bool:
+    def takes(self, query: Tensor, entries: Held) -> bool:
         """Whether this can compute it."""
 
-    def attend(self, query: Tensor, held: Held, scale: float) -> Tensor:
+    def attend(self, query: Tensor, entries: Held, scale: float) -> Tensor:
         """[rows, heads, 1, size] of query [rows, heads, 1, head_dim]."""
 
 
@@ -95,8 +95,8 @@ def _check_xformers(page_size: int) -> None:
         )
 
 
-def _fits(query: Tensor, held: Held) -> bool:
-    geometry = held.arena.geometry
+def _fits(query: Tensor, entries: Held) -> bool:
+    geometry = entries.arena.geometry
     same = query.dtype == geometry.key_dtype == geometry.value_dtype
     return same and not (torch.is_grad_enabled() and query.requires_grad)
 
@@ -111,36 +111,36 @@ class Flex:
     def __init__(self) -> None:
         self._end = torch.zeros(0, dtype=torch.int64)  # slot behind the last entry, by row
 
-    def takes(self, query: Tensor, held: Held) -> bool:
+    def takes(self, query: Tensor, entries: Held) -> bool:
         """Whether this can compute it."""
-        return _fits(query, held) and len(query) <= MAX_ROWS
+        return _fits(query, entries) and len(query) <= MAX_ROWS
 
-    def attend(self, query: Tensor, held: Held, scale: float) -> Tensor:
+    def attend(self, query: Tensor, entries: Held, scale: float) -> Tensor:
         """[rows, heads, 1, size] of query [rows, heads, 1, head_dim]."""
-        arena, (num_rows, heads, _, size) = held.arena, query.shape
+        arena, (num_rows, heads, _, size) = entries.arena, query.shape
         keys, values = (
             tensor.flatten(1, 2)[None].expand(num_rows, -1, -1, -1)
             for tensor in (arena.keys, arena.values)
         )
         grouped = query.reshape(num_rows, arena.geometry.num_heads, -1, size)
-        mask = self._mask(held, grouped.shape[2], keys.shape[2], query.device)
-        found = _compiled_flex()(grouped, keys, values, block_mask=mask, scale=scale)
-        return found.reshape(num_rows, heads, 1, -1)
+        mask = self._mask(entries, grouped.shape[2], keys.shape[2], query.device)
+        output = _compiled_flex()(grouped, keys, values, block_mask=mask, scale=scale)
+        return output.reshape(num_rows, heads, 1, -1)
 
-    def _mask(self, held: Held, num_queries: int, num_slots: int, device: torch.device) -> Any:
+    def _mask(self, entries: Held, num_queries: int, num_slots: int, device: torch.device) -> Any:
         """Whole pages, and of each row the last one, up to its last entry."""
         from torch.nn.attention.flex_attention import BlockMask
 
-        page_size, last = held.arena.page_size, held.counts - 1
-        final = np.take_along_axis(held.pages, last[:, None], 1)
+        page_size, last = entries.arena.page_size, entries.counts - 1
+        final = np.take_along_axis(entries.pages, last[:, None], 1)
         ends = np.zeros(MAX_ROWS, dtype=np.int64)
-        ends[: len(last)] = final[:, 0] * page_size + held.sizes - last * page_size
+        ends[: len(last)] = final[:, 0] * page_size + entries.sizes - last * page_size
         num_pages = num_slots // page_size
         return BlockMask.from_kv_blocks(
             torch.ones(len(last), 1, 1, dtype=torch.int32, device=device),
             _wide(final, num_pages).to(device),
             torch.from_numpy(last.astype(np.int32)).to(device)[:, None, None],
-            _wide(held.pages, num_pages).to(device),
+            _wide(entries.pages, num_pages).to(device),
             BLOCK_SIZE=(128, page_size),
             mask_mod=_up_to(torch.from_numpy(ends).to(device)),
             seq_lengths=(num_queries, num_slots),
@@ -185,42 +185,42 @@ class Xformers:
     Only its mask is tested here: no GPU was at hand.
     """
 
-    def takes(self, query: Tensor, held: Held) -> bool:
+    def takes(self, query: Tensor, entries: Held) -> bool:
         """Whether this can compute it."""
-        return _fits(query, held) and query.dtype in (torch.float16, torch.bfloat16)
+        return _fits(query, entries) and query.dtype in (torch.float16, torch.bfloat16)
 
-    def attend(self, query: Tensor, held: Held, scale: float) -> Tensor:
+    def attend(self, query: Tensor, entries: Held, scale: float) -> Tensor:
         """[rows, heads, 1, size] of query [rows, heads, 1, head_dim]."""
         from xformers.ops import fmha
 
         num_rows, heads, _, size = query.shape
-        kv_heads = held.arena.geometry.num_heads
+        kv_heads = entries.arena.geometry.num_heads
         group = heads // kv_heads
         # [1, slots, kv_heads, group, size]: no key is repeated
         keys, values = (
             tensor.flatten(1, 2).transpose(0, 1)[None, :, :, None].expand(-1, -1, -1, group, -1)
-            for tensor in (held.arena.keys, held.arena.values)
+            for tensor in (entries.arena.keys, entries.arena.values)
         )
-        found = fmha.memory_efficient_attention_forward(
+        output = fmha.memory_efficient_attention_forward(
             query.reshape(1, num_rows, kv_heads, group, size),
             keys,
             values,
-            attn_bias=paged_bias(held, [1] * num_rows, query.device),
+            attn_bias=paged_bias(entries, [1] * num_rows, query.device),
             scale=scale,
             op=fmha.triton_splitk.FwOp,
         )
-        return found.reshape(num_rows, heads, 1, -1)
+        return output.reshape(num_rows, heads, 1, -1)
 
 
-def paged_bias(held: Held, num_queries: list[int], device: torch.device) -> Any:
+def paged_bias(entries: Held, num_queries: list[int], device: torch.device) -> Any:
     """xformers' mask of the last num_queries [rows] entries of each row against its pages."""
     from xformers.ops.fmha.attn_bias import PagedBlockDiagonalCausalWithOffsetPaddedKeysMask
 
-    pages = np.maximum(held.pages, 0)  # the sizes say what is not to be read
+    pages = np.maximum(entries.pages, 0)  # the sizes say what is not to be read
     return PagedBlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(
         num_queries,
-        held.sizes.tolist(),
+        entries.sizes.tolist(),
         torch.from_numpy(pages.astype(np.int32)).to(device),
-        held.arena.page_size,
+        entries.arena.page_size,
         device=device,
     )

@@ -58,12 +58,12 @@ class Rope:
         """
         is_past = self.switch is not None and length > self.switch
         is_mixed = self.is_mixed or self.is_past not in (None, is_past)
-        found = replace(self, is_past=is_past, is_mixed=is_mixed)
+        rope = replace(self, is_past=is_past, is_mixed=is_mixed)
         if is_mixed and self.drops:
             raise ValueError(f"this model {self._says()}")
         if reader is not None:
-            found(f"kv-policy {reader!r}")
-        return found
+            rope(f"kv-policy {reader!r}")
+        return rope
 
     def holding(self, other: Rope | None) -> Rope:
         """This one, for what a cache holds whose model was not known: it comes from a file."""

@@ -125,6 +125,6 @@ def _shrink(rows: Rows, layers: Int64s, chosen: Int64s, num_losers: Int64s) -> N
                 tables.move_to_end(layer, row, (end - num) // page_size, end // page_size)
     rows.size[np.ix_(layers, chosen)] -= num_losers
     count = tables.count.copy()
-    left = rows.size[np.ix_(layers, chosen)]
-    count[np.ix_(layers, chosen)] = -(-left // page_size)
+    sizes = rows.size[np.ix_(layers, chosen)]
+    count[np.ix_(layers, chosen)] = -(-sizes // page_size)
     tables.truncate(count)

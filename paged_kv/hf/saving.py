@@ -82,7 +82,7 @@ def save(cache: CacheState, path: str | os.PathLike[str]) -> None:
     if not sequences.num_tokens.any():
         raise ValueError("this cache holds nothing yet that could be saved")
     tensors, rows = state_of(sequences)
-    others = {f"layers.{at}": layer for at, layer in enumerate(cache.layers) if layer in
+    layers = {f"layers.{at}": layer for at, layer in enumerate(cache.layers) if layer in
               cache._others()}  # fmt: skip
     about = {
         "model": fingerprint.fingerprint(cache._config),
@@ -93,7 +93,7 @@ def save(cache: CacheState, path: str | os.PathLike[str]) -> None:
         "padded_at": cache._padded_at,
         "rows": rows,
         "layers": {
-            name: layer_state.encode(layer, name, tensors) for name, layer in others.items()
+            name: layer_state.encode(layer, name, tensors) for name, layer in layers.items()
         },
     }
     state_file.write(path, tensors, about)
@@ -151,16 +151,16 @@ def state_of(sequences: Sequences) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "residual.": sequences.residual.state(sequences.num_tokens),
         "spilled.": sequences.spilled.state(sequences.num_rows),
         "sinks.": {
-            str(at): one.sinks for at, one in enumerate(sequences.terms) if one.sinks is not None
+            str(at): term.sinks for at, term in enumerate(sequences.terms) if term.sinks is not None
         },
     }
-    tensors = {key + name: held for key, part in parts.items() for name, held in part.items()}
+    tensors = {key + name: tensor for key, part in parts.items() for name, tensor in part.items()}
     counters, rope = sequences.counters, sequences.rotary
     assert rope is not None, "no model has used this cache"
     about = {
         "geometry": _described(sequences.geometry),
         "formats": sequences.formats,
-        "terms": [(one.scale, one.softcap) for one in sequences.terms],
+        "terms": [(term.scale, term.softcap) for term in sequences.terms],
         "counters": {
             "evicted": counters.evicted,
             "compactions": counters.compactions,
@@ -204,8 +204,8 @@ def restore(
     sequences.rotary = of_file(*about["rope"])
     sinks = part_of(tensors, "sinks.")
     for at, (scale, softcap) in enumerate(about["terms"]):  # the next compaction needs them
-        own = sinks[str(at)].clone().to(geometry.device) if str(at) in sinks else None
-        sequences.terms[at] = Terms(scale, softcap, own)
+        layer_sinks = sinks[str(at)].clone().to(geometry.device) if str(at) in sinks else None
+        sequences.terms[at] = Terms(scale, softcap, layer_sinks)
     counters = dict(about["counters"])
     counters["merged"] = [torch.tensor(counters["merged"])]
     sequences.counters = Counters(**counters)
@@ -213,12 +213,12 @@ def restore(
 
 def _check_model(path: Any, about: Mapping[str, Any], config: Any, geometry: Geometry) -> None:
     """Raises ValueError: names what differs."""
-    found = fingerprint.differences(about["model"], fingerprint.fingerprint(config))
-    if found:
-        raise ValueError(f"{path} is of another model; there, and in this config: {found}")
-    held, dtype = str(geometry.key_dtype).removeprefix("torch."), fingerprint.dtype_of(config)
-    if dtype not in ("", about["dtype"], held):
-        raise ValueError(f"{path} holds keys of dtype {held}, but the model's dtype is {dtype}")
+    differences = fingerprint.differences(about["model"], fingerprint.fingerprint(config))
+    if differences:
+        raise ValueError(f"{path} is of another model; there, and in this config: {differences}")
+    key_type, dtype = str(geometry.key_dtype).removeprefix("torch."), fingerprint.dtype_of(config)
+    if dtype not in ("", about["dtype"], key_type):
+        raise ValueError(f"{path} holds keys of dtype {key_type}, but the model's dtype is {dtype}")
 
 
 def _described(geometry: Geometry) -> dict[str, Any]:

@@ -20,16 +20,16 @@ Tensor = torch.Tensor
 def part_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """What has names that begin so, by the rest of them."""
     return {
-        name.removeprefix(prefix): held for name, held in state.items() if name.startswith(prefix)
+        name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
     }
 
 
 def _memos(state: Mapping[str, Tensor], device: torch.device) -> dict[int, Memo]:
     fetched = {
-        int(name): held.clone().to(device) for name, held in part_of(state, "fetched.").items()
+        int(name): tensor.clone().to(device) for name, tensor in part_of(state, "fetched.").items()
     }
     numbers = {at: state[f"memo.{at}"].tolist() for at in fetched}
-    return {at: Memo(numbers[at][0], numbers[at][1], held) for at, held in fetched.items()}
+    return {at: Memo(numbers[at][0], numbers[at][1], tensor) for at, tensor in fetched.items()}
 
 
 class RowStores(SpillStores[int]):
@@ -112,5 +112,5 @@ class RowStores(SpillStores[int]):
 
     def _num_holders(self, store: SpillStore, group: int) -> int:
         """Rows that share a store."""
-        rows = (stores for one in self._copies for stores in one._stores.values())
+        rows = (stores for copy in self._copies for stores in copy._stores.values())
         return sum(stores.get(group) is store for stores in rows)

@@ -35,13 +35,13 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], about: An
     target = Path(path)
     if not target.parent.is_dir() or target.is_dir():
         raise ValueError(f"path must be a file in an existing directory, not {str(path)!r}")
-    held = {name: _alone(tensor.detach().cpu().contiguous()) for name, tensor in tensors.items()}
+    content = {name: _alone(tensor.detach().cpu().contiguous()) for name, tensor in tensors.items()}
     text = json.dumps({"version": VERSION, **about})
-    metadata = {_KEY: text, _CHECKSUM: str(_checksum(held, text))}
+    metadata = {_KEY: text, _CHECKSUM: str(_checksum(content, text))}
     temporary = target.with_name(f".{target.name}.{uuid4().hex}")
     try:
         try:
-            save_file(held, temporary, metadata)
+            save_file(content, temporary, metadata)
         except SafetensorError as error:
             raise OSError(f"{path}: {error}") from None
         with temporary.open("rb+") as written:
@@ -86,9 +86,9 @@ def _alone(tensor: Tensor) -> Tensor:
 
 def _checksum(tensors: Mapping[str, Tensor], text: str) -> int:
     """Of names, shapes, dtypes and bytes, and of the text."""
-    found = zlib.crc32(text.encode())
+    crc = zlib.crc32(text.encode())
     for name, tensor in sorted(tensors.items()):
-        found = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), found)
+        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
         if tensor.numel():
-            found = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, found)
-    return found
+            crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, crc)
+    return crc

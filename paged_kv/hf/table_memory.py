@@ -84,12 +84,12 @@ class GrowingTables:
         for part in self.parts:
             nth, rows = np.nonzero(need[part.layers])
             layers = part.layers[nth]
-            left = need[layers, rows]
-            has_room = not left.size or self._grows(part.arena, layers, rows, left)
+            counts = need[layers, rows]
+            has_room = not counts.size or self._grows(part.arena, layers, rows, counts)
             if not has_room and self._is_alone(part):
                 self._lay_out(part, self.count + need)
-            for num in np.unique(left):
-                chosen = left == num
+            for num in np.unique(counts):
+                chosen = counts == num
                 self._extend(part.arena, layers[chosen], rows[chosen], int(num))
         self.count += need
         self.changed()
@@ -154,14 +154,14 @@ class GrowingTables:
         assert limit is None or arena.allocator.capacity + num_pages <= limit, (
             "was not checked before"
         )
-        held = np.flatnonzero(arena.allocator.references)
-        arena.resize(arena.allocator.capacity + num_pages, held, held)
+        pages = np.flatnonzero(arena.allocator.references)
+        arena.resize(arena.allocator.capacity + num_pages, pages, pages)
 
     def _last(self, layers: Int64s, rows: Int64s) -> Int64s:
         """Last page of each of these tables; of an empty one, the page before its first."""
-        held = self.count[layers, rows]
-        last = self.ids[layers, rows, np.maximum(held, 1) - 1]
-        return np.where(held > 0, last, self._start[layers, rows] - 1)
+        count = self.count[layers, rows]
+        last = self.ids[layers, rows, np.maximum(count, 1) - 1]
+        return np.where(count > 0, last, self._start[layers, rows] - 1)
 
     def _grows(self, arena: Arena, layers: Int64s, rows: Int64s, need: Int64s) -> bool:
         """Whether all of these tables have the pages that they need behind their last one."""
@@ -180,8 +180,8 @@ class GrowingTables:
 
     def _is_alone(self, part: ArenaLayers) -> bool:
         """Whether the memory of an arena is for these tables alone."""
-        held = self.count[part.layers].sum()
-        return self.is_private and part.arena.allocator.num_references == held
+        num_pages = self.count[part.layers].sum()
+        return self.is_private and part.arena.allocator.num_references == num_pages
 
     def _lay_out(self, part: ArenaLayers, count: Int64s, spare: int | None = None) -> None:
         """Memory of an arena for these tables alone: each a run, with room to grow.
@@ -191,19 +191,19 @@ class GrowingTables:
             count: int64 [layers, rows], pages that each is to have soon; not fewer than now.
             spare: more free pages behind each; None: as many as suit.
         """
-        own, count = self.ids[part.layers], count[part.layers]
-        held = own >= 0
-        if len(np.unique(own[held])) < held.sum():
+        ids, count = self.ids[part.layers], count[part.layers]
+        mask = ids >= 0
+        if len(np.unique(ids[mask])) < mask.sum():
             return  # shared pages are no runs
         room = count + (spare if spare is not None else 2 + (not self.is_bounded) * count // 4)
         start = (np.cumsum(room) - room.ravel()).reshape(count.shape)
-        new = np.where(held, start[..., None] + np.arange(own.shape[2]), -1)
-        part.arena.resize(int(room.sum()), own[held], new[held])
+        new = np.where(mask, start[..., None] + np.arange(ids.shape[2]), -1)
+        part.arena.resize(int(room.sum()), ids[mask], new[mask])
         self.ids[part.layers], self._start[part.layers] = new, start
         self.changed()
 
     def _held(self, ids: Int64s) -> Iterator[tuple[Arena, Int64s]]:
         """Each arena with the pages in it of these tables, [layers, ...]."""
         for arena, layers in self.parts:
-            own = ids[layers]
-            yield arena, own[own >= 0]
+            pages = ids[layers]
+            yield arena, pages[pages >= 0]

@@ -31,7 +31,7 @@ class PageTables(GrowingTables):
             start = self.ids[:, :, :1]
             run = (self.ids == start + index) | (index >= self.count[..., None])
             self._first = np.where(run.all(-1), self.ids[:, :, :1].sum(-1), -1)
-            self._num_pages = [len(np.unique(held)) for _, held in self._held(self.ids)]
+            self._num_pages = [len(np.unique(pages)) for _, pages in self._held(self.ids)]
             self._spacing = [_spacing(first) for first in self._first]
         return self._first
 
@@ -50,10 +50,10 @@ class PageTables(GrowingTables):
         """Bytes of the keys and values in the pages held, and of what lies beside them."""
         counts = self._num_pages if self.first is not None else []
         arenas = [part.arena for part in self.parts]
-        held = list(zip(counts, arenas, strict=True))
+        pairs = list(zip(counts, arenas, strict=True))
         return (
-            sum(count * arena.page_bytes for count, arena in held),
-            sum(count * arena.side_bytes for count, arena in held),
+            sum(count * arena.page_bytes for count, arena in pairs),
+            sum(count * arena.side_bytes for count, arena in pairs),
         )
 
     def add_rows(self, num_rows: int) -> None:
@@ -67,10 +67,10 @@ class PageTables(GrowingTables):
         """Row i is what row indices[i] was; pages of rows that occur twice are shared."""
         new = self.ids[:, indices]
         self._may_share |= len(np.unique(indices)) < len(indices)
-        for arena, held in self._held(new):
-            arena.allocator.share(held)
-        for arena, held in self._held(self.ids):
-            arena.allocator.release(held)
+        for arena, pages in self._held(new):
+            arena.allocator.share(pages)
+        for arena, pages in self._held(self.ids):
+            arena.allocator.release(pages)
         self.ids, self.count = new, self.count[:, indices]
         self._start = self._start[:, indices]
         self.changed()
@@ -81,36 +81,36 @@ class PageTables(GrowingTables):
         other.parts, other._start = list(self.parts), self._start.copy()
         other._arenas = list(self._arenas)
         other.ids, other.count = self.ids.copy(), self.count.copy()
-        for arena, held in self._held(self.ids):
-            arena.allocator.share(held)
+        for arena, pages in self._held(self.ids):
+            arena.allocator.share(pages)
         self._may_share = other._may_share = True
         return other
 
     def truncate(self, count: Int64s) -> None:
         """Keeps the first pages only: count [layers, rows]."""
         gone = np.arange(self.ids.shape[2]) >= np.minimum(count, self.count)[..., None]
-        for arena, held in self._held(np.where(gone, self.ids, -1)):
-            arena.allocator.release(held)
+        for arena, pages in self._held(np.where(gone, self.ids, -1)):
+            arena.allocator.release(pages)
         self.ids = np.where(gone, -1, self.ids)
         self.count = np.minimum(count, self.count)
         self.changed()
 
     def move_to_end(self, layer: int, row: int, start: int, end: int) -> None:
         """Pages [start, end) of a table become its last ones."""
-        own, count = self.ids[layer, row], self.count[layer, row]
-        own[:count] = np.concatenate([own[:start], own[end:count], own[start:end]])
+        ids, count = self.ids[layer, row], self.count[layer, row]
+        ids[:count] = np.concatenate([ids[:start], ids[end:count], ids[start:end]])
         self.changed()
 
     def shared(self) -> Bools:
         """bool [layers, rows, width]: pages that others hold, too."""
-        found = np.zeros(self.ids.shape, dtype=bool)
+        mask = np.zeros(self.ids.shape, dtype=bool)
         if not self._may_share or not self.ids.size:
-            return found
+            return mask
         for arena, layers in self.parts:
             ids = self.ids[layers]
-            found[layers] = (ids >= 0) & (arena.allocator.references[np.maximum(ids, 0)] > 1)
-        self._may_share = bool(found.any())
-        return found
+            mask[layers] = (ids >= 0) & (arena.allocator.references[np.maximum(ids, 0)] > 1)
+        self._may_share = bool(mask.any())
+        return mask
 
     def own(self, which: Bools) -> None:
         """Copies these shared pages, so that they can be written to: which [layers, rows, width].

@@ -129,8 +129,8 @@ def _queries(layers: Sequence[Layer], num_tokens: int, window: int) -> ObservedQ
     states = states.unflatten(1, (len(keys), -1))[:, None]
     sinks = None
     if terms.sinks is not None:
-        own = [layer.terms.sinks for layer in layers if layer.terms.sinks is not None]
-        sinks = torch.stack(own).view(len(own), 1, len(keys), -1)
+        layer_sinks = [layer.terms.sinks for layer in layers if layer.terms.sinks is not None]
+        sinks = torch.stack(layer_sinks).view(len(layer_sinks), 1, len(keys), -1)
     return ObservedQueries(states, positions[None], terms.scale, terms.softcap, sinks)
 
 
@@ -150,6 +150,6 @@ def apply(layers: Sequence[Layer], num_losers: int, result: Compaction) -> None:
                 assert result.changed is not None
                 stored = layer.packing.stored(name, before)
                 before = torch.where(result.changed[row, 0, ..., None], stored, layer.cache[name])
-            own = index[row] if before.dim() == 2 else index[row][..., None]
-            fields[name] = before.gather(1, own.expand(kv_heads, size, *before.shape[2:]))
+            slots = index[row] if before.dim() == 2 else index[row][..., None]
+            fields[name] = before.gather(1, slots.expand(kv_heads, size, *before.shape[2:]))
         layer.cache.replace(size, **fields)

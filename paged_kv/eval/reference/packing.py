@@ -47,24 +47,24 @@ class Packing:
         codec = self._codecs[name]
         return codec.decode(codec.encode(numbers.float())).to(numbers.dtype)
 
-    def attended(self, name: str, held: Tensor, num_tokens: int) -> Tensor:
-        """Keys or values that attention reads, of those held [kv_heads, m, size].
+    def attended(self, name: str, entries: Tensor, num_tokens: int) -> Tensor:
+        """Keys or values that attention reads, of the entries [kv_heads, m, size].
 
         The residual begins with a page, so that it is the same however tokens come.
         """
         if not self._residual_pages:
-            return held
+            return entries
         pages = -(-num_tokens // self._page_size) - self._residual_pages
         count = num_tokens - max(0, pages) * self._page_size
         newest = self._newest[name][:, -count:]
-        return torch.cat([held[:, : held.shape[1] - count], newest], 1)
+        return torch.cat([entries[:, : entries.shape[1] - count], newest], 1)
 
     def num_bytes(self, keys: Tensor, values: Tensor) -> int:
         """Bytes of entries [kv_heads, m, size] as pages store them, residual included."""
         if self.is_native:
-            return sum(held.numel() * held.element_size() for held in (keys, values))
+            return sum(tensor.numel() * tensor.element_size() for tensor in (keys, values))
         entry = sum(codec.num_bytes for codec in self._codecs.values())
-        newest = sum(held.numel() * held.element_size() for held in self._newest.values())
+        newest = sum(tensor.numel() * tensor.element_size() for tensor in self._newest.values())
         return keys.shape[0] * keys.shape[1] * entry + newest
 
     def copy(self) -> Packing:

@@ -43,17 +43,17 @@ SCORES_ONLY = (  # processors that transformers has not classified, but look at 
 def split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options of generate(), and those of the policy."""
     known = vars(GenerationConfig())
-    ours = {name: value for name, value in options.items() if name not in known}
-    return {name: value for name, value in options.items() if name in known}, ours
+    policy_options = {name: value for name, value in options.items() if name not in known}
+    return {name: value for name, value in options.items() if name in known}, policy_options
 
 
-def generation_config(model: Any, given: GenerationConfig | None, options: Any) -> Any:
+def generation_config(model: Any, base: GenerationConfig | None, options: Any) -> Any:
     """As generate() makes it.
 
     Raises:
         ValueError: it asks for what transformers' continuous batching does not do.
     """
-    chosen, _ = model._prepare_generation_config(given, **options)
+    chosen, _ = model._prepare_generation_config(base, **options)
     mode = chosen.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise ValueError(f"generate_batch is greedy or samples; use generate() for {mode.value}")
@@ -61,7 +61,7 @@ def generation_config(model: Any, given: GenerationConfig | None, options: Any) 
         if value := getattr(chosen, name, None):
             raise ValueError(f"generate_batch does not know {name} (which is {value!r})")
     if chosen.max_new_tokens is None:
-        has_length = "max_length" in options or (given is not None and given.max_length is not None)
+        has_length = "max_length" in options or (base is not None and base.max_length is not None)
         chosen.max_new_tokens = None if has_length else DEFAULT_NEW_TOKENS
     return chosen
 
@@ -72,15 +72,15 @@ def logits_processors(model: Any, chosen: Any) -> ContinuousBatchingLogitsProces
     Raises:
         ValueError: some look at more than the last token, which a batch does not keep.
     """
-    found = model._get_logits_processor(chosen)
-    names = [type(own).__name__ for own in found if not own.supports_continuous_batching]
+    processors = model._get_logits_processor(chosen)
+    names = [type(entry).__name__ for entry in processors if not entry.supports_continuous_batching]
     unable = [name for name in names if name not in SCORES_ONLY]
     if unable:
         raise ValueError(
             f"generate_batch cannot have {', '.join(unable)}: change the options that ask for it, "
             "or use generate()"
         )
-    return ContinuousBatchingLogitsProcessorList(found)
+    return ContinuousBatchingLogitsProcessorList(processors)
 
 
 def make_requests(model: Any, prompts: Any, chosen: Any) -> list[RequestState]:

@@ -102,7 +102,7 @@ def _cache(
             run alone.
     """
     parts = layers.make_parts(model, compression, pool)
-    schedules = [one for part in parts for one in layers.schedules(part)]
+    schedules = [schedule for part in parts for schedule in layers.schedules(part)]
     chunk, has_residual = limits["max_batch_tokens"], compression.residual_pages > 0
     page_counts = PageCounts(schedules, pool.page_size, pool.num_pages, chunk, has_residual)
     prompt_lens = {request.request_id: len(request.initial_tokens) for request in requests}
@@ -161,7 +161,7 @@ def _processor(
 
 def _run(processor: BatchProcessor, model: Any, count: int, progress_bar: bool) -> list[Tokens]:
     """Steps until all requests are done: their new tokens, in order."""
-    found: dict[int, Tokens] = {}
+    tokens: dict[int, Tokens] = {}
     finished = processor.output_router.output_queue
     with tqdm(total=count, unit="request", disable=not progress_bar) as bar:
         while processor.has_pending_requests():
@@ -171,6 +171,6 @@ def _run(processor: BatchProcessor, model: Any, count: int, progress_bar: bool) 
             processor.update_batch()
             while not finished.empty():
                 output = finished.get()
-                found[int(output.request_id)] = output.generated_tokens
+                tokens[int(output.request_id)] = output.generated_tokens
                 bar.update()
-    return [found[index] for index in range(count)]
+    return [tokens[index] for index in range(count)]

@@ -82,8 +82,8 @@ def _keeping(window: int, page_size: int) -> CompressionConfig:
 
 def schedules(part: Sequences) -> list[Schedule | None]:
     """Of each layer held there."""
-    found: list[Schedule | None] = [None] * len(part.layers)
+    result: list[Schedule | None] = [None] * len(part.layers)
     for schedule, layers in part.groups:
         for layer in layers:
-            found[layer] = schedule
-    return found
+            result[layer] = schedule
+    return result

@@ -85,12 +85,12 @@ class PageCounts:
             most = min(most, self._page_size - num_tokens % self._page_size)
         if num_tokens < prompt_len:
             return min(most, prompt_len - num_tokens)
-        found = [
+        limits = [
             _first_eviction(schedule, num_tokens, prompt_len, self._chunk)
             for schedule in self._layers
             if schedule is not None
         ]
-        return min([*found, most])
+        return min([*limits, most])
 
     def take(self, request: str, num_pages: int) -> bool:
         """Whether there is room for a request to have so many pages; then it has them."""
@@ -110,7 +110,7 @@ class PageCounts:
             lengths: of each request, its tokens at its end and its prompt's.
             max_requests: at once.
         """
-        peaks = sorted((self.peak(*own) for own in lengths), reverse=True)
+        peaks = sorted((self.peak(*length) for length in lengths), reverse=True)
         return sum(peaks[:max_requests])
 
     def check(self, index: int, num_tokens: int, prompt_len: int) -> None:

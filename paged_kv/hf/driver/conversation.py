@@ -48,8 +48,8 @@ class Conversation:
         )
         before = self._decode(self.tokens, skip_special_tokens=False)
         known = self.tokens if shown.startswith(before) else []
-        rest = shown[len(before) :] if known else shown
-        self.tokens = known + list(self.tokenizer.encode(rest, add_special_tokens=False))
+        suffix = shown[len(before) :] if known else shown
+        self.tokens = known + list(self.tokenizer.encode(suffix, add_special_tokens=False))
         return list(self.tokens)
 
     def answered(self, tokens: list[int]) -> None:
