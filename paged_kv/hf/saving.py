@@ -151,7 +151,9 @@ def state_of(sequences: Sequences) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "residual.": sequences.residual.state(sequences.num_tokens),
         "spilled.": sequences.spilled.state(sequences.num_rows),
         "sinks.": {
-            str(at): term.sinks for at, term in enumerate(sequences.terms) if term.sinks is not None
+            str(at): terms.sinks
+            for at, terms in enumerate(sequences.terms)
+            if terms.sinks is not None
         },
     }
     tensors = {key + name: tensor for key, part in parts.items() for name, tensor in part.items()}
@@ -160,7 +162,7 @@ def state_of(sequences: Sequences) -> tuple[dict[str, Tensor], dict[str, Any]]:
     about = {
         "geometry": _described(sequences.geometry),
         "formats": sequences.formats,
-        "terms": [(term.scale, term.softcap) for term in sequences.terms],
+        "terms": [(terms.scale, terms.softcap) for terms in sequences.terms],
         "counters": {
             "evicted": counters.evicted,
             "compactions": counters.compactions,

@@ -178,9 +178,9 @@ class PagedWorkerMixin:
         result = {}
         for name, layer in self.vllm_config.compilation_config.static_forward_context.items():
             if hasattr(layer, "attn_backend"):
-                found = chosen(extract_layer_index(name))
-                if found is not None:
-                    result[name] = found
+                setting = chosen(extract_layer_index(name))
+                if setting is not None:
+                    result[name] = setting
         return result
 
     def _stored(self) -> dict[str, KVCacheSpec]:
@@ -250,8 +250,8 @@ def _swap_connector() -> SwapConnector | None:
 
 def __getattr__(name: str) -> type:
     """The worker class of one platform; the others' modules would not import here."""
-    for base, own in WORKERS.items():
-        if own == name:
+    for base, worker_name in WORKERS.items():
+        if worker_name == name:
             worker = type(
                 name, (PagedWorkerMixin, resolve_obj_by_qualname(base)), {"__module__": __name__}
             )
