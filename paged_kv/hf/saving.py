@@ -144,17 +144,14 @@ def recognizes(cache: CacheState, owner: Any) -> bool:
 
 def state_of(sequences: Sequences) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What rows hold: tensors by name, and what JSON can carry."""
+    sinks = {str(at): terms.sinks for at, terms in enumerate(sequences.terms)}
     parts = {
         "": {name: torch.from_numpy(getattr(sequences, name).copy()) for name in _ROWS},
         "pages.": page_state.state_of(sequences.tables),
         "ring.": sequences.ring.state(sequences.num_tokens),
         "residual.": sequences.residual.state(sequences.num_tokens),
         "spilled.": sequences.spilled.state(sequences.num_rows),
-        "sinks.": {
-            str(at): terms.sinks
-            for at, terms in enumerate(sequences.terms)
-            if terms.sinks is not None
-        },
+        "sinks.": {at: tensor for at, tensor in sinks.items() if tensor is not None},
     }
     tensors = {key + name: tensor for key, part in parts.items() for name, tensor in part.items()}
     counters, rope = sequences.counters, sequences.rotary
