@@ -91,7 +91,7 @@ overlays: venv
 # are none for CPUs in 0.33) and no real model.
 USES_VLLM := (from|import) +(vllm|paged_kv\.vllm|worlds|random_worlds)\b
 USES_TRANSFORMERS := (from|import) +(transformers|paged_kv\.hf|hf_models)\b
-test-versions: export OVERLAY_TESTS := not vllm and not vllm_ops and not model and not slow and not exhaustive
+test-versions: export OVERLAY_TESTS := not vllm and not vllm_ops and not model and not slow and not every_policy and not exhaustive
 
 test-versions: setup overlays
 	@run() { # name of the lock, what files import

@@ -11,7 +11,15 @@ pytestmark = pytest.mark.vllm
 PAGES = 34  # one is vLLM's own
 
 
-@pytest.mark.parametrize("processes", [("--api-server-count", "2"), ("--data-parallel-size", "2")])
+@pytest.mark.parametrize(
+    "processes",
+    [
+        ("--api-server-count", "2", "--data-parallel-size", "2"),
+        pytest.param(("--api-server-count", "2"), marks=pytest.mark.exhaustive),
+        pytest.param(("--data-parallel-size", "2"), marks=pytest.mark.exhaustive),
+    ],
+    ids=" ".join,
+)
 def test_a_prompt_longer_than_the_pool(processes, tmp_path):
     """Which API server answers is chance, so it is asked often: each knows its engine's pool."""
     model = tiny_models.saved("llama", tmp_path / "model", tokenizer=True)

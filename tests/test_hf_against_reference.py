@@ -48,6 +48,7 @@ def check(
         assert cache.stats().entries < 0.8 * 6 * END
 
 
+@pytest.mark.every_policy
 @pytest.mark.parametrize(
     ("name", "options"), NAMED, ids=[f"{name} {options}" for name, options in NAMED]
 )

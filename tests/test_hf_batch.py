@@ -102,6 +102,7 @@ def test_full_is_generate(name, seen):
     assert seen["together"] == len(PROMPTS)
 
 
+@pytest.mark.every_policy
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("limits", [{}, TIGHT], ids=["room for all", "tight"])
 def test_policies_are_generate_with_a_cache(model, policy, limits, seen):
@@ -127,8 +128,10 @@ def test_tight_and_full(model, seen):
     assert seen["preempted"]
 
 
-@pytest.mark.parametrize("policy", ["full", "streaming", "snapkv"])
-@pytest.mark.parametrize("page_format", ["int4", "int8"])
+@pytest.mark.every_policy
+@pytest.mark.parametrize(
+    ("page_format", "policy"), [("int4", "full"), ("int4", "snapkv"), ("int8", "streaming")]
+)
 def test_a_residual_shows_each_token_what_it_saw_before(model, policy, page_format, seen):
     """In whatever steps it is computed again: a step ends with its page."""
     options = {} if policy == "full" else options_of(policy)

@@ -62,6 +62,7 @@ def logits(model: Any, ids: torch.Tensor, follow: torch.Tensor, cache: Any, **mo
     return torch.stack(output.logits, 1)
 
 
+@pytest.mark.every_policy
 @pytest.mark.parametrize("policy", NAMES)
 def test_a_left_padded_row_is_its_solo_run(policy, model):
     """Rows of 170, 130, 37 and 1 tokens; some begin to drop at once, some later, one never."""

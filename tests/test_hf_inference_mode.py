@@ -84,6 +84,7 @@ def run(model: Any, cache: PagedCache, modes: tuple[str, str], first: int = 100)
     return torch.stack(found)
 
 
+@pytest.mark.every_policy
 @pytest.mark.parametrize("modes", PAIRS, ids="-".join)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_modes_take_turns(name, modes):
