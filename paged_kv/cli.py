@@ -6,6 +6,8 @@ asked for: `paged-kv policies` must not wait for torch, nor `paged-kv model` for
 
 import argparse
 import importlib
+import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -149,7 +151,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = argv[0] if argv and argv[0] in COMMANDS else None
     try:
         args = build_parser(chosen).parse_args(argv)
-        return args.run(args) or 0
+        code = args.run(args) or 0
+        sys.stdout.flush()
+        return code
     except ValueError as error:
         return fail(str(error))
     except ModuleNotFoundError as error:
@@ -162,6 +166,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except KeyboardInterrupt:
         return 130  # what a shell reports for SIGINT
+    except BrokenPipeError:
+        if not nobody_reads():
+            raise
+        return 141  # what a shell reports for SIGPIPE
+
+
+def nobody_reads() -> bool:
+    """Whether stdout is a pipe whose reader has left (`| head`); then what is printed is lost."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)  # an error is reported unasked
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushed again at exit
+    return True
 
 
 def fail(message: str) -> int:

@@ -1,5 +1,7 @@
 """The tables of options in docs/ are what the options say of themselves; so is the command line."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,3 +82,11 @@ def test_options_of_a_policy_are_listed(capsys):
     assert names == ["observation_window", "kernel_size", "of", "threshold"]
     assert cli.main(["options", "nope"]) == 2
     assert "unknown kv-policy 'nope'" in capsys.readouterr().err
+
+
+def test_a_reader_may_leave():
+    """As in `paged-kv options | head -1`."""
+    line = [sys.executable, "-m", "paged_kv.cli", "options"]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == ("", 141)
