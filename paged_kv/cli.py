@@ -147,13 +147,23 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        try:
+            return run(sys.argv[1:] if argv is None else list(argv))
+        finally:
+            sys.stdout.flush()  # also what --help has printed before it exits
+    except BrokenPipeError:
+        if not nobody_reads():
+            raise
+        return 141  # what a shell reports for SIGPIPE
+
+
+def run(argv: list[str]) -> int:
+    """The exit status of a command line."""
     chosen = argv[0] if argv and argv[0] in COMMANDS else None
     try:
         args = build_parser(chosen).parse_args(argv)
-        code = args.run(args) or 0
-        sys.stdout.flush()
-        return code
+        return args.run(args) or 0
     except ValueError as error:
         return fail(str(error))
     except ModuleNotFoundError as error:
@@ -166,10 +176,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except KeyboardInterrupt:
         return 130  # what a shell reports for SIGINT
-    except BrokenPipeError:
-        if not nobody_reads():
-            raise
-        return 141  # what a shell reports for SIGPIPE
 
 
 def nobody_reads() -> bool:

@@ -84,9 +84,13 @@ def test_options_of_a_policy_are_listed(capsys):
     assert "unknown kv-policy 'nope'" in capsys.readouterr().err
 
 
-def test_a_reader_may_leave():
-    """As in `paged-kv options | head -1`."""
-    line = [sys.executable, "-m", "paged_kv.cli", "options"]
+@pytest.mark.parametrize(
+    ("command", "unbuffered"), [("options", ""), ("policies", ""), ("--help", ""), ("options", "1")]
+)
+def test_a_reader_may_leave(command, unbuffered, monkeypatch):
+    """As in `paged-kv options | head -1`; what is printed goes out at the end, or line by line."""
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    line = [sys.executable, "-m", "paged_kv.cli", command]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
     assert (process.stderr.read(), process.wait()) == ("", 141)

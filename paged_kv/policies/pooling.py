@@ -130,8 +130,12 @@ class Pooling(Policy):
         index = torch.arange(size, device=nodes.slots.device)
         unpooled = (index + vanished[..., None]).clamp_max(size - 1) + num_windows
         source = torch.where(index < num_pooled[..., None], index, unpooled)  # [..., n]
-        rows = (torch.cat(parts, end.ndim) for parts in zip(pooled, nodes, strict=True))
-        return Nodes(*(take(row, source) for row in rows)), count - vanished, excess - vanished
+        fields = (torch.cat(parts, end.ndim) for parts in zip(pooled, nodes, strict=True))
+        return (
+            Nodes(*(take(field, source) for field in fields)),
+            count - vanished,
+            excess - vanished,
+        )
 
     def _pool(self, nodes: Nodes, end: torch.Tensor) -> Nodes:
         """Each window of the nodes below `end` [...]; what lies past it means nothing."""

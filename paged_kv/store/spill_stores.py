@@ -49,7 +49,8 @@ class SpillStores(Generic[Owner]):
     @property
     def stores(self) -> list[SpillStore]:
         """All there are; one that owners share counts once."""
-        return list({store: None for stores in self._stores.values() for store in stores.values()})
+        every = (store for stores in self._stores.values() for store in stores.values())
+        return list(dict.fromkeys(every))
 
     @property
     def num_entries(self) -> int:

@@ -32,7 +32,7 @@ def free_places(
 def make_room(
     holes: tuple[Tensor, Tensor],
     count: int,
-    entries: Sequence[Tensor],
+    ranks: Sequence[Tensor],
     row: Tensor,
     content: dict[str, Tensor],
     lost: int,
@@ -42,12 +42,12 @@ def make_room(
     Args:
         holes: see free_places.
         count: entries that each row has.
-        entries: importance and positions, [layers, kv_heads, end] each; void in free places.
+        ranks: importance and positions, [layers, kv_heads, end] each; void in free places.
         row: int64 [n], ascending; see Spilled.
         content: see Spilled.
-        lost: of the entries and those that come, per row: the least important go.
+        lost: of the entries here and those that come, per row: the least important go.
     """
-    before = [part.flatten(0, 1) for part in entries]
+    before = [part.flatten(0, 1) for part in ranks]
     free = torch.zeros(before[0].shape, dtype=torch.bool)
     free[:, count:] = True
     free[holes] = True

@@ -172,17 +172,15 @@ class SpillStore:
         assert remainder == 0, "KV heads would hold different numbers of entries"
         count = self.counts[int(layers[0])]
         end = min(count + more, self._memory.grow(count + more))
-        taken_places = taken[0] * self.shape[1] + taken[1], taken[2]
+        holes = taken[0] * self.shape[1] + taken[1], taken[2]
         if count + more > end:
             lost = count + more - end
             self._num_lost += lost * len(layers)
-            ranked = [self._side(name)[layers, :, :end] for name in ("importance", "positions")]
-            target, slot, stays = spill_places.make_room(
-                taken_places, count, ranked, row, content, lost
-            )
+            ranks = [self._side(name)[layers, :, :end] for name in ("importance", "positions")]
+            target, slot, stays = spill_places.make_room(holes, count, ranks, row, content, lost)
             content = {name: numbers[stays] for name, numbers in content.items()}
         else:
-            target, slot = spill_places.free_places(taken_places, num_rows, count, end)
+            target, slot = spill_places.free_places(holes, num_rows, count, end)
         # In each row there are as many free slots as entries to come; both are in order of rows.
         target = layers[target // self.shape[1]] * self.shape[1] + target % self.shape[1]
         for name, numbers in content.items():

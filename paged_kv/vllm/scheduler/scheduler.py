@@ -153,8 +153,11 @@ class _PagedMixin(RefusingMixin):
             return 0
         hits = num_new_local_computed_tokens + num_external_computed_tokens
         start = request.num_computed_tokens + hits
-        tokens = request.num_prompt_tokens - start
-        most = min(tokens, self._prompt_chunk or tokens) if tokens > 0 else self._resume_chunk
+        remaining = request.num_prompt_tokens - start
+        if remaining > 0:
+            most = min(remaining, self._prompt_chunk or remaining)
+        else:
+            most = self._resume_chunk
         num_tokens = min(num_new_tokens, most)
         return 0 if self._awaits_pages(request, start + num_tokens) else num_tokens
 
