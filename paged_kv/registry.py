@@ -26,6 +26,7 @@ _BUILT_IN = {
     name: f"paged_kv.policies.{name}:{attribute}"
     for name, attribute in {
         "attention": "Attention",
+        "calibrated_attention": "CalibratedAttention",
         "cluster": "Cluster",
         "expected_attention": "ExpectedAttention",
         "h2o": "H2O",

@@ -73,6 +73,17 @@ class Schedule:
         started = True if self.compress_prefill else num_tokens >= prompt_len
         return surplus * (surplus > 0) * started
 
+    def reached(self, evicted: Any) -> Any:
+        """The fewest tokens after which so many entries can have been dropped; 0 for none.
+
+        Args:
+            evicted: what `evicted` has returned, a multiple of page_size.
+        """
+        kept = self.denominator - self.numerator
+        # n - ceil(n * numerator / denominator) >= evicted, solved for n; no budget of 1 drops any.
+        by_fraction = -(-evicted * self.denominator // max(1, kept))
+        return _larger(evicted + self.minimum, by_fraction) * (evicted > 0)
+
     def first_evicted(self, prompt_len: int) -> int:
         """The least that the first eviction from the prompt's end on can drop."""
         evicted: int = self.evicted(prompt_len, prompt_len)

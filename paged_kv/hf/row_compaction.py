@@ -15,9 +15,11 @@ from paged_kv.hf.allocator import Int64s
 from paged_kv.hf.rows import Rows
 from paged_kv.kernels.operands import Terms
 from paged_kv.policies.region import Compaction, Region
+from paged_kv.policies.written import ModelFacts
 from paged_kv.store.compaction import compact
 from paged_kv.store.holding import Holding
 from paged_kv.store.layers import PageStore
+from paged_kv.store.query_gathering import QueryGathering
 from paged_kv.store.ragged import to_device
 
 Tensor = torch.Tensor
@@ -41,10 +43,8 @@ def run(rows: Rows, group: int, chosen: Int64s, num_losers: Int64s) -> None:
     store = _store(rows, group)
     if rows.compression.spill:
         rows.spilled.own(group, chosen, rows.tables.arena(layers[0]).geometry)
-    holding = _holding(rows, layers, chosen, num_losers)
-    reads_rotary = rows.rotary is not None and "rotary" in policy.reads
-    rotary = rows.rotary() if rows.rotary is not None and reads_rotary else None
-    compact(policy, store, holding, "tail", rotary, partial(_note, rows))
+    holding = _holding(rows, group, chosen, num_losers)
+    compact(policy, store, holding, "tail", _facts(rows), partial(_note, rows))
     _shrink(rows, layers, chosen, num_losers)
     rows.counters.evicted += int(num_losers.sum()) * len(layers)
     rows.counters.compactions += len(layers) * len(chosen)
@@ -78,8 +78,8 @@ def _store(rows: Rows, group: int) -> PageStore:
         pages=arena.pages,
         side=arena.side_data,
         stack_layers=torch.zeros(len(layers), dtype=torch.int64, device=device),
-        layer_ids=to_device(rows.layers[layers], device),
-        head_ids=torch.arange(num_heads, device=device),
+        layer_ids=rows.layers[layers],
+        head_ids=np.arange(num_heads),
         terms=Terms(scale, softcap, sinks),
         ring=rows.ring if rows.ring.window else None,
         ring_layers=to_device(layers, device),
@@ -87,9 +87,22 @@ def _store(rows: Rows, group: int) -> PageStore:
     )
 
 
-def _holding(rows: Rows, layers: Int64s, chosen: Int64s, num_losers: Int64s) -> Holding:
+def _facts(rows: Rows) -> ModelFacts:
+    """What the policy wants to know of the model."""
+    assert rows.policy is not None
+    reads_rotary = rows.rotary is not None and "rotary" in rows.policy.reads
+    rotary = rows.rotary() if rows.rotary is not None and reads_rotary else None
+    if isinstance(rows.query_statistics, QueryGathering):
+        rows.query_statistics.freeze()  # entries are rated by the same ones from now on
+    return ModelFacts(rotary, rows.query_statistics)
+
+
+def _holding(rows: Rows, group: int, chosen: Int64s, num_losers: Int64s) -> Holding:
+    schedule, layers = rows.groups[group]
+    assert schedule is not None
     sizes = rows.size[layers[0], chosen]
     num_pages = -(-int(sizes.max()) // rows.pool.page_size)
+    evicted = rows.num_tokens[chosen] - sizes
     ids = rows.tables.ids[np.ix_(layers, chosen)][..., :num_pages]
     return Holding(
         layers=np.arange(len(layers)),
@@ -97,6 +110,7 @@ def _holding(rows: Rows, layers: Int64s, chosen: Int64s, num_losers: Int64s) -> 
         num_tokens=rows.num_tokens[chosen],
         num_entries=sizes,
         num_losers=num_losers,
+        rated=schedule.reached(evicted) - evicted,
         tail=rows.residual.counts(rows.num_tokens)[chosen],
         rows=chosen,
         first=rows.ring.known[chosen],

@@ -23,6 +23,7 @@ from paged_kv.hf.spilled import RowStores
 from paged_kv.hf.step import Step
 from paged_kv.hf.tables import PageTables
 from paged_kv.kernels.operands import Terms
+from paged_kv.store import query_gathering
 
 NEVER = 1 << 60  # a prompt's length while its end is not known
 _BY_ROW = ("num_tokens", "prompt_lens", "settled")  # int64 [rows]
@@ -98,6 +99,7 @@ class Rows:
         self.spilled = RowStores(space, [group.layers for group in self.groups])
         self.terms: list[Terms] = [Terms(1.0)] * num_layers
         self.counters = Counters()
+        self.query_statistics = query_gathering.source(self.policy)
         self.step: Step | None = None
         self.knows_prompts = False
         self.is_late = False  # a compaction was put off

@@ -29,6 +29,7 @@ from paged_kv.hf.rows import NEVER, Rows
 from paged_kv.hf.stats import CacheStats, snapshot
 from paged_kv.hf.step import Step, interrupted
 from paged_kv.kernels.operands import Terms
+from paged_kv.store.query_gathering import QueryGathering
 
 Tensor = torch.Tensor
 MAX_DRAFT = 256  # passes after which no crop is waited for: nobody guesses so many tokens
@@ -179,6 +180,11 @@ class Sequences(Rows):
         self.step.store(index, keys, values)
         if self.step.queries is not None:
             self.ring.write(index, queries.transpose(0, 1), self.step.queries)
+        gathering = self.query_statistics
+        if isinstance(gathering, QueryGathering) and not gathering.is_complete:
+            assert self.rotary is not None, "the policy reads rotary"
+            states = queries.transpose(0, 1), keys.transpose(0, 1)
+            gathering.add(layer, *states, self.step.positions, self.rotary(), terms.scale)
         if not isinstance(self.tables.arena(index), PackedArena):
             return LayerStep(self, index, terms, bias)
         if self.step.newest is not None:
@@ -194,6 +200,8 @@ class Sequences(Rows):
         self.size += step.counts
         self.num_tokens += step.counts
         self.step = None
+        if isinstance(self.query_statistics, QueryGathering):
+            self.query_statistics.end_step(int(step.counts.sum()))
         self.is_late = self.waits_for_crop
         self.num_passes += 1
         if not self.waits_for_crop:

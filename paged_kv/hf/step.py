@@ -42,7 +42,8 @@ class Step:
         self.places = to_device(places, self._device)
         self.queries: RingWrite | None = None  # see plan_rings
         self.newest: Newest | None = None
-        self._forget(num_tokens[row] + nth)
+        self._tokens = num_tokens[row] + nth
+        self._forget(self._tokens)
 
     def plan_rings(self, ring: CacheQueries, residual: CacheResidual) -> None:
         """Where the last queries go, and the newest entries once more, if they are kept."""
@@ -73,6 +74,11 @@ class Step:
         """
         self.done.add(layer)
         self.tables.arena(layer).write(keys, values, self.places[layer])
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """int64 [tokens of all rows]."""
+        return to_device(self._tokens, self._device)
 
     @cached_property
     def page_ids(self) -> Tensor:

@@ -26,7 +26,9 @@ import torch
 
 from paged_kv.core.options import Option
 from paged_kv.kernels import selection
+from paged_kv.policies.query_statistics import KnowsQueries
 from paged_kv.policies.region import Compaction, Region
+from paged_kv.policies.written import Written
 
 Int64s = npt.NDArray[np.int64]
 Tensor = torch.Tensor
@@ -74,7 +76,10 @@ class Policy(ABC):
     """Whether it decides by position alone, the same in all layers and heads."""
 
     reads: frozenset[str] = frozenset()
-    """What a region must carry besides positions: keys, values, weights, scores, rotary."""
+    """What a region must carry besides positions: keys, values, weights, scores, ratings, rotary.
+
+    And what `rate` is told of the model: rotary, query_statistics.
+    """
 
     merges: bool = False
     """Whether survivors change. Then `reads` has weights, and whatever changes."""
@@ -82,6 +87,9 @@ class Policy(ABC):
     sums_attention: bool = False
     """Whether accumulate adds the probabilities, summed over group and queries, and no more: a
     kernel can then do it on its way, instead of a second pass."""
+
+    query_statistics: KnowsQueries | None = None
+    """The model's, if they are stored; else who reads them gets what the engine gathers."""
 
     reads_partly: frozenset[str] = frozenset()
     """Keys or values of which it reads some entries only; they are in Region.partly."""
@@ -129,6 +137,20 @@ class Policy(ABC):
             positions: int64 [sequences, queries] of the queries.
         """
         raise NotImplementedError(f"{type(self).__name__} reads scores but accumulates none")
+
+    def rate(self, entries: Written) -> Tensor:
+        """What each entry is worth, whatever else a sequence holds; kept as Region.ratings.
+
+        Called if `reads` has ratings, at least once for every entry before a region has it. Only
+        what is in `entries` may count: pages are shared, and an entry may be rated again.
+
+        Args:
+            entries: see Written.
+
+        Returns:
+            float32 [layers, events, kv_heads, m].
+        """
+        raise NotImplementedError(f"{type(self).__name__} reads ratings but makes none")
 
     @property
     def scores_key(self) -> Any:
@@ -208,6 +230,7 @@ class Wrapper(Policy):
         super().__init__(inner.num_sink_tokens, inner.recent_window, options)
         self.inner = inner
         self.reads = type(self).reads | inner.reads
+        self.query_statistics = inner.query_statistics
         override = type(self).accumulate is not Wrapper.accumulate
         self.sums_attention = inner.sums_attention and not override
 
@@ -219,6 +242,10 @@ class Wrapper(Policy):
     def accumulate(self, scores: Tensor, probabilities: Tensor, positions: Tensor) -> Tensor:
         """The inner policy's."""
         return self.inner.accumulate(scores, probabilities, positions)
+
+    def rate(self, entries: Written) -> Tensor:
+        """The inner policy's."""
+        return self.inner.rate(entries)
 
     @property
     def scores_key(self) -> Any:

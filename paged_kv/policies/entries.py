@@ -53,3 +53,14 @@ def put(
         return F.pad(entries, (0, 1)).scatter_(-1, slots, rows)[..., :-1]
     index = slots[..., None].expand(*slots.shape, entries.shape[-1])
     return F.pad(entries, (0, 0, 0, 1)).scatter_(-2, index, rows)[..., :-1, :]
+
+
+def share(numbers: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
+    """Of each free entry in the sum over all of them; 0 for the others.
+
+    Args:
+        numbers: float32 [..., m], not negative.
+        free: bool [..., m].
+    """
+    numbers = numbers.where(free, 0)
+    return numbers / numbers.sum(-1, keepdim=True).clamp_min(torch.finfo(numbers.dtype).tiny)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from paged_kv.core.options import MOST_OBSERVED, integer
+from paged_kv.policies.entries import share
 from paged_kv.policies.expected_attention import ExpectedAttention
 from paged_kv.policies.region import Region
 
@@ -27,10 +28,4 @@ class PastFuture(ExpectedAttention):
     def score(self, region: Region) -> torch.Tensor:
         """Share of the attention that was seen + share of what is expected."""
         free = ~self.protected(region)
-        return _share(region.attention_mass, free) + _share(super().score(region), free)
-
-
-def _share(scores: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
-    """Of the sum over free entries; 0 for the others."""
-    scores = scores.where(free, 0)
-    return scores / scores.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+        return share(region.attention_mass, free) + share(super().score(region), free)

@@ -87,6 +87,7 @@ class Region:
         values: float32 [..., m, head_dim].
         weights: float32 [..., m], tokens that an entry stands for; padding 0.
         scores: float32 [..., m], what Policy.accumulate made of the attention so far.
+        ratings: float32 [..., m], what Policy.rate says of each entry.
         queries: the observation window.
         rotary: the model's RoPE.
         spilled: what each event has on a lower tier, in these layers; None: nobody spills.
@@ -104,6 +105,7 @@ class Region:
     values: Tensor = _UNREAD
     weights: Tensor = _UNREAD
     scores: Tensor = _UNREAD
+    ratings: Tensor = _UNREAD
     queries: ObservedQueries = _NO_QUERIES
     rotary: Rotary | None = None
     spilled: Sequence[Tier] | None = None
@@ -112,7 +114,8 @@ class Region:
     @property
     def content(self) -> dict[str, EntryReader]:
         """What entries hold, by name, as far as the policy reads it; without weights."""
-        whole = {name: getattr(self, name) for name in ("keys", "values", "positions", "scores")}
+        names = "keys", "values", "positions", "scores", "ratings"
+        whole = {name: getattr(self, name) for name in names}
         tensors = {name: tensor for name, tensor in whole.items() if tensor is not None}
         return {**self.partly, **{name: WholeEntries(tensors[name]) for name in tensors}}
 
@@ -166,6 +169,7 @@ class Compaction(NamedTuple):
         max_changed: the most of them in a row; None: losers plus one.
         positions: int64 [..., m], of what survivors hold from now on; None if unchanged.
         scores: float32 [..., m], theirs; None if unchanged.
+        ratings: the same.
         exchanged: other survivors that change, where they are few: told one by one.
     """
 
@@ -177,6 +181,7 @@ class Compaction(NamedTuple):
     max_changed: int | None = None
     positions: Tensor | None = None
     scores: Tensor | None = None
+    ratings: Tensor | None = None
     exchanged: Exchanged | None = None
 
     def written_out(self, region: Region) -> Compaction:

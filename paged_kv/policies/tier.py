@@ -18,9 +18,9 @@ class Spilled:
 
     Args:
         row: int64 [n], layer * kv_heads + head, ascending.
-        content: by name (keys, values, positions; scores, if the policy reads them), what they
-            hold, [n, head_dim] or [n]; and their importance, float32 [n]: when the tier is full,
-            the least important go, of equal ones the oldest.
+        content: by name (keys, values, positions; scores and ratings, if the policy reads them),
+            what they hold, [n, head_dim] or [n]; and their importance, float32 [n]: when the tier
+            is full, the least important go, of equal ones the oldest.
     """
 
     row: Tensor
@@ -62,7 +62,7 @@ class Tier(Protocol):
         """
 
     def read(self, name: str, places: Places) -> Tensor:
-        """Keys or values [..., head_dim], positions or scores [...], of the places' shape."""
+        """Keys or values [..., head_dim], or numbers beside them [...], of the places' shape."""
 
     def recall(self) -> Memo | None:
         """What was remembered of these layers last; None: nothing yet."""

@@ -20,17 +20,20 @@ from typing import Any, Literal
 import torch
 
 from paged_kv.kernels.index import Index, entry_index, slot_index
-from paged_kv.kernels.rotary import Rotary
 from paged_kv.policies.base import Int64s, Policy
 from paged_kv.policies.region import Compaction, Exchanged, Region, RegionIndex, moves
+from paged_kv.policies.written import NO_FACTS, ModelFacts
 from paged_kv.store.entries import Entries
 from paged_kv.store.holding import Holding, parts
 from paged_kv.store.layers import PageStore
 from paged_kv.store.ragged import to_device
+from paged_kv.store.rating import rate
 
 Tensor = torch.Tensor
 Freed = Literal["head", "tail"]
+_FEW = 8
 _PADDING = torch.iinfo(torch.int64).max
+_BESIDE = {"weights", "scores", "ratings"}
 
 
 def compact(
@@ -38,7 +41,7 @@ def compact(
     store: PageStore,
     holding: Holding,
     freed: Freed,
-    rotary: Rotary | None = None,
+    facts: ModelFacts = NO_FACTS,
     note: Callable[[Holding, Region, Compaction], None] | None = None,
 ) -> None:
     """Sequences give up entries in all layers of a holding.
@@ -48,11 +51,15 @@ def compact(
         store: the layers.
         holding: see Holding.
         freed: which places are given back.
-        rotary: the model's RoPE, if the policy reads it.
+        facts: of the model, as far as the policy asks.
         note: called with what was decided, a few layers and sequences at a time.
     """
-    for part in parts(store, holding):
-        region = make_region(policy, store, part, rotary)
+    if "ratings" in policy.reads:
+        rate(policy, store, holding, facts)
+    # What is gathered of an entry, and its copies: keys or values, or a few numbers beside them.
+    size = store.pages.keys.size if policy.reads_wholly & {"keys", "values"} else _FEW
+    for part in parts(store, holding, size):
+        region = make_region(policy, store, part, facts)
         decided = policy.compact(region)
         apply(store, part, region, decided, freed)
         if note is not None:
@@ -60,7 +67,7 @@ def compact(
 
 
 def make_region(
-    policy: Policy, store: PageStore, holding: Holding, rotary: Rotary | None = None
+    policy: Policy, store: PageStore, holding: Holding, facts: ModelFacts = NO_FACTS
 ) -> Region:
     """What a policy sees of a holding."""
     device, pages = store.pages.device, holding.pages
@@ -80,7 +87,7 @@ def make_region(
         name: getattr(store.pages, name).gather(stack_layers, pages)
         for name in policy.reads_wholly & {"keys", "values"}
     }
-    fields |= {name: side(name, 0.0) for name in policy.reads & {"weights", "scores"}}
+    fields |= {name: side(name, 0.0) for name in policy.reads & _BESIDE}
     queries = store.queries(layers, holding.rows, holding.num_tokens, holding.first)
     if queries is not None:
         fields["queries"] = queries
@@ -93,11 +100,11 @@ def make_region(
         num_entries=num_entries,
         num_losers=num_losers,
         max_losers=int(holding.num_losers.max()),
-        layers=store.layer_ids[layers],
-        heads=store.head_ids,
+        layers=to_device(store.layer_ids[holding.layers], device),
+        heads=to_device(store.head_ids, device),
         positions=side("positions", _PADDING),
         **fields,
-        rotary=rotary if "rotary" in policy.reads else None,
+        rotary=facts.rotary,
         spilled=spilled,
         partly={
             name: _PageReader(getattr(store.pages, name), stack_layers, pages)

@@ -26,8 +26,8 @@ class PageStore(NamedTuple):
         pages: keys and values.
         side: what is kept beside them.
         stack_layers: int64 [layers], which layer of `pages` each is; all 0 where they share one.
-        layer_ids: int64 [layers], indices in the model.
-        head_ids: int64 [kv_heads], indices in the model (a rank has some of them).
+        layer_ids: int64 [layers], indices in the model; on the host.
+        head_ids: int64 [kv_heads], indices in the model (a rank has some of them); on the host.
         terms: how they compute attention; sinks are float32 [layers, 1, kv_heads, group].
         ring: the last queries; None if nobody looks at them.
         ring_layers: int64 [layers], which layer of the ring each is.
@@ -37,8 +37,8 @@ class PageStore(NamedTuple):
     pages: Pages
     side: SideData
     stack_layers: Tensor
-    layer_ids: Tensor
-    head_ids: Tensor
+    layer_ids: Int64s
+    head_ids: Int64s
     terms: Terms
     ring: QueryRing | None = None
     ring_layers: Tensor | None = None

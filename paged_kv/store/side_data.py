@@ -1,4 +1,4 @@
-"""What is kept per slot and KV head beside the pages: positions, and scores and weights if used."""
+"""What is kept per slot and KV head beside the pages: positions, and what else a policy reads."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ from paged_kv.policies.base import Policy
 from paged_kv.store.entries import whole_pages
 
 Tensor = torch.Tensor
-DTYPES = {"positions": torch.int32, "weights": torch.float32, "scores": torch.float32}
-_WHEN_WRITTEN = {"weights": 1.0, "scores": 0.0}
+DTYPES = {
+    "positions": torch.int32,
+    "weights": torch.float32,
+    "scores": torch.float32,
+    "ratings": torch.float32,
+}
+_WHEN_WRITTEN = {"weights": 1.0, "scores": 0.0}  # ratings are made before they are read
 
 
 def names(policy: Policy | None) -> list[str]:
@@ -48,7 +53,7 @@ class SideData:
         for name, tensor in self.tensors.items():
             if name == "positions":
                 tensor[:, page, :, offset] = positions.to(tensor.dtype)[:, None, None]
-            else:
+            elif name in _WHEN_WRITTEN:
                 tensor[:, page, :, offset] = _WHEN_WRITTEN[name]
 
     def gather(self, name: str, layers: Tensor, pages: Tensor) -> Tensor:

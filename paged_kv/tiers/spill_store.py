@@ -19,7 +19,12 @@ from paged_kv.tiers.page_bounds import PAGE_SIZE, PageBounds, grown
 from paged_kv.tiers.spill_memory import SpillMemory, SpillSpace
 
 Tensor = torch.Tensor
-_SMALL = {"positions": torch.int32, "importance": torch.float32, "scores": torch.float32}
+_SMALL = {
+    "positions": torch.int32,
+    "importance": torch.float32,
+    "scores": torch.float32,
+    "ratings": torch.float32,
+}
 
 
 class SpillStore:

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from copy import copy
+from copy import copy, deepcopy
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig
@@ -29,6 +31,9 @@ from paged_kv.kernels.operands import Terms
 from paged_kv.plan import make_plan
 from paged_kv.policies.base import Policy
 from paged_kv.policies.region import Region
+from paged_kv.policies.written import ModelFacts, Written
+from paged_kv.store import query_gathering
+from paged_kv.store.query_gathering import QueryGathering
 from paged_kv.tiers.spill_memory import SpillSpace
 
 Tensor = torch.Tensor
@@ -43,6 +48,8 @@ class ReferenceEngine(seams.Attends):
         page_size: entries are dropped in multiples of it.
         prompt_len: without compress_prefill nothing is dropped before so many tokens.
         observe: last queries to remember, if more than the policy looks at: for forks.
+        gathering: takes the queries, whether or not the policy reads their statistics: for forks,
+            and to calibrate.
 
     Raises:
         ValueError: the budgets do not fit the model or the page size; the model is unsupported.
@@ -55,6 +62,7 @@ class ReferenceEngine(seams.Attends):
         page_size: int = DEFAULT_PAGE_SIZE,
         prompt_len: int = 0,
         observe: int = 0,
+        gathering: QueryGathering | None = None,
     ) -> None:
         text_config = model.config.get_text_config()
         if getattr(text_config, "num_kv_shared_layers", 0):
@@ -66,16 +74,20 @@ class ReferenceEngine(seams.Attends):
         self.num_tokens = 0
         self._rope = seams.rotary_of(model)
         self._num_layers = text_config.num_hidden_layers
+        self._full = seams.full_attention_layers(text_config)  # only these have pages
         self._set_policy(config)
+        self.gathering = gathering
+        if gathering is None and self.policy is not None:
+            found = query_gathering.source(self.policy)
+            self.gathering = found if isinstance(found, QueryGathering) else None
         self._observed = max(observe, self.policy.observation_window if self.policy else 0)
         check_page_format(config, text_config, page_size)
         formats = layer_formats(config.page_format, self._num_layers)
-        full = seams.full_attention_layers(text_config)  # only these have pages
         self.layers = [
             Layer(
                 index,
                 Window(self._observed),
-                Packing(name if index in full else NATIVE, config.residual_pages, page_size),
+                Packing(name if index in self._full else NATIVE, config.residual_pages, page_size),
             )
             for index, name in enumerate(formats)
         ]
@@ -91,8 +103,7 @@ class ReferenceEngine(seams.Attends):
         if config.enabled:
             self.policy = config.create_policy()
             self._reader = config.policy if "rotary" in self.policy.reads else None
-            full = seams.full_attention_layers(self.model.config.get_text_config())
-            plan = make_plan(config, self.page_size, self._num_layers, full)
+            plan = make_plan(config, self.page_size, self._num_layers, self._full)
             self.schedules = [plan.schedule(layer) for layer in range(self._num_layers)]
 
     @property
@@ -137,6 +148,7 @@ class ReferenceEngine(seams.Attends):
         end = self.num_tokens + len(tokens)
         positions = torch.arange(self.num_tokens, end, device=device)[None]
         before, rope = self.num_kept, self._rope.after(end, self._reader)
+        self._next_rope = rope
         inputs = {"input_ids": ids, "position_ids": positions, seams.ENGINE: self}
         output = self.model.base_model(**inputs, use_cache=False)
         if self.num_kept != [size + len(tokens) for size in before]:
@@ -145,6 +157,8 @@ class ReferenceEngine(seams.Attends):
                 "transformers' AttentionInterface"
             )
         self.num_tokens, self._rope = end, rope
+        if self.gathering is not None:
+            self.gathering.end_step(len(tokens))
         if compact:
             self.compact()
         return output.last_hidden_state[0]
@@ -174,6 +188,9 @@ class ReferenceEngine(seams.Attends):
                     f"{config.policy} looks at {new.observation_window} queries, but only "
                     f"{self._observed} were recorded: raise observe"
                 )
+            if isinstance(query_gathering.source(new), QueryGathering) and not self.gathering:
+                raise ValueError(f"{config.policy} has no statistics of queries: give a gathering")
+        other.gathering = deepcopy(self.gathering)
         return other
 
     def attend(
@@ -198,6 +215,7 @@ class ReferenceEngine(seams.Attends):
             packing.attended(name, cache[name], self.num_tokens + num_new) for name in stored
         )
         state.window.append(query, self.num_tokens)
+        self._gather(layer, query, key, positions, terms)
         bias = outside_window(sliding_window, num_new, cache.size, key.device)
         if self._reads_scores or not terms.is_plain:
             policy = self.policy if self._reads_scores else None
@@ -206,6 +224,14 @@ class ReferenceEngine(seams.Attends):
         if bias is not None:
             return paged_attention.masked(*states, bias[None], terms.scale)[0]
         return paged_attention.fused(*states, [cache.size - num_new], terms.scale)[0]
+
+    def _gather(
+        self, layer: int, query: Tensor, key: Tensor, positions: Tensor, terms: Terms
+    ) -> None:
+        gathering, rope = self.gathering, self._next_rope
+        if gathering is not None and not gathering.is_complete and layer in self._full:
+            new = query.transpose(0, 1), key.transpose(0, 1), positions
+            gathering.add(layer, *new, rope(), terms.scale)
 
     @torch.inference_mode()
     def compact(self) -> None:
@@ -223,9 +249,23 @@ class ReferenceEngine(seams.Attends):
             if self._space is not None:
                 layers[0].spill_to(self._space)
             reads, window = self.policy.reads, self.policy.observation_window
-            region = self.region(layers, alike.num_losers, reads, window)
+            region = self.region(layers, alike.num_losers, reads - {"ratings"}, window)
+            if "ratings" in reads:
+                region = replace(region, ratings=self._rate(layers))
             decided = self.policy.compact(region).written_out(region)
             apply(layers, alike.num_losers, decided)
+
+    def _rate(self, layers: Sequence[Layer]) -> Tensor:
+        """float32 [layers, 1, kv_heads, m]: of all that these layers, which are alike, hold."""
+        assert self.policy is not None
+        reads = frozenset({"keys", "values"})
+        held, policy = self.region(layers, 0, reads), self.policy
+        if self.gathering is not None:
+            self.gathering.freeze()
+        facts = ModelFacts(self._rope(), policy.query_statistics or self.gathering)
+        places = np.array([layer.index for layer in layers]), np.arange(held.keys.shape[2])
+        entries = held.keys, held.values, held.positions, *places
+        return policy.rate(Written(*entries, facts))
 
     def region(
         self, layers: Sequence[Layer], num_losers: int, reads: frozenset[str], window: int = 0

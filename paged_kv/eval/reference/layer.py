@@ -18,6 +18,7 @@ from paged_kv.tiers.spill_store import SpillStore
 
 Tensor = torch.Tensor
 _PACKED = ("keys", "values")
+_OF_THE_MODEL = {"rotary", "query_statistics"}
 
 
 @dataclass
@@ -94,7 +95,7 @@ def make_region(
         observation_window: last queries that the policy looks at.
         rotary: makes the model's RoPE tables.
     """
-    fields: dict[str, Any] = {name: _stack(layers, name) for name in sorted(reads - {"rotary"})}
+    fields: dict[str, Any] = {name: _stack(layers, name) for name in sorted(reads - _OF_THE_MODEL)}
     if observation_window:
         fields["queries"] = _queries(layers, num_tokens, observation_window)
     stores = [layer.spilled for layer in layers if layer.spilled is not None]

@@ -39,7 +39,7 @@ def wrap_backend(backend: type[AttentionBackend], compactor: Compactor) -> type[
 
 
 def observe_layer(layer: Any, name: str, observer: Observer) -> None:
-    """Has a layer's attention show its queries. Outside of graphs: vLLM splits them here."""
+    """Has a layer's attention show queries and keys. Outside of graphs: vLLM splits them here."""
     forward = layer.impl.forward
 
     @functools.wraps(forward)
@@ -52,7 +52,7 @@ def observe_layer(layer: Any, name: str, observer: Observer) -> None:
         **kw: Any,
     ) -> Any:
         output = forward(self, query, key, value, *args, **kw)
-        observer.observe(name, query)
+        observer.observe(name, query, key)
         return output
 
     layer.impl.forward = observed

@@ -7,6 +7,7 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
@@ -79,8 +80,8 @@ def _make_store(
         pages=pages,
         side=SideData(side),
         stack_layers=index,
-        layer_ids=torch.tensor(layer_ids, device=device),
-        head_ids=torch.arange(pages.num_heads, device=device) + first_head,
+        layer_ids=np.array(layer_ids),
+        head_ids=np.arange(pages.num_heads) + first_head,
         terms=terms,
         ring=ring,
         ring_layers=index,

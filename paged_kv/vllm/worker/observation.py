@@ -67,11 +67,13 @@ class Observed:
         stores: of each layer, by name: its store, and its index there.
         ring: where the last queries go; None if they are not kept.
         batches: whose probabilities are added up.
+        positions: int64 [tokens], while statistics are gathered; else None.
     """
 
     stores: dict[str, tuple[PageStore, int]]
     ring: RingWrite | None
     batches: list[QueryBatch]
+    positions: torch.Tensor | None
 
 
 def query_batches(rows: StepRows, table: torch.Tensor, page_size: int) -> Iterator[QueryBatch]:

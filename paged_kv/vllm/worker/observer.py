@@ -7,17 +7,27 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.logger import init_logger
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from paged_kv.kernels.page_layout import PageLayout
+from paged_kv.kernels.rotary import Rotary
 from paged_kv.policies.base import Policy
+from paged_kv.policies.written import ModelFacts
+from paged_kv.store import query_gathering
 from paged_kv.store.layers import PageStore
-from paged_kv.store.ragged import ragged
+from paged_kv.store.query_gathering import SERVED_TOKENS, QueryGathering
+from paged_kv.store.ragged import ragged, to_device
 from paged_kv.vllm.worker import observation
 from paged_kv.vllm.worker.layer_group import make_stores, row_bytes
 from paged_kv.vllm.worker.observation import Observed, StepRows
 from paged_kv.vllm.worker.requests import RequestRows
 from paged_kv.vllm.worker.spilling import RequestStores
+
+Tensor = torch.Tensor
+logger = init_logger(f"vllm.{__name__}")
 
 
 class Observer:
@@ -29,6 +39,7 @@ class Observer:
         layouts: of those whose pages are packed.
         requests: rows of the query ring.
         spilled: where a policy that spills has its entries.
+        rotary: the model's RoPE, if the policy reads it.
     """
 
     def __init__(
@@ -38,16 +49,27 @@ class Observer:
         layouts: Mapping[str, PageLayout],
         requests: RequestRows,
         spilled: RequestStores | None,
+        rotary: Rotary | None,
     ) -> None:
         self.policy, self.layers, self.layouts = policy, layers, layouts
         self.requests, self.spilled = requests, spilled
+        first_head = get_tensor_model_parallel_rank() * next(iter(layers.values())).num_kv_heads
+        statistics = query_gathering.source(policy, first_head, self._gathered)
+        self.facts = ModelFacts(rotary, statistics)
+        self.gathering = statistics if isinstance(statistics, QueryGathering) else None
         self._stores: dict[tuple[str, ...], list[PageStore]] = {}
         self._observed: dict[str, Observed] = {}  # by layer name, in this step
 
     @property
-    def observes(self) -> bool:
-        """Whether the forward pass must show its queries."""
-        return self.policy.observation_window > 0 or "scores" in self.policy.reads
+    def looks_at_queries(self) -> bool:
+        """Whether the forward pass must show its queries: kernels of ours add scores themselves."""
+        reads_scores = "scores" in self.policy.reads
+        summed = reads_scores and all(map(self._summed, self.layers))
+        return self.policy.observation_window > 0 or (reads_scores and not summed) or self._gathers
+
+    @property
+    def _gathers(self) -> bool:
+        return self.gathering is not None and not self.gathering.is_complete
 
     @property
     def row_bytes(self) -> int:
@@ -97,16 +119,22 @@ class Observer:
         page = table[torch.from_numpy(rows[sequence]).to(table.device), positions // size].long()
         for store in stores:
             store.side.reset(page, positions % size, positions)
-        if self.observes:
+        if self.looks_at_queries or "scores" in self.policy.reads:
             self._note_queries(names, table, step)
 
-    def observe(self, layer_name: str, query: torch.Tensor) -> None:
-        """After a layer's attention: notes its queries [tokens, heads, head_dim], after RoPE."""
+    def observe(self, layer_name: str, query: torch.Tensor, key: torch.Tensor) -> None:
+        """After a layer's attention: notes its queries and keys [tokens, heads, head_dim].
+
+        Both are after RoPE.
+        """
         if layer_name not in self._observed:
             return
         observed = self._observed[layer_name]
         store, layer = observed.stores[layer_name]
-        query = query.view(len(query), -1, self.layers[layer_name].head_size)
+        size = self.layers[layer_name].head_size
+        query = query.view(len(query), -1, size)
+        if observed.positions is not None:
+            self._gather(layer_name, query, key.view(len(key), -1, size), observed.positions)
         if observed.ring is not None and store.ring is not None:
             store.ring.write(layer, query, observed.ring)
         for batch in observed.batches:
@@ -134,8 +162,27 @@ class Observer:
         if "scores" in self.policy.reads and not self._summed(names[0]):
             batches += observation.query_batches(step, table, stores[0].pages.page_size)
         places = [(store, layer) for store in stores for layer in range(store.pages.num_layers)]
-        observed = Observed(dict(zip(names, places, strict=True)), write, batches)
+        positions = None
+        if self._gathers:
+            row, offset = ragged(step.num_new)
+            positions = to_device((step.after - step.num_new)[row] + offset, table.device)
+        observed = Observed(dict(zip(names, places, strict=True)), write, batches, positions)
         self._observed |= dict.fromkeys(names, observed)
+
+    def _gather(self, name: str, query: Tensor, key: Tensor, positions: Tensor) -> None:
+        """Statistics of a layer's queries; rows behind the batch's tokens are padding."""
+        gathering, rotary, count = self.gathering, self.facts.rotary, len(positions)
+        assert gathering is not None
+        assert rotary is not None, "the policy reads rotary"
+        index, scale = extract_layer_index(name), float(self.layers[name].impl.scale)
+        gathering.add(index, query[:count], key[:count], positions, rotary, scale)
+
+    def _gathered(self) -> None:
+        logger.info(
+            "paged_kv: gathered statistics of queries from the first %d tokens; from now on they "
+            "stay (for better ones: paged-kv calibrate queries)",
+            SERVED_TOKENS,
+        )
 
     def _summed(self, layer_name: str) -> bool:
         return self.policy.sums_attention and layer_name in self.layouts

@@ -21,7 +21,6 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
 
 from paged_kv.kernels.page_layout import PageLayout
-from paged_kv.kernels.rotary import Rotary
 from paged_kv.policies.base import Events, Int64s, Policy
 from paged_kv.policies.region import Compaction, Region
 from paged_kv.store.compaction import compact
@@ -46,6 +45,7 @@ class _Pending:
     block_size: int  # of the kernel
     rows: Int64s  # [num_events], row of each event in block_table
     events: Events
+    rated: Int64s  # [num_events], tokens whose entries have been rated
     ring: Int64s | None  # [num_events], row of each event's request in the query ring
     owners: list[Any]  # [num_events], see Holding: names of requests, if entries are spilled
 
@@ -80,10 +80,10 @@ class Compactor:
         self.num_events = 0
         self.positional = policy.is_positional
         self.requests = RequestRows(runner, policy.observation_window)
-        self.observer = Observer(policy, layers, self.layouts, self.requests, spilled)
-        self.rotary: Rotary | None = None
+        rotary = None
         if "rotary" in policy.reads:
-            self.rotary = find_rotary(runner.get_model(), list(layers))
+            rotary = find_rotary(runner.get_model(), list(layers))
+        self.observer = Observer(policy, layers, self.layouts, self.requests, spilled, rotary)
         self._in_step = False
         self._pending: list[_Pending] = []
         self._movers = SlotMovers(layers, self.layouts)
@@ -113,6 +113,8 @@ class Compactor:
             self.requests.begin_step(scheduler_output)
         try:
             yield
+            if self.observer.gathering is not None:
+                self.observer.gathering.end_step(scheduler_output.total_num_scheduled_tokens)
             if self.spilled is not None:
                 self.spilled.update(scheduler_output)
             snapshots = getattr(scheduler_output, "paged_kv_snapshots", ())
@@ -173,7 +175,8 @@ class Compactor:
         if self.spilled is not None:
             owners = self.requests.names(metadata, rows)
         table, ring_rows = metadata.block_table_tensor, None if ring is None else ring[rows]
-        return _Pending(names, table, spec.block_size, rows, events, ring_rows, owners)
+        rated = spec.schedule.reached(events.evicted_before)
+        return _Pending(names, table, spec.block_size, rows, events, rated, ring_rows, owners)
 
     def _compact(self, pending: _Pending) -> None:
         if self.positional:
@@ -192,12 +195,13 @@ class Compactor:
                 num_tokens=end,
                 num_entries=end - first,
                 num_losers=events.evicted_after - first,
+                rated=np.maximum(pending.rated - first, 0),
                 tail=np.zeros_like(end),  # the residual is newer than what is freed
                 rows=pending.ring,
                 first=self.requests.first_token[pending.ring],
                 owners=pending.owners,
             )
-            compact(self.policy, store, holding, "head", self.rotary, self._note)
+            compact(self.policy, store, holding, "head", self.observer.facts, self._note)
 
     def _note(self, holding: Holding, region: Region, decided: Compaction) -> None:
         if self.spilled is not None and decided.exchanged is not None:

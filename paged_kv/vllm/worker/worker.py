@@ -83,7 +83,7 @@ class PagedWorkerMixin:
             assert self.compactor is not None
             if name not in layouts:
                 layer.attn_backend = wrap_backend(layer.attn_backend, self.compactor)
-            if self.compactor.observer.observes:
+            if self.compactor.observer.looks_at_queries:
                 observe_layer(layer, name, self.compactor.observer)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:

@@ -1,0 +1,70 @@
+"""Attention that a model's queries give on average, and that entries got of late."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paged_kv.core.options import choice, number, text
+from paged_kv.policies.base import ScoringPolicy
+from paged_kv.policies.entries import share
+from paged_kv.policies.query_files import load
+from paged_kv.policies.query_statistics import GATHERED
+from paged_kv.policies.region import Region
+from paged_kv.policies.written import Written
+
+
+class CalibratedAttention(ScoringPolicy):
+    """Entries that the model's queries attend to, by statistics of these, and have attended to.
+
+    After Devoto et al., "Expected Attention: KV Cache Compression by Estimating Attention from
+    Future Queries Distribution" (2510.00636), with statistics of the model instead of the request:
+    an entry is rated once, from its key and value. To the ratings the attention that entries got is
+    added, fading with the age of the query, where the attention kernels sum it anyway.
+    """
+
+    options = {
+        "fading": choice(
+            "auto", "on", "off", help="whether attention counts; auto: where it costs nothing"
+        ),
+        "half_life": number(64, 1, 1e6, "tokens after which attention counts half"),
+        "statistics": text(
+            "", "file of paged-kv calibrate queries; none: this model's, if there is one; "
+            f"{GATHERED}: of the first tokens"
+        ),  # fmt: skip
+    }
+    reads = frozenset({"ratings", "rotary", "query_statistics"})
+
+    def __init__(
+        self, num_sink_tokens: int, recent_window: int, options: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(num_sink_tokens, recent_window, options)
+        self.score_decay = None
+        if self.settings["fading"] == "on":
+            self.reads = self.reads | {"scores"}
+            self.score_decay = 0.5 ** (1 / self.settings["half_life"])
+        file = self.settings["statistics"]
+        if file not in ("", GATHERED):
+            self.query_statistics = load(Path(file).expanduser())
+
+    def rate(self, entries: Written) -> torch.Tensor:
+        """Expected attention, averaged over the group, times the norm of the value."""
+        rotary, queries = entries.facts.rotary, entries.facts.queries
+        assert rotary is not None, "the policy reads rotary"
+        assert queries is not None, "the policy reads query_statistics"
+        keys = rotary.rotate(entries.keys, entries.positions, back=True)
+        statistics = queries.of(entries.layers, entries.heads, keys.device)
+        expected = statistics.log_attention(keys).exp().mean(-2)  # over the group
+        ratings: torch.Tensor = expected * entries.values.norm(dim=-1)
+        return ratings
+
+    def score(self, region: Region) -> torch.Tensor:
+        """Share of what is expected, + share of what was seen."""
+        free = ~self.protected(region)
+        expected = share(region.ratings, free)
+        if "scores" not in self.reads:
+            return expected
+        return expected + share(region.scores, free)

@@ -1,0 +1,98 @@
+"""Files of query statistics: what they hold, and where a model's is found."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from paged_kv.model_identity import directory_of, identity
+from paged_kv.models import cache_root
+from paged_kv.policies.query_statistics import Int64s, QueryStatistics
+
+Tensor = torch.Tensor
+SHIPPED = Path(__file__).parent / "query_statistics"
+SUFFIX = ".safetensors"
+_FORMAT = "paged_kv query statistics 1"
+
+
+class StoredStatistics:
+    """Statistics of all layers and KV heads of a model; see KnowsQueries.
+
+    Args:
+        every: of the model.
+        about: what was read: model, text, tokens.
+    """
+
+    def __init__(self, every: QueryStatistics, about: dict[str, str]) -> None:
+        self.every, self.about = every, about
+        self._chosen: dict[Any, QueryStatistics] = {}
+
+    def of(self, layers: Int64s, heads: Int64s, device: torch.device) -> QueryStatistics:
+        """See KnowsQueries; copied to a device once.
+
+        Raises:
+            ValueError: the file has no such layers or heads.
+        """
+        key = tuple(layers.tolist()), tuple(heads.tolist()), device
+        if key not in self._chosen:
+            shape = self.every.linear.shape
+            if max(key[0]) >= shape[0] or max(key[1]) >= shape[1]:
+                raise ValueError(
+                    f"statistics of {shape[0]} layers and {shape[1]} KV heads are of another model"
+                )
+            parts = (part[key[0], :][:, key[1]] for part in self.every)
+            self._chosen[key] = QueryStatistics(*(part.float().to(device) for part in parts))
+        return self._chosen[key]
+
+
+def save(path: Path, statistics: QueryStatistics, about: dict[str, str]) -> None:
+    """Writes a file that load reads; numbers are rounded to float16.
+
+    Args:
+        path: of the file.
+        statistics: of all layers and KV heads of a model.
+        about: what was read.
+    """
+    tensors = {name: part.cpu().half() for name, part in statistics._asdict().items()}
+    save_file(tensors, path, {"format": _FORMAT, **about})
+
+
+def load(path: Path) -> StoredStatistics:
+    """Raises ValueError: the file is missing, or holds something else."""
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"statistics: {path} is no readable .safetensors file: {error}") from None
+    if about.get("format") != _FORMAT or set(found) != set(QueryStatistics._fields):
+        raise ValueError(f"statistics: {path} was not written by paged-kv calibrate queries")
+    statistics = QueryStatistics(**found)
+    if not all(bool(part.isfinite().all()) for part in statistics):
+        raise ValueError(f"statistics: {path} holds numbers that are not finite")
+    return StoredStatistics(statistics, about)
+
+
+def place_of(directory: Path) -> Path | None:
+    """Where the file of a model is kept in the user's cache; None: it is no model's directory."""
+    name = identity(directory)
+    return None if name is None else cache_root() / "query_statistics" / f"{name}{SUFFIX}"
+
+
+@cache
+def find(model: str) -> Path | None:
+    """The file of a model, shipped or in the user's cache; None if there is none.
+
+    Args:
+        model: a directory, or a name of the hub.
+    """
+    directory = directory_of(model) if model else None
+    place = None if directory is None else place_of(directory)
+    if place is None:
+        return None
+    return next((path for path in (place, SHIPPED / place.name) if path.is_file()), None)
