@@ -42,6 +42,15 @@ def text(tmp_path_factory):
             "has 400 tokens; offset 200, prompt-tokens 160 and score-tokens 100 need 461",
         ),
         (
+            ["--policy", "full", "--offset", "20", *SHORT, "--windows", "2"],
+            "has 400 tokens; offset 20, windows 2, stride 261, prompt-tokens 160 and "
+            "score-tokens 100 need 542",
+        ),
+        (
+            ["--policy", "full", *SHORT, "--windows", "5", "--stride", "50"],
+            "offset 0, windows 5, stride 50, prompt-tokens 160 and score-tokens 100 need 461",
+        ),
+        (
             [
                 "--policy",
                 "full",
@@ -106,6 +115,14 @@ def test_mistakes_are_one_line(tiny, text, capsys, monkeypatch, args, message):
     (line,) = output.err.splitlines()
     assert line.startswith("paged-kv: error: ")
     assert message in line
+
+
+@pytest.mark.parametrize(("option", "value"), [("--windows", "0"), ("--stride", "-5")])
+def test_no_windows_and_no_stride(tiny, text, capsys, option, value):
+    command = ["eval", "perplexity", "--model", tiny, "--text", str(text), "--policy", "full"]
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*command, f"{option}={value}"])
+    assert f"{option}: must be an integer >= 1, not '{value}'" in capsys.readouterr().err
 
 
 def test_no_evaluation_and_no_protocol(capsys):

@@ -25,7 +25,7 @@ from paged_kv import models
 from paged_kv.bench.script import positive
 from paged_kv.bench.settings import model_config
 from paged_kv.core.page_formats import NATIVE
-from paged_kv.eval.task import Task, full_layers, read_tokens
+from paged_kv.eval.task import Task, full_layers, read_windows
 
 if TYPE_CHECKING:
     from paged_kv.eval.layer_costs import Measured
@@ -56,11 +56,10 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError("tokens must be at least 2: the first predicts the second")
     directory = models.resolve(args.model)
     layers, num_sensitive = read_layers(directory, args.int8_layers)
-    task = Task(directory, "stream", 1, args.tokens - 1, 1)
-    tokens = read_tokens(task, args.text, 0)
+    (task,) = read_windows(Task(directory, "stream", 1, args.tokens - 1, 1), args.text)
     from paged_kv.eval.layer_costs import Costs
 
-    costs = Costs(directory, tokens)
+    costs = Costs(directory, task.tokens)
     by_layer = {layer: costs.of({layer: OTHERS}).divergence for layer in _shown(layers)}
     chosen = choose(by_layer, num_sensitive)
     results = {"this": costs.of(chosen)}

@@ -9,24 +9,33 @@ prompt  the first N tokens (--prompt-tokens) are processed as one chunk and comp
 stream  every token is processed by itself while the policy holds the budget from the first one on;
         the M tokens after the first N are predicted.
 
-One line per page format, policy and budget: nll is the mean over the targets of -log p, ppl its
-exponential; kept the entries held per layer (mean), right after the compression (prompt) or at the
-end (stream); bytes_per_token the bytes of their keys and values as pages store them, scales and
-residual included (native: in the dtype that was run), per token seen; side data of a policy is not
-counted. seconds: processing, compressing and scoring, without loading.
+A window is what one prediction needs of the text; --windows of them, --stride apart, are samples of
+it. One line per page format, policy and budget, over all windows:
+
+nll              the mean over the targets of -log p, in nats; ppl is its exponential
+kl               the mean of KL(p of the full, native cache || p of this one), in nats: 0 for the
+                 former; empty with engine vllm, which gives no whole distributions
+vs_first         nll minus that of the first line, window by window
+..._se           standard errors of the means over windows, as if those were independent: windows
+                 that overlap vary too little. Empty with one window. That of vs_first is paired
+                 and mostly far below that of nll: compare policies by it
+kept             entries held per layer (mean), right after the compression (prompt) or at the end
+                 (stream)
+bytes_per_token  the bytes of their keys and values as pages store them, scales and residual
+                 included (native: in the dtype that was run), per token seen; side data of a
+                 policy is not counted
+seconds          processing, compressing and scoring all windows, without loading and without kl
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm import tqdm
 
@@ -36,7 +45,8 @@ from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig
 from paged_kv.core.options import parse_json
 from paged_kv.core.page_formats import FORMATS, NATIVE
 from paged_kv.core.readers import read_budget
-from paged_kv.eval.task import Case, Outcome, Task, check_case, read_tokens
+from paged_kv.eval.rows import make_row, print_table
+from paged_kv.eval.task import Case, Outcome, Task, check_case, read_windows
 from paged_kv.option_table import OPTIONS
 
 DEFAULTS = {"prompt": (1024, 512), "stream": (1, 4095)}  # protocol -> (prompt, score) tokens
@@ -47,20 +57,6 @@ FIXED = {  # options that the command line or the protocol decides on -> what to
     "page_format": "--page-format",
     "residual_pages": "--residual-pages",
 }
-
-
-class Row(NamedTuple):
-    """One line of the result."""
-
-    policy: str
-    budget: int | float | None  # None for the policy that ignores it
-    page_format: str
-    protocol: str
-    nll: float
-    ppl: float
-    kept: float
-    bytes_per_token: float
-    seconds: float
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,9 +78,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--offset", type=int, default=0, metavar="N", help="tokens of the text to skip")
     add("--prompt-tokens", type=positive, metavar="N", help="default 1024 (prompt), 1 (stream)")
     add("--score-tokens", type=positive, metavar="M", help="default 512 (prompt), 4095 (stream)")
+    add("--windows", type=positive, default=1, metavar="N", help="places of the text to predict, "
+        "the first at the offset; two or more give standard errors (default 1)")  # fmt: skip
+    add("--stride", type=positive, metavar="N", help="tokens from one window's first to the "
+        "next one's (default: as many as a window needs, so that none overlap)")  # fmt: skip
     add("--page-size", type=positive, default=DEFAULT_PAGE_SIZE, metavar="N",
         help=f"whole pages are evicted (default {DEFAULT_PAGE_SIZE})")  # fmt: skip
-    add("--json", action="store_true", help="one JSON object per line instead of a table")
+    add("--json", action="store_true", help="one JSON object per line instead of a table, "
+        "with nll and kl of each window")  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> None:
@@ -94,16 +95,21 @@ def main(args: argparse.Namespace) -> None:
     for case in cases:
         check_case(case, task, args.engine)
     run = _engine(args.engine)
-    task = task.with_tokens(read_tokens(task, args.text, args.offset))
+    stride = args.stride or task.num_tokens
+    windows = read_windows(task, args.text, args.offset, args.windows, stride)
     rows = []
-    with tqdm(total=len(cases) * task.num_tokens, unit="tok", file=sys.stderr) as bar:
-        for case, outcome in zip(cases, run(task, cases, bar), strict=True):
-            rows.append(_row(task, case, outcome))
+    outcomes: list[list[Outcome]] = [[] for _ in cases]
+    with tqdm(unit="tok", file=sys.stderr) as bar:
+        for index, outcome in run(windows, cases, bar):
+            outcomes[index].append(outcome)
+            if len(outcomes[index]) < len(windows):
+                continue
+            rows.append(make_row(windows, cases[index], outcomes[index], outcomes[0]))
             if args.json:
                 bar.clear()
                 print(json.dumps(rows[-1]._asdict()), flush=True)
     if not args.json:
-        _print_table(rows)
+        print_table(rows)
 
 
 def read_cases(args: argparse.Namespace) -> list[Case]:
@@ -150,7 +156,7 @@ def make_task(args: argparse.Namespace) -> Task:
     return Task(model, args.protocol, num_prompt, num_scored, args.page_size)
 
 
-def _engine(name: str) -> Callable[[Task, list[Case], Any], Iterator[Outcome]]:
+def _engine(name: str) -> Callable[[list[Task], list[Case], Any], Iterator[tuple[int, Outcome]]]:
     if name == "reference":
         from paged_kv.eval.reference_runs import run_all
 
@@ -159,28 +165,3 @@ def _engine(name: str) -> Callable[[Task, list[Case], Any], Iterator[Outcome]]:
 
     vllm_runs.prepare()
     return vllm_runs.run_all
-
-
-def _row(task: Task, case: Case, outcome: Outcome) -> Row:
-    budget = float(case.budget) if isinstance(case.budget, Fraction) else case.budget
-    return Row(
-        policy=case.policy,
-        budget=budget,
-        page_format=case.config.page_format,
-        protocol=task.protocol,
-        nll=round(outcome.nll, 6),
-        ppl=round(math.exp(outcome.nll), 4),
-        kept=round(outcome.kept, 2),
-        bytes_per_token=round(outcome.cache_bytes / task.num_seen, 2),
-        seconds=round(outcome.seconds, 2),
-    )
-
-
-def _print_table(rows: list[Row]) -> None:
-    shown = [["" if value is None else str(value) for value in row] for row in rows]
-    lines = [list(Row._fields), *shown]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        cells = [f"{line[0]:{widths[0]}}"]
-        cells += [f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True)]
-        print("  ".join(cells))

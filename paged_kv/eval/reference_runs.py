@@ -7,28 +7,47 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any
-
-import torch
-import torch.nn.functional as F
+from typing import Any, Protocol
 
 from paged_kv.config import CompressionConfig
 from paged_kv.eval.reference.engine import ReferenceEngine
+from paged_kv.eval.scoring import Score
 from paged_kv.eval.task import Case, Outcome, Task
 from paged_kv.hf.driver.loading import load_model
 
-MOST_AT_ONCE = 256  # tokens, and rows of logits
+MOST_AT_ONCE = 256  # tokens
+FULL = CompressionConfig()  # what others are compared with: everything kept, as computed
 
 
-def run_all(task: Task, cases: list[Case], bar: Any) -> Iterator[Outcome]:
-    """An outcome for each case; `bar` (tqdm) counts task.num_tokens for each."""
-    model = load_model(task.model)
-    run = (
-        _Prompts(task, cases, model).run if task.protocol == "prompt" else _Streams(task, model).run
-    )
-    for case in cases:
-        bar.set_description(f"{case.policy} {case.budget or ''}".strip())
-        yield run(case.config, bar)
+class _Runs(Protocol):
+    """One window under one config after another."""
+
+    def run(self, config: CompressionConfig, score: Score, bar: Any) -> Outcome: ...
+
+
+def run_all(windows: list[Task], cases: list[Case], bar: Any) -> Iterator[tuple[int, Outcome]]:
+    """(index of a case, outcome): of every case in the first window, then in the next.
+
+    Args:
+        windows: one task in several places.
+        cases: all that will be run.
+        bar: tqdm; it counts the tokens of every window, for each case and for the full cache.
+    """
+    model = load_model(windows[0].model)
+    others = sum(case.config != FULL for case in cases)
+    bar.reset(len(windows) * windows[0].num_tokens * (others + 1))
+    for task in windows:
+        runs: _Runs
+        runs = _Prompts(task, cases, model) if task.protocol == "prompt" else _Streams(task, model)
+        bar.set_description("full")
+        score = Score(model)
+        full, hidden = runs.run(FULL, score, bar), score.hidden
+        for index, case in enumerate(cases):
+            if case.config == FULL:
+                yield index, full
+                continue
+            bar.set_description(f"{case.policy} {case.budget or ''}".strip())
+            yield index, runs.run(case.config, Score(model, hidden), bar)
 
 
 class _Prompts:
@@ -46,7 +65,7 @@ class _Prompts:
         self.observe = max((policy.observation_window for policy in enabled), default=0)
         self.prefills: dict[Any, tuple[ReferenceEngine, float]] = {}
 
-    def run(self, config: CompressionConfig, bar: Any) -> Outcome:
+    def run(self, config: CompressionConfig, score: Score, bar: Any) -> Outcome:
         """Compresses the prompt's cache and scores the rest of the tokens from it."""
         task = self.task
         prefill, seconds = self._prefill(config)
@@ -55,13 +74,11 @@ class _Prompts:
         engine = prefill.fork(config)
         engine.compact()
         kept, num_bytes = _mean(engine.num_kept), engine.cache_bytes
-        total, size = 0.0, _at_once(config, task)
-        for start, end in _cuts(task.num_prompt, task.num_tokens - 1, size):
+        for start, end in _cuts(task.num_prompt, task.num_tokens - 1, _at_once(config, task)):
             hidden = engine.process(task.tokens[start:end], compact=False)
-            total += _sum_nll(engine, hidden, task.tokens[start + 1 : end + 1])
-        nll = total / task.num_scored
+            score.add(hidden, task.tokens[start + 1 : end + 1])
         bar.update(task.num_tokens - task.num_prompt)
-        return Outcome(nll, kept, num_bytes, seconds + time.perf_counter() - begin)
+        return _outcome(score, kept, num_bytes, seconds + time.perf_counter() - begin)
 
     def _prefill(self, config: CompressionConfig) -> tuple[ReferenceEngine, float]:
         """An engine that has processed the prompt and dropped nothing, and the seconds it took."""
@@ -95,22 +112,21 @@ class _Streams:
     def __init__(self, task: Task, model: Any) -> None:
         self.task, self.model = task, model
 
-    def run(self, config: CompressionConfig, bar: Any) -> Outcome:
+    def run(self, config: CompressionConfig, score: Score, bar: Any) -> Outcome:
         """Processes all tokens and scores those after the first num_prompt."""
         task = self.task
         start_time = time.perf_counter()
         engine = ReferenceEngine(self.model, config, task.page_size)
-        total = 0.0
         for start, end in _chunks(engine, task.num_tokens, _at_once(config, task)):
             hidden = engine.process(task.tokens[start:end])
             first = max(start, task.num_prompt - 1)  # the first token that predicts a target
             last = min(end, task.num_tokens - 1)  # the last token predicts nothing
             if first < last:
                 targets = task.tokens[first + 1 : last + 1]
-                total += _sum_nll(engine, hidden[first - start : last - start], targets)
+                score.add(hidden[first - start : last - start], targets)
             bar.update(end - start)
         seconds = time.perf_counter() - start_time
-        return Outcome(total / task.num_scored, _mean(engine.num_kept), engine.cache_bytes, seconds)
+        return _outcome(score, _mean(engine.num_kept), engine.cache_bytes, seconds)
 
 
 def _at_once(config: CompressionConfig, task: Task) -> int:
@@ -135,13 +151,10 @@ def _cuts(start: int, end: int, size: int) -> Iterator[tuple[int, int]]:
         start = stop
 
 
-def _sum_nll(engine: ReferenceEngine, hidden: torch.Tensor, targets: Any) -> float:
-    """Sum of -log p of the targets, one for each hidden state."""
-    wanted = torch.tensor(list(targets), device=hidden.device)
-    total = 0.0
-    for rows, labels in zip(hidden.split(MOST_AT_ONCE), wanted.split(MOST_AT_ONCE), strict=True):
-        total += F.cross_entropy(engine.logits(rows).float(), labels, reduction="sum").item()
-    return total
+def _outcome(score: Score, kept: float, num_bytes: int, seconds: float) -> Outcome:
+    """Of a run that took so long together with the comparison, which is not the policy's cost."""
+    means = score.nll / score.count, score.kl / score.count
+    return Outcome(*means, kept, num_bytes, seconds - score.seconds_of_kl)
 
 
 def _mean(values: list[int]) -> float:

@@ -18,7 +18,7 @@ from paged_kv.plan import make_plan
 
 @dataclass(frozen=True)
 class Task:
-    """A text to predict; see paged_kv.eval.perplexity for the protocols.
+    """One window of a text, to be predicted; see paged_kv.eval.perplexity for the protocols.
 
     Args:
         model: a model directory.
@@ -27,6 +27,7 @@ class Task:
         num_scored: targets M.
         page_size: entries are dropped in multiples of it.
         tokens: num_tokens of them.
+        offset: tokens of the text before them.
     """
 
     model: Path
@@ -35,6 +36,7 @@ class Task:
     num_scored: int
     page_size: int
     tokens: Sequence[int] = ()
+    offset: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -46,9 +48,9 @@ class Task:
         """Tokens processed when the entries that are held are counted."""
         return self.num_prompt if self.protocol == "prompt" else self.num_tokens
 
-    def with_tokens(self, tokens: Sequence[int]) -> Task:
-        """The same with its tokens."""
-        return replace(self, tokens=tokens)
+    def at(self, offset: int, text: Sequence[int]) -> Task:
+        """The same with its tokens, those of a text after the first `offset`."""
+        return replace(self, tokens=text[offset : offset + self.num_tokens], offset=offset)
 
 
 class Case(NamedTuple):
@@ -60,9 +62,10 @@ class Case(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What an engine found."""
+    """What an engine found in one window."""
 
     nll: float
+    kl: float | None  # from the full cache; None if the engine does not know
     kept: float
     cache_bytes: int
     seconds: float
@@ -130,8 +133,10 @@ def full_layers(types: Sequence[str] | None, num_layers: int) -> list[int]:
     return [layer for layer, kind in enumerate(types) if kind == "full_attention"]
 
 
-def read_tokens(task: Task, file: Path, offset: int) -> list[int]:
-    """The first tokens of a file after `offset`, task.num_tokens of them.
+def read_windows(
+    task: Task, file: Path, offset: int = 0, windows: int = 1, stride: int = 0
+) -> list[Task]:
+    """The task at `offset` tokens of a file, and again every `stride` tokens after it.
 
     Raises:
         ValueError: the text is too short.
@@ -139,9 +144,12 @@ def read_tokens(task: Task, file: Path, offset: int) -> list[int]:
     from paged_kv.hf.driver.loading import encode
 
     tokens = encode(task.model, file.read_text(encoding="utf-8", errors="replace"))
-    if len(tokens) < offset + task.num_tokens:
+    offsets = [offset + index * stride for index in range(windows)]
+    need = offsets[-1] + task.num_tokens
+    if len(tokens) < need:
+        several = f"windows {windows}, stride {stride}, " if windows > 1 else ""
         raise ValueError(
-            f"text {file} has {len(tokens)} tokens; offset {offset}, prompt-tokens "
-            f"{task.num_prompt} and score-tokens {task.num_scored} need {offset + task.num_tokens}"
+            f"text {file} has {len(tokens)} tokens; offset {offset}, {several}prompt-tokens "
+            f"{task.num_prompt} and score-tokens {task.num_scored} need {need}"
         )
-    return tokens[offset : offset + task.num_tokens]
+    return [task.at(first, tokens) for first in offsets]

@@ -1,4 +1,4 @@
-"""How likely an engine finds a text: the log-probabilities of a prompt, in chunks of a given size.
+"""How likely an engine finds texts: the log-probabilities of prompts, in chunks of a given size.
 
 What `paged-kv eval perplexity --engine vllm` runs: vLLM in this process, in float32.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 SLACK_BYTES = 64 << 20  # of the pool: pages of a pyramid's steps that stay empty
@@ -16,37 +16,38 @@ SLACK_BYTES = 64 << 20  # of the pool: pages of a pyramid's steps that stay empt
 def prompt_logprobs(
     model: str,
     policy: Mapping[str, Any],
-    tokens: Sequence[int],
+    texts: Sequence[Sequence[int]],
     chunk: int,
     page_size: int,
     bytes_per_token: int,
-) -> tuple[list[float], float]:
-    """(log-probability of each token but the first, given those before it; seconds without start).
+) -> Iterator[tuple[list[float], float]]:
+    """(log-probability of each token but the first, given those before it; seconds), of each text.
 
     Args:
         model: a model directory.
         policy: options as in additional_config["paged_kv"]; empty for plain vLLM.
-        tokens: the text.
+        texts: the tokens of each; one engine is started for all, which seconds leaves out.
         chunk: tokens processed in a step.
         page_size: tokens per page.
         bytes_per_token: of the uncompressed cache in float32, all layers.
     """
     from vllm import SamplingParams
 
-    llm = _start(model, policy, len(tokens), chunk, page_size, bytes_per_token)
+    llm = _start(model, policy, max(map(len, texts)), chunk, page_size, bytes_per_token)
     try:
         params = SamplingParams(
             temperature=0.0, max_tokens=1, ignore_eos=True, prompt_logprobs=0, detokenize=False
         )
-        start = time.perf_counter()
-        output = llm.generate({"prompt_token_ids": list(tokens)}, params, use_tqdm=False)[0]
-        seconds = time.perf_counter() - start
+        for tokens in texts:
+            start = time.perf_counter()
+            output = llm.generate({"prompt_token_ids": list(tokens)}, params, use_tqdm=False)[0]
+            seconds = time.perf_counter() - start
+            pairs = zip(tokens[1:], output.prompt_logprobs[1:], strict=True)
+            yield [entry[token].logprob for token, entry in pairs], seconds
     finally:
         _stop(llm)
         del llm
         gc.collect()
-    pairs = zip(tokens[1:], output.prompt_logprobs[1:], strict=True)
-    return [entry[token].logprob for token, entry in pairs], seconds
 
 
 def _start(
