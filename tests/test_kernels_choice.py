@@ -181,6 +181,9 @@ def mistakes():
         "weights": (side(weights=torch.zeros(9, 2, 8)), "weights is float32"),
         "few scores": (side(scores=torch.zeros(1, 2, 16)), "page"),
         "softcap": (terms(softcap=-1.0), "softcap -1.0"),
+        "decay 0": (side(decay=0.0), "decay 0.0"),
+        "decay above 1": (side(decay=1.5), "decay 1.5"),
+        "decay NaN": (side(decay=float("nan")), "decay nan"),
     }
 
 

@@ -11,6 +11,8 @@ from policy_heads import selector, with_defaults
 from policy_regions import Shape, heads_of, random_region
 
 from paged_kv.policies.base import ScoringPolicy
+from paged_kv.policies.h2o import H2O
+from paged_kv.policies.residual import Residual
 
 NUM_SINKS, RECENT = 2, 3
 SHAPES = [
@@ -133,28 +135,58 @@ def test_accumulate(name, options):
         np.testing.assert_allclose(result[sequence, head], expected, rtol=1e-6)
 
 
-def test_only_what_sums_attention_is_left_to_the_kernels():
+class Fading(H2O):
+    """Scores that a policy says the decay of, and no more."""
+
+    score_decay = 0.7
+
+
+@pytest.mark.parametrize("chunks", [[5], [1, 1, 1, 1, 1], [2, 3], [4, 1]])
+def test_scores_fade(chunks):
+    """Query by query, in whatever chunks they come; for those that are missing nothing fades."""
+    scores, probabilities, positions = accumulation(torch.Generator().manual_seed(4))
+    result = scores.clone()
+    parts = probabilities.split(chunks, -2), positions.split(chunks, -1)
+    for given, asked in zip(*parts, strict=True):
+        result = Fading(4, 8).accumulate(result, given, asked)
+    for sequence, head, entry in np.ndindex(scores.shape):
+        expected = float(scores[sequence, head, entry])
+        for query, position in enumerate(positions[sequence].tolist()):
+            if position >= 0:
+                expected *= 0.7
+            for member in range(3):
+                expected += float(probabilities[sequence, head, member, query, entry])
+        assert float(result[sequence, head, entry]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_sum_is_the_sum_bit_for_bit():
+    scores, probabilities, positions = accumulation(torch.Generator().manual_seed(5))
+    result = H2O(4, 8).accumulate(scores, probabilities, positions)
+    assert torch.equal(result, scores + probabilities.sum((-3, -2)))
+
+
+def test_only_what_says_its_decay_is_left_to_the_kernels():
     """A policy that accumulates in its own way keeps its own pass, whatever it inherits."""
-    from paged_kv.policies.h2o import H2O
-    from paged_kv.policies.residual import Residual
 
     class Renamed(H2O):
         pass
 
-    class Decaying(H2O):
+    class Own(H2O):
         def accumulate(self, scores, probabilities, positions):
             return super().accumulate(scores / 2, probabilities, positions)
 
-    class Summing(Decaying):
-        sums_attention = True
-
-    class Own(Residual):
+    class Around(Residual):
         def accumulate(self, scores, probabilities, positions):
             return scores
 
-    said = {cls: cls(4, 8).sums_attention for cls in (H2O, Renamed, Decaying, Summing)}
-    assert said == {H2O: True, Renamed: True, Decaying: False, Summing: True}
-    assert make("residual", {"of": "h2o"}).sums_attention
-    assert not make("residual", {"of": "lru"}).sums_attention
-    assert not make("lru", {}).sums_attention
-    assert not Own(H2O(4, 8)).sums_attention
+    said = {cls: cls(4, 8).kernel_decay for cls in (H2O, Renamed, Fading, Own)}
+    assert said == {H2O: 1, Renamed: 1, Fading: 0.7, Own: None}
+    given = accumulation(torch.Generator().manual_seed(6))
+    assert Own(4, 8).accumulate(*given).shape == given[0].shape  # what it inherits still works
+    assert make("residual", {"of": "h2o"}).kernel_decay == 1
+    assert Residual(Fading(4, 8)).kernel_decay == 0.7
+    assert torch.equal(Residual(Fading(4, 8)).accumulate(*given), Fading(4, 8).accumulate(*given))
+    assert make("residual", {"of": "lru"}).kernel_decay is None
+    assert make("lru", {}).kernel_decay is None
+    assert make("knorm", {}).kernel_decay is None
+    assert Around(H2O(4, 8)).kernel_decay is None

@@ -12,7 +12,7 @@ import torch
 
 from paged_kv.hf.arena import PackedArena
 from paged_kv.hf.layer_step import LayerStep
-from paged_kv.kernels.operands import Queries, Segment, Side, Terms
+from paged_kv.kernels.operands import NO_SIDE, Queries, Segment, Side, Terms
 from paged_kv.store.attention import attend
 
 Tensor = torch.Tensor
@@ -44,8 +44,9 @@ class PackedStep(LayerStep):
         """Whether the kernels know all that the layer adds to its logits, and the policy reads."""
         if self.bias is not None:
             return False
-        policy = self.policy
-        return not self.rows.reads_scores or (policy is not None and policy.sums_attention)
+        if not self.rows.reads_scores:
+            return True
+        return self.policy is not None and self.policy.kernel_decay is not None
 
     def _by_kernel(self, states: Tensor, value_size: int) -> Tensor:
         """[tokens, heads, size], of queries [tokens, heads, head_dim] of all rows."""
@@ -56,13 +57,18 @@ class PackedStep(LayerStep):
         newest = None
         if step.newest is not None:
             newest = rows.residual.segment(index, step.newest)
-        scores = arena.side["scores"].transpose(0, 1) if rows.reads_scores else None
+        side = NO_SIDE
+        if rows.reads_scores:
+            assert self.policy is not None
+            assert self.policy.kernel_decay is not None
+            scores = arena.side["scores"].transpose(0, 1)
+            side = Side(scores=scores, decay=self.policy.kernel_decay)
         sinks = None if self.terms.sinks is None else self.terms.sinks.detach().float()
         terms = Terms(self.terms.scale, self.terms.softcap, sinks)
         output = states.new_empty(*states.shape[:2], value_size)
         with torch.no_grad():
             queries = Queries(states.detach(), step.starts)
-            attend(output, queries, pages, newest, terms, Side(scores=scores))
+            attend(output, queries, pages, newest, terms, side)
         return _NoGradient.apply(states, output) if states.requires_grad else output
 
     def _numbers(self, part: str, row: int, num_rows: int, size: int) -> Tensor:

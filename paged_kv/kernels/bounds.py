@@ -33,7 +33,7 @@ def rows(queries: Queries, segments: list[Segment], side: Side) -> None:
     counts = torch.stack([segment.counts for segment in segments]).tolist()
     for number, segment in enumerate(segments):
         # The first table has the pages of all entries where side data lies there.
-        beside = [numbers for numbers in side if numbers is not None] if number == 0 else []
+        beside = list(side.tensors.values()) if number == 0 else []
         for row, count in enumerate(counts[number]):
             num_entries = sum(column[row] for column in counts) if beside else count
             pages = -(-num_entries // segment.layout.page_size)

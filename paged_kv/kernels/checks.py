@@ -149,9 +149,9 @@ def _softcap(terms: Terms) -> None:
 
 def _side(side: Side, first: Segment) -> None:
     wanted = (first.blocks.shape[1], first.layout.page_size)
-    for what, numbers in side._asdict().items():
-        if numbers is None:
-            continue
+    if not 0 < side.decay <= 1:
+        raise ValueError(f"decay {side.decay}: must be above 0 and at most 1")
+    for what, numbers in side.tensors.items():
         if numbers.dtype != torch.float32 or numbers.dim() != 3 or numbers.shape[1:] != wanted:
             raise _wrong(what, numbers, f"float32 [pages, {wanted[0]}, {wanted[1]}]")
         if numbers.stride(2) != 1:

@@ -70,12 +70,21 @@ class Side(NamedTuple):
     Args:
         weights: float32 [pages, kv_heads, page_size], by slot, positive; their logarithm is added
             to the logits: an entry that stands for several.
-        scores: float32 [pages, kv_heads, page_size], by slot: what each entry gets, summed over
-            its query heads and the new tokens, is added.
+        scores: float32 [pages, kv_heads, page_size], by slot; those of an entry just written are 0.
+            Each new token multiplies its row's with decay and adds what they get from it, summed
+            over the query heads.
+        decay: in (0, 1]. Below 1 no two rows may have a page in common: each would fade it.
     """
 
     weights: Tensor | None = None
     scores: Tensor | None = None
+    decay: float = 1.0
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that are there, by name."""
+        named = {"weights": self.weights, "scores": self.scores}
+        return {name: numbers for name, numbers in named.items() if numbers is not None}
 
 
 NO_SIDE = Side()

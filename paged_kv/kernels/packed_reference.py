@@ -11,7 +11,7 @@ from paged_kv.kernels import bounds
 from paged_kv.kernels.index import NOWHERE, Index, region_index
 from paged_kv.kernels.operands import DenseAttention, Queries, Segment, Side, Terms
 from paged_kv.kernels.page_layout import SCALE_BYTES, WORD, Codec, PageLayout
-from paged_kv.kernels.reference import attention_mass, attention_probabilities
+from paged_kv.kernels.reference import attention_mass, attention_probabilities, fade
 
 __all__ = ["attend", "attention_mass", "gather", "move", "store", "take", "write"]
 
@@ -95,7 +95,9 @@ def attend(
         weights = None if side.weights is None else side.weights[page, :, offset].T
         probabilities = _probabilities(queries.states[tokens], keys, terms, weights)
         if side.scores is not None:
-            side.scores[page, :, offset] += probabilities.sum((1, 2)).T
+            asked = torch.ones(len(probabilities[0, 0]), dtype=torch.bool, device=page.device)
+            before = side.scores[page, :, offset].T
+            side.scores[page, :, offset] = fade(before, probabilities, side.decay, asked).T
         mixed = probabilities @ values[:, None]
         output[tokens] = mixed.flatten(0, 1).transpose(0, 1).to(output.dtype)
 

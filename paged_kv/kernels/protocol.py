@@ -93,7 +93,8 @@ class Kernels(Protocol):
             queries: see Queries.
             segments: one, or two; see Segment. Pages of a row beyond its count are not read.
             terms: see Terms.
-            side: see Side; of the first segment's pages.
+            side: see Side; of the first segment's pages. Slots beyond a row's count
+                stay as they are.
         """
 
     def attention_mass(self, attention: DenseAttention) -> Tensor:

@@ -68,6 +68,29 @@ def attention_mass(attention: DenseAttention) -> torch.Tensor:
     return result.unflatten(0, lead)
 
 
+def fade(
+    scores: torch.Tensor, probabilities: torch.Tensor, decay: float, asked: torch.Tensor
+) -> torch.Tensor:
+    """Scores after some more queries: each multiplies them with decay, then adds what it gives.
+
+    In whatever chunks queries come, scores become the same. decay 1 is the sum.
+
+    Args:
+        scores: float32 [..., entries].
+        probabilities: float32 [..., group, queries, entries]; 0 for what is no query.
+        decay: in (0, 1].
+        asked: bool, broadcasts to [..., queries]; False for what is no query: nothing fades.
+    """
+    if decay == 1:
+        return scores + probabilities.sum((-3, -2))
+    counted = asked.to(scores.dtype)
+    so_far = counted.cumsum(-1)  # exact in float32: queries of one step
+    count = so_far[..., -1:]
+    factors = torch.pow(decay, count - so_far)
+    given = factors[..., None, :] @ probabilities.sum(-3)
+    return scores * torch.pow(decay, count) + given.squeeze(-2)
+
+
 def expected_probabilities(
     mean: torch.Tensor,
     deviations: torch.Tensor,

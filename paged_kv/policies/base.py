@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 
 from paged_kv.core.options import Option
-from paged_kv.kernels import selection
+from paged_kv.kernels import reference, selection
 from paged_kv.policies.query_statistics import KnowsQueries
 from paged_kv.policies.region import Compaction, Region
 from paged_kv.policies.written import Written
@@ -84,20 +84,11 @@ class Policy(ABC):
     merges: bool = False
     """Whether survivors change. Then `reads` has weights, and whatever changes."""
 
-    sums_attention: bool = False
-    """Whether accumulate adds the probabilities, summed over group and queries, and no more: a
-    kernel can then do it on its way, instead of a second pass."""
-
     query_statistics: KnowsQueries | None = None
     """The model's, if they are stored; else who reads them gets what the engine gathers."""
 
     reads_partly: frozenset[str] = frozenset()
     """Keys or values of which it reads some entries only; they are in Region.partly."""
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "accumulate" in vars(cls) and "sums_attention" not in vars(cls):
-            cls.sums_attention = False  # what an inherited one said was of an inherited accumulate
 
     def __init__(
         self, num_sink_tokens: int, recent_window: int, options: Mapping[str, Any] | None = None
@@ -127,16 +118,38 @@ class Policy(ABC):
     def compact(self, region: Region) -> Compaction:
         """Which entries go, and what the others become."""
 
+    @property
+    def score_decay(self) -> float | None:
+        """What each query leaves of the scores before it adds its own attention, in (0, 1].
+
+        1: they are the sum of all attention. None: accumulate is the policy's own.
+        """
+        return None
+
+    @property
+    def kernel_decay(self) -> float | None:
+        """score_decay if that is all there is to accumulate, which a kernel then does on its way.
+
+        None: scores need a pass of their own.
+        """
+        return self.score_decay if type(self).accumulate is Policy.accumulate else None
+
     def accumulate(self, scores: Tensor, probabilities: Tensor, positions: Tensor) -> Tensor:
         """Scores after some more queries; called in every step if `reads` has scores.
+
+        As score_decay says. Who does something else must get the same in whatever chunks they come.
 
         Args:
             scores: float32 [sequences, kv_heads, m]; 0 for an entry that has just been written.
             probabilities: float32 [sequences, kv_heads, group, queries, m], attention to each
                 entry; 0 for entries that a query does not see and for padding.
-            positions: int64 [sequences, queries] of the queries.
+            positions: int64 [sequences, queries] of the queries, in order; -1 for padding, which
+                comes last.
         """
-        raise NotImplementedError(f"{type(self).__name__} reads scores but accumulates none")
+        if self.score_decay is None:
+            raise NotImplementedError(f"{type(self).__name__} reads scores but accumulates none")
+        asked = (positions >= 0)[:, None]
+        return reference.fade(scores, probabilities, self.score_decay, asked)
 
     def rate(self, entries: Written) -> Tensor:
         """What each entry is worth, whatever else a sequence holds; kept as Region.ratings.
@@ -231,13 +244,21 @@ class Wrapper(Policy):
         self.inner = inner
         self.reads = type(self).reads | inner.reads
         self.query_statistics = inner.query_statistics
-        override = type(self).accumulate is not Wrapper.accumulate
-        self.sums_attention = inner.sums_attention and not override
 
     @property
     def observation_window(self) -> int:
         """The inner policy's."""
         return self.inner.observation_window
+
+    @property
+    def score_decay(self) -> float | None:
+        """The inner policy's."""
+        return self.inner.score_decay
+
+    @property
+    def kernel_decay(self) -> float | None:
+        """The inner policy's, whose scores they are."""
+        return None if self._accumulates else self.inner.kernel_decay
 
     def accumulate(self, scores: Tensor, probabilities: Tensor, positions: Tensor) -> Tensor:
         """The inner policy's."""
@@ -250,5 +271,9 @@ class Wrapper(Policy):
     @property
     def scores_key(self) -> Any:
         """The inner policy's, whose scores they are."""
-        adds_up_itself = type(self).accumulate is not Wrapper.accumulate
-        return super().scores_key if adds_up_itself else self.inner.scores_key
+        return super().scores_key if self._accumulates else self.inner.scores_key
+
+    @property
+    def _accumulates(self) -> bool:
+        """Whether a subclass has scores of its own."""
+        return type(self).accumulate is not Wrapper.accumulate

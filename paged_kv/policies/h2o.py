@@ -26,7 +26,6 @@ class H2O(ScoringPolicy):
         "recent_ratio": number(0.5, 0, 1, "part of what stays: the newest"),
     }
     reads = frozenset({"scores"})
-    sums_attention = True
 
     def __init__(
         self, num_sink_tokens: int, recent_window: int, options: Mapping[str, Any] | None = None
@@ -37,11 +36,10 @@ class H2O(ScoringPolicy):
             raise ValueError("heavy_ratio and recent_ratio must not both be 0")
         self.recent_share: float = recent / (heavy + recent)
 
-    def accumulate(
-        self, scores: torch.Tensor, probabilities: torch.Tensor, positions: torch.Tensor
-    ) -> torch.Tensor:
-        """Attention summed over all queries so far and the group."""
-        return scores + probabilities.sum((-3, -2))
+    @property
+    def score_decay(self) -> float:
+        """1: attention summed over all queries so far and the group."""
+        return 1.0
 
     def score(self, region: Region) -> torch.Tensor:
         """The sum; the newest share beats it."""

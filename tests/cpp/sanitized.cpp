@@ -90,6 +90,7 @@ void attend_round() {
   a.scale = 0.1, a.softcap = pick(0, 1) * 3.0, a.sinks = pick(0, 1) ? sinks.data.get() : nullptr;
   if (pick(0, 1)) a.weights = {weights, pages, kv_heads * page_size, page_size};
   if (pick(0, 1)) a.scores = {scores, pages, kv_heads * page_size, page_size};
+  a.decay = pick(0, 1) ? 1.0 : 0.9;
   expect(paged_kv_attend(&a) == kFine, "attend");
   tables[0][0] = (int32_t)pages;
   bool unused = counts[0][0] == 0;

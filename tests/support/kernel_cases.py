@@ -50,6 +50,7 @@ class Case(NamedTuple):
     sinks: bool = False
     weights: bool = False
     scores: bool = False
+    decay: float = 1.0
     seed: int = 0
 
     @property
@@ -109,6 +110,7 @@ def cases(
         sinks=draw(st.booleans()),
         weights=draw(st.booleans()),
         scores=draw(st.booleans()),
+        decay=draw(st.sampled_from([1.0, 0.97, 0.5])),
         seed=draw(st.integers(0, 2**31)),
     )
 
@@ -135,6 +137,7 @@ def make(case: Case) -> Problem:
     side = Side(
         weights=1 + 8 * torch.rand(slots, generator=generator) if case.weights else None,
         scores=torch.rand(slots, generator=generator) if case.scores else None,
+        decay=case.decay,
     )
     return Problem(Queries(states, starts), segments, terms, side, case.value_size)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 
+import fading
 import kernel_cases
 import pytest
 import torch
@@ -45,12 +46,19 @@ def check(case: Case) -> None:
         Case(EDGES, dtype=SINGLE, key_size=64, value_size=64, weights=True, scores=True),
         Case(EDGES[-2:], dtype=HALF, key_size=128, value_size=80, kv_heads=1, group=8, sinks=True),
         Case(CHUNKS, dtype=HALF, key_size=80, value_size=16, page_size=48, softcap=2.5),
-        Case(RESIDUAL, dtype=SINGLE, key_size=64, value_size=64, weights=True, scores=True),
+        Case(RESIDUAL, dtype=SINGLE, key_size=64, value_size=64, scores=True, decay=0.9),
     ],
     ids=["decode", "many heads", "chunks", "residual"],
 )
 def test_attention(case, page_format):
     check(case._replace(page_format=page_format, seed=int(torch.randint(2**31, ()))))
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.9])
+@pytest.mark.parametrize("row", fading.ROWS)
+def test_scores_fade(row, decay):
+    fading.check_definition(kernels, Case((row, *CHUNKS), decay=decay, **fading.LOADED))
+    fading.check_chunks(kernels, Case((row,), decay=decay, **fading.LOADED))
 
 
 def test_rows_are_split():

@@ -78,8 +78,10 @@ def attend(page_format: str, dtype: torch.dtype, size: int, tokens: int) -> None
     states = torch.zeros(ROWS * tokens, heads, size, dtype=dtype)
     starts = torch.zeros(ROWS + 1, dtype=torch.int32)
     weights = torch.ones(NUM_PAGES, KV_HEADS, PAGE_SIZE)
-    terms, side = Terms(size**-0.5, 0.0, torch.zeros(heads)), Side(weights, weights.clone())
-    kernels.attend(torch.empty_like(states), Queries(states, starts), [segment], terms, side)
+    terms, queries = Terms(size**-0.5, 0.0, torch.zeros(heads)), Queries(states, starts)
+    for decay in (1.0, 0.9):
+        side = Side(weights, weights.clone(), decay)
+        kernels.attend(torch.empty_like(states), queries, [segment], terms, side)
 
 
 def copy(page_format: str, dtype: torch.dtype, size: int) -> None:

@@ -139,6 +139,7 @@ class CompiledKernels:
             None if terms.sinks is None else terms.sinks.data_ptr(),
             structs.side_struct(side.weights),
             structs.side_struct(side.scores),
+            side.decay,
         )
         _run(self.library.paged_kv_attend, work, "table", segments[0].layout)
 

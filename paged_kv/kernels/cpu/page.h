@@ -50,6 +50,7 @@ struct Attend {
   double scale, softcap;
   const float* sinks;
   Side weights, scores;
+  double decay;  // of scores, per token
   int64_t bad_row, bad_value;  // where an error is
 };
 

@@ -15,7 +15,7 @@ struct Call {
   int64_t group, key_size, value_size;
   float* queries[2];     // by segment: [kv_heads][tokens][group][key_size], scaled and rotated
   float* query_sums[2];  // by segment: [kv_heads][tokens][key groups][group]; one token only
-  float *tops, *shares;  // [tokens][heads], of softmaxes: maximum and 1 / sum; for scores
+  float *tops, *shares;  // [tokens][heads], of softmaxes: maximum and faded 1 / sum; for scores
   float* mass;           // what entries get, by row_mass
   int64_t* row_mass;     // [rows]: where a row's [kv_heads][mass_line(row)] begins
 
@@ -25,6 +25,8 @@ struct Call {
     for (int64_t s = 0; s < a->num_segments; ++s) entries += a->segments[s].counts[row];
     return entries;
   }
+  // What is left of a score after some more tokens.
+  float left_after(int64_t tokens) const { return (float)pow(a->decay, (double)tokens); }
   int64_t mass_line(int64_t row) const { return pieces(entries_of(row), 16) * 16 + 16; }
   float* mass_of(int64_t row, int64_t head) const {
     return mass + row_mass[row] + head * mass_line(row);

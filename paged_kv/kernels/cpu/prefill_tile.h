@@ -94,7 +94,8 @@ INLINE void finish_tile(const Call& call, const Tile& tile, TileScratch& s) {
     write_output(a, token, head, output, call.value_size);
     if (!a.scores.data) continue;
     call.tops[token * a.heads + head] = s.tops[m];
-    call.shares[token * a.heads + head] = s.sums[m] == 0 ? 0.f : 1.f / s.sums[m];
+    float left = call.left_after(a.starts[tile.row + 1] - 1 - token);
+    call.shares[token * a.heads + head] = s.sums[m] == 0 ? 0.f : left / s.sums[m];
   }
 }
 
@@ -131,7 +132,7 @@ static void attend_tile(const Call& call, const Tile& tile, float* memory) {
   finish_tile(call, tile, s);
 }
 
-// mass [count]: what the chunk's entries get from all of the row's tokens; tops are known.
+// mass [count]: what the chunk's entries get from all of the row's tokens, faded; tops are known.
 static void add_mass(const Call& call, const Chunk& chunk, int64_t tile_tokens, float* mass,
                      float* memory) {
   const Attend& a = *call.a;

@@ -161,6 +161,7 @@ INLINE void add_scores(const Job& job, int64_t row, int64_t head) {
   const Segment& first = a.segments[0];
   int64_t page_size = first.blocks.layout->page_size, entries = job.entries_of(row);
   const float* mass = job.mass_of(row, head);
+  float left = job.left_after(job.tokens_of(row));
   auto scores = [&](int64_t i) {
     int64_t page = first.table[row * first.table_stride + i / page_size];
     return a.scores.data + page * a.scores.page_stride + head * a.scores.head_stride;
@@ -171,8 +172,8 @@ INLINE void add_scores(const Job& job, int64_t row, int64_t head) {
     float* own = scores(i);
     int64_t count = smaller(page_size, entries - i), slot = 0;
     for (; slot + W <= count; slot += W)
-      store(own + slot, load<vf>(own + slot) + load<vf>(mass + slot));
-    for (; slot < count; ++slot) own[slot] += mass[slot];
+      store(own + slot, load<vf>(own + slot) * left + load<vf>(mass + slot));
+    for (; slot < count; ++slot) own[slot] = own[slot] * left + mass[slot];
   }
 }
 

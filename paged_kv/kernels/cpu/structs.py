@@ -81,6 +81,7 @@ class AttendStruct(ctypes.Structure):
         *_pointers("sinks"),
         ("weights", SideStruct),
         ("scores", SideStruct),
+        ("decay", ctypes.c_double),
         *_numbers("bad_row bad_value"),
     ]
 

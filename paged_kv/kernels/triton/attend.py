@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import log2
 from typing import Any
 
 import torch
@@ -166,11 +167,15 @@ def attend(
     )
     if side.scores is not None:
         assert log_totals is not None
-        _add_scores(side.scores, log_totals, call, shared)
+        _add_scores(side.scores, side.decay, log_totals, call, shared)
 
 
 def _add_scores(
-    scores: Tensor, log_totals: Tensor, call: _Call, shared: list[dict[str, Any]]
+    scores: Tensor,
+    decay: float,
+    log_totals: Tensor,
+    call: _Call,
+    shared: list[dict[str, Any]],
 ) -> None:
     for segment, arguments in zip(call.segments, shared, strict=True):
         most = segment.table.shape[1] * segment.layout.page_size
@@ -180,6 +185,8 @@ def _add_scores(
             log_totals,
             score_page_step=scores.stride(0),
             score_head_step=scores.stride(1),
+            log_decay=log2(decay),
+            FADES=decay < 1,
             **arguments,
         )
 

@@ -85,6 +85,7 @@ def score_kernel(
     side_head_step,
     score_page_step,
     score_head_step,
+    log_decay,
     KEY: tl.constexpr,
     SIDE_PAGE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -92,15 +93,20 @@ def score_kernel(
     ENTRIES: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
+    FADES: tl.constexpr,
 ):
-    """Adds what entries got to their scores. Grid: blocks of ENTRIES entries, rows, KV heads."""
+    """Adds what entries got to their scores. Grid: blocks of ENTRIES entries, rows, KV heads.
+
+    log_decay: log2 of what each new token leaves of the scores before it; 0 unless FADES. Then a
+    slot belongs to one row, so to one program, which may load, change and store it.
+    """
     TOKENS: tl.constexpr = QUERIES // GROUP
     row, kv_head = tl.program_id(1), tl.program_id(2)
     entry = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
     inside = entry < tl.load(counts + row)
     start = tl.load(starts + row)
     num_new = tl.load(starts + row + 1) - start
-    if tl.program_id(0) * ENTRIES >= tl.load(counts + row):
+    if (num_new == 0) | (tl.program_id(0) * ENTRIES >= tl.load(counts + row)):
         return
     before, total = tl.load(befores + row), tl.load(totals + row)
     page, offset = locate(table, row, table_step, entry, inside, KEY.page_size)
@@ -131,8 +137,13 @@ def score_kernel(
         )
         place = (start + token) * (tl.num_programs(2) * GROUP) + head
         log_total = tl.load(log_totals + place, mask=used, other=0.0)
+        if FADES:  # in the exponent, once per query
+            log_total -= (num_new - 1 - token) * log_decay
         shares = tl.exp2(logit - log_total[:, None])
         mass += tl.sum(tl.where(visible, shares, 0.0), 0)
-    # Rows may share a page, so that programs may add to one place.
     place = page * score_page_step + kv_head * score_head_step + side
-    tl.atomic_add(scores + place, mass, mask=inside, sem="relaxed")
+    if FADES:
+        faded = tl.load(scores + place, mask=inside, other=0.0) * tl.exp2(num_new * log_decay)
+        tl.store(scores + place, faded + mass, mask=inside)
+    else:  # rows may share a page, so that programs may add to one place
+        tl.atomic_add(scores + place, mass, mask=inside, sem="relaxed")

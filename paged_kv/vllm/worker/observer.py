@@ -12,6 +12,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from paged_kv.kernels.operands import NO_SIDE, Side
 from paged_kv.kernels.page_layout import PageLayout
 from paged_kv.kernels.rotary import Rotary
 from paged_kv.policies.base import Policy
@@ -64,8 +65,8 @@ class Observer:
     def looks_at_queries(self) -> bool:
         """Whether the forward pass must show its queries: kernels of ours add scores themselves."""
         reads_scores = "scores" in self.policy.reads
-        summed = reads_scores and all(map(self._summed, self.layers))
-        return self.policy.observation_window > 0 or (reads_scores and not summed) or self._gathers
+        unsummed = any(self._kernel_decay(name) is None for name in self.layers)
+        return self.policy.observation_window > 0 or (reads_scores and unsummed) or self._gathers
 
     @property
     def _gathers(self) -> bool:
@@ -140,15 +141,16 @@ class Observer:
         for batch in observed.batches:
             observation.accumulate(self.policy, store, layer, query, batch)
 
-    def scores(self, layer_name: str) -> torch.Tensor | None:
-        """Where a layer's attention has to add its probabilities, [pages, kv_heads, page_size].
+    def side(self, layer_name: str) -> Side:
+        """What a layer's attention has to add its probabilities to, and how.
 
-        None if it need not. Packed pages only: vLLM's kernels add nothing.
+        Packed pages only: vLLM's kernels add nothing.
         """
-        if layer_name not in self._observed or not self._summed(layer_name):
-            return None
+        decay = self._kernel_decay(layer_name)
+        if layer_name not in self._observed or decay is None:
+            return NO_SIDE
         store, layer = self._observed[layer_name].stores[layer_name]
-        return store.side.tensors["scores"][layer]
+        return Side(scores=store.side.tensors["scores"][layer], decay=decay)
 
     def _note_queries(self, names: tuple[str, ...], table: torch.Tensor, step: StepRows) -> None:
         stores = self.stores_of(names)
@@ -159,7 +161,7 @@ class Observer:
         if rings:  # all of them have the same rows
             write = rings[0].plan(step.ring, step.start, step.num_new, step.after, table.device)
         batches: list[observation.QueryBatch] = []
-        if "scores" in self.policy.reads and not self._summed(names[0]):
+        if "scores" in self.policy.reads and self._kernel_decay(names[0]) is None:
             batches += observation.query_batches(step, table, stores[0].pages.page_size)
         places = [(store, layer) for store in stores for layer in range(store.pages.num_layers)]
         positions = None
@@ -184,5 +186,5 @@ class Observer:
             SERVED_TOKENS,
         )
 
-    def _summed(self, layer_name: str) -> bool:
-        return self.policy.sums_attention and layer_name in self.layouts
+    def _kernel_decay(self, layer_name: str) -> float | None:
+        return self.policy.kernel_decay if layer_name in self.layouts else None

@@ -20,7 +20,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from paged_kv.core.page_formats import NATIVE
 from paged_kv.kernels import ops
-from paged_kv.kernels.operands import Queries, Segment, Side, Terms
+from paged_kv.kernels.operands import NO_SIDE, Queries, Segment, Side, Terms
 from paged_kv.kernels.page_layout import PageLayout
 from paged_kv.quant import PAGE_SIZES, make_layout
 from paged_kv.store.attention import attend
@@ -173,7 +173,7 @@ class PackedAttention:
         return self._terms
 
     def _side(self) -> Side:
-        return Side(scores=None if self.observer is None else self.observer.scores(self.name))
+        return NO_SIDE if self.observer is None else self.observer.side(self.name)
 
     def _blocks_of(self, cache: Tensor) -> Tensor:
         if self._cache is not cache or self._blocks is None:
