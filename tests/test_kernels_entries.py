@@ -165,10 +165,11 @@ def test_what_is_left_out_keeps_its_bytes(build, page_format):
     head_dim=st.sampled_from(HEAD_SIZES),
     softcap=st.sampled_from([0.0, 2.0]),
     sinks=st.booleans(),
+    largest=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 @settings(max_examples=30)
-def test_attention_mass(build, window, size, head_dim, softcap, sinks, seed):
+def test_attention_mass(build, window, size, head_dim, softcap, sinks, largest, seed):
     """Of queries that are missing, and of padding with the largest position, too."""
     generator = torch.Generator().manual_seed(seed)
     queries = torch.randn(2, 2, HEADS, 3, window, head_dim, generator=generator)
@@ -179,6 +180,6 @@ def test_attention_mass(build, window, size, head_dim, softcap, sinks, seed):
     extra = torch.randn(2, 1, HEADS, 3, generator=generator) if sinks else None
     terms = Terms(head_dim**-0.5, softcap, extra)
     attention = DenseAttention(queries, keys, asked, held, terms)
-    wanted = reference.attention_mass(attention)
-    found = kernels_of(build).attention_mass(attention)
+    wanted = reference.attention_mass(attention, largest)
+    found = kernels_of(build).attention_mass(attention, largest)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)

@@ -79,7 +79,7 @@ def test_options_of_a_policy_are_listed(capsys):
     assert cli.main(["options", "pyramidal+value_merge"]) == 0
     lines = capsys.readouterr().out.splitlines()
     names = [line.split()[0] for line in lines]
-    assert names == ["observation_window", "kernel_size", "of", "threshold"]
+    assert names == ["observation_window", "kernel_size", "aggregation", "of", "threshold"]
     assert cli.main(["options", "nope"]) == 2
     assert "unknown kv-policy 'nope'" in capsys.readouterr().err
 

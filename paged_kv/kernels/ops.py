@@ -89,16 +89,17 @@ def attend(
     _kernels(output.device).attend(output, queries, segments, terms, side)
 
 
-def attention_mass(attention: DenseAttention) -> Tensor:
+def attention_mass(attention: DenseAttention, largest: bool = False) -> Tensor:
     """What each entry gets from all queries of its KV head: float32 [..., kv_heads, entries].
 
     By torch for queries that are not float32 or whose head_dim is no multiple of 16.
 
     Args:
         attention: see DenseAttention.
+        largest: the most that it gets from one query (of one query head), not the sum.
     """
     checks.dense(attention)
     queries = attention.queries
     if queries.dtype != torch.float32 or queries.shape[-1] % 16:
-        return reference.attention_mass(attention)
-    return _kernels(queries.device).attention_mass(attention)
+        return reference.attention_mass(attention, largest)
+    return _kernels(queries.device).attention_mass(attention, largest)

@@ -97,9 +97,10 @@ class Kernels(Protocol):
                 stay as they are.
         """
 
-    def attention_mass(self, attention: DenseAttention) -> Tensor:
+    def attention_mass(self, attention: DenseAttention, largest: bool = False) -> Tensor:
         """What each entry gets from all queries of its KV head: float32 [..., kv_heads, entries].
 
         Args:
             attention: see DenseAttention; float32, head_dim a multiple of 16.
+            largest: the most that it gets from one of them, not the sum.
         """

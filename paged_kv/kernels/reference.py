@@ -45,9 +45,10 @@ def attention_probabilities(
     return weights.nan_to_num_(0.0)  # a query that sees nothing
 
 
-def attention_mass(attention: DenseAttention) -> torch.Tensor:
+def attention_mass(attention: DenseAttention, largest: bool = False) -> torch.Tensor:
     """attention_probabilities summed over the group and the queries: [..., kv_heads, entries].
 
+    largest: their maximum, not the sum.
     A few heads at a time, so that probabilities stay in a CPU's cache: twice as fast.
     """
     queries, keys, query_positions, key_positions, terms = attention.expanded()
@@ -56,6 +57,7 @@ def attention_mass(attention: DenseAttention) -> torch.Tensor:
     query_place, key_place = query_positions.flatten(0, -3), key_positions.flatten(0, -2)
     sinks = None if terms.sinks is None else terms.sinks.flatten(0, -2)
     result = torch.empty(key_place.shape, dtype=queries.dtype, device=queries.device)
+    reduce = torch.amax if largest else torch.sum
     for heads in _blocks(key_place, query_place[0].numel()):
         of_heads = DenseAttention(
             states[heads],
@@ -64,7 +66,7 @@ def attention_mass(attention: DenseAttention) -> torch.Tensor:
             key_place[heads],
             terms._replace(sinks=None if sinks is None else sinks[heads]),
         )
-        torch.sum(attention_probabilities(of_heads), (-3, -2), out=result[heads])
+        reduce(attention_probabilities(of_heads), (-3, -2), out=result[heads])
     return result.unflatten(0, lead)
 
 

@@ -6,7 +6,7 @@ import torch
 
 from paged_kv.core.options import MOST_OBSERVED, integer
 from paged_kv.policies.base import ScoringPolicy
-from paged_kv.policies.region import Region
+from paged_kv.policies.region import AGGREGATION, Region
 
 
 class Attention(ScoringPolicy):
@@ -18,7 +18,8 @@ class Attention(ScoringPolicy):
     """
 
     options = {
-        "observation_window": integer(150, 1, MOST_OBSERVED, "last queries that are looked at")
+        "observation_window": integer(150, 1, MOST_OBSERVED, "last queries that are looked at"),
+        "aggregation": AGGREGATION,
     }
     reads = frozenset({"keys"})
 
@@ -29,5 +30,5 @@ class Attention(ScoringPolicy):
         return window
 
     def score(self, region: Region) -> torch.Tensor:
-        """Attention summed over the window and the group."""
-        return region.attention_mass
+        """Attention aggregated over the window and the group."""
+        return region.aggregated_attention(self.settings["aggregation"])

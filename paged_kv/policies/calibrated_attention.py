@@ -42,13 +42,16 @@ class CalibratedAttention(ScoringPolicy):
         self, num_sink_tokens: int, recent_window: int, options: Mapping[str, Any] | None = None
     ) -> None:
         super().__init__(num_sink_tokens, recent_window, options)
-        self.score_decay = None
         if self.settings["fading"] == "on":
-            self.reads = self.reads | {"scores"}
-            self.score_decay = 0.5 ** (1 / self.settings["half_life"])
+            self.reads = type(self).reads | {"scores"}
         file = self.settings["statistics"]
         if file not in ("", GATHERED):
             self.query_statistics = load(Path(file).expanduser())
+
+    @property
+    def score_decay(self) -> float | None:
+        """Half after so many tokens."""
+        return 0.5 ** (1 / self.settings["half_life"]) if "scores" in self.reads else None
 
     def rate(self, entries: Written) -> torch.Tensor:
         """Expected attention, averaged over the group, times the norm of the value."""

@@ -7,7 +7,7 @@ import torch
 from paged_kv.core.options import MOST_OBSERVED, integer
 from paged_kv.policies.entries import share
 from paged_kv.policies.expected_attention import ExpectedAttention
-from paged_kv.policies.region import Region
+from paged_kv.policies.region import AGGREGATION, Region
 
 
 class PastFuture(ExpectedAttention):
@@ -23,9 +23,11 @@ class PastFuture(ExpectedAttention):
         "observation_window": integer(
             64, 2, MOST_OBSERVED, ExpectedAttention.options["observation_window"].help
         ),
+        "aggregation": AGGREGATION,
     }
 
     def score(self, region: Region) -> torch.Tensor:
         """Share of the attention that was seen + share of what is expected."""
         free = ~self.protected(region)
-        return share(region.attention_mass, free) + share(super().score(region), free)
+        seen = region.aggregated_attention(self.settings["aggregation"])
+        return share(seen, free) + share(super().score(region), free)

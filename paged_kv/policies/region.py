@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol, cast
 
 import torch
 
+from paged_kv.core.options import choice
 from paged_kv.kernels import ops, reference, selection
 from paged_kv.kernels.operands import DenseAttention, Terms
 from paged_kv.kernels.rotary import Rotary
@@ -19,6 +20,13 @@ RegionIndex = tuple[Tensor, Tensor, Tensor, Tensor]
 """int64 (layer, event, KV head, slot) of entries of a region, [n] each."""
 _UNREAD = cast(Tensor, None)  # policies read only what they declare, and that is there
 _NO_QUERIES = cast("ObservedQueries", None)
+
+SUM, MAX = "sum", "max"
+AGGREGATION = choice(
+    SUM,
+    MAX,
+    help="what counts of the attention of these queries, in all heads of a group: sum or max",
+)
 
 
 class EntryReader(Protocol):
@@ -137,6 +145,15 @@ class Region:
     def attention_mass(self) -> Tensor:
         """attention, summed over group and window: [..., m]. Much faster than attention."""
         return ops.attention_mass(self._window_attention())
+
+    @cached_property
+    def largest_attention(self) -> Tensor:
+        """The maximum of attention over group and window: [..., m]. Much faster than attention."""
+        return ops.attention_mass(self._window_attention(), largest=True)
+
+    def aggregated_attention(self, how: str) -> Tensor:
+        """attention_mass or largest_attention, as an option AGGREGATION says."""
+        return self.largest_attention if how == MAX else self.attention_mass
 
     def _window_attention(self) -> DenseAttention:
         queries = self.queries

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from paged_kv.core.options import MOST_OBSERVED, integer
 from paged_kv.policies.base import ScoringPolicy
-from paged_kv.policies.region import Region
+from paged_kv.policies.region import AGGREGATION, Region
 
 
 class SnapKV(ScoringPolicy):
@@ -25,6 +25,7 @@ class SnapKV(ScoringPolicy):
             32, 1, MOST_OBSERVED, "last queries that are looked at; their entries stay"
         ),
         "kernel_size": integer(5, 1, help="neighbours that attention is averaged over"),
+        "aggregation": AGGREGATION,
     }
     reads = frozenset({"keys"})
 
@@ -41,8 +42,8 @@ class SnapKV(ScoringPolicy):
         return window
 
     def score(self, region: Region) -> torch.Tensor:
-        """Attention summed over the window and the group, then averaged over neighbours."""
-        total = region.attention_mass
+        """Attention aggregated over the window and the group, then averaged over neighbours."""
+        total = region.aggregated_attention(self.settings["aggregation"])
         outside = region.positions < (region.num_tokens - self.observation_window)[:, None, None]
         order = region.positions.argsort(-1)
         in_order = (total * outside).gather(-1, order)

@@ -137,7 +137,7 @@ void mass_round() {
   for (auto& place : asked) place = pick(-1, 300);
   for (auto& place : held) place = pick(0, 9) ? pick(0, 300) : INT64_MAX;
   Mass m{q, k, pick(0, 1) ? sinks.data.get() : nullptr, asked.data(), held.data(), mass,
-         heads, queries, entries, size, group, 0.1, pick(0, 1) * 2.0};
+         heads, queries, entries, size, group, pick(0, 1), 0.1, pick(0, 1) * 2.0};
   expect(paged_kv_attention_mass(&m) == kFine, "mass");
 }
 

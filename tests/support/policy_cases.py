@@ -39,8 +39,8 @@ NEAR = {"n_future": 8, "observation_window": 16}
 
 CASES: dict[str, Cases] = {
     "attention": Cases(
-        [{}, {"observation_window": 6}],
-        wrong={"observation_window": [0, 1.5]},
+        [{}, {"observation_window": 6}, {"observation_window": 6, "aggregation": "max"}],
+        wrong={"observation_window": [0, 1.5], "aggregation": ["mean"]},
     ),
     "cluster": Cases(
         [
@@ -76,7 +76,7 @@ CASES: dict[str, Cases] = {
     "hybrid": Cases(
         [{}, {"split_ratio": 0.2, "observation_window": 6}, {"split_ratio": 1}],
         engine=[WINDOW],
-        wrong={"split_ratio": [1.01, "half"], "observation_window": [0]},
+        wrong={"split_ratio": [1.01, "half"], "observation_window": [0], "aggregation": [1]},
     ),
     "keydiff": Cases(),
     "knorm": Cases(),
@@ -85,9 +85,13 @@ CASES: dict[str, Cases] = {
         [{}, {"threshold": 0.3}], engine=[{"threshold": 0.05}], wrong={"threshold": [1.5, None]}
     ),
     "past_future": Cases(
-        [{}, {"n_future": 3, "epsilon": 0.02, "observation_window": 6}],
+        [
+            {},
+            {"n_future": 3, "epsilon": 0.02, "observation_window": 6},
+            {"observation_window": 6, "aggregation": "max"},
+        ],
         engine=[NEAR],
-        wrong={"n_future": [0], "epsilon": [2], "observation_window": [1]},
+        wrong={"n_future": [0], "epsilon": [2], "observation_window": [1], "aggregation": [""]},
     ),
     "pooling": Cases(
         [
@@ -114,9 +118,9 @@ CASES: dict[str, Cases] = {
         has_accumulator=True,
     ),
     "snapkv": Cases(
-        [{}, {"observation_window": 6, "kernel_size": 4}],
-        engine=[WINDOW],
-        wrong={"observation_window": [0], "kernel_size": [0]},
+        [{}, {"observation_window": 6, "kernel_size": 4}, {**WINDOW, "aggregation": "max"}],
+        engine=[WINDOW, {**WINDOW, "aggregation": "max"}],
+        wrong={"observation_window": [0], "kernel_size": [0], "aggregation": ["largest"]},
     ),
     "streaming": Cases(),
     "tova": Cases(

@@ -187,14 +187,16 @@ def lowest(
     return set(sorted(free, key=lambda slot: (values[slot], head.positions[slot]))[:count])
 
 
-def observed(head: Head, window: int) -> np.ndarray:
-    """Attention that each entry gets from the last `window` queries: [m], summed over the group."""
+def observed(head: Head, window: int, aggregation: str = "sum") -> np.ndarray:
+    """Attention that each entry gets from the last `window` queries of the group, [m]: in all, or
+    (max) from that query and query head which gives it most."""
     total = np.zeros(len(head.positions))
     for index, position in enumerate(head.query_positions):
         if not 0 <= head.num_tokens - 1 - position < window or position < 0:
             continue
         for member in range(len(head.queries)):
-            total += softmax_row(head, head.queries[member, index], position, member)
+            given = softmax_row(head, head.queries[member, index], position, member)
+            total = np.maximum(total, given) if aggregation == "max" else total + given
     return total
 
 

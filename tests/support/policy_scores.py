@@ -24,7 +24,7 @@ def newest_first(head: Head, values: np.ndarray, share: float) -> np.ndarray:
 
 @scores()
 def attention(head: Head, options: dict) -> np.ndarray:
-    return observed(head, options["observation_window"])
+    return observed(head, options["observation_window"], options["aggregation"])
 
 
 @scores()
@@ -131,7 +131,7 @@ def past_future(head: Head, options: dict) -> np.ndarray:
     free = free_slots("past_future", head, options)
     total = np.zeros(len(head.positions))
     for measure in (
-        observed(head, options["observation_window"]),
+        observed(head, options["observation_window"], options["aggregation"]),
         expected_attention(head, options),
     ):
         whole = sum(measure[slot] for slot in free)
@@ -164,7 +164,7 @@ def window_too(head: Head, options: dict) -> tuple[int, int]:
 def snapkv(head: Head, options: dict) -> np.ndarray:
     """The window itself counts as 0, and so do neighbours past the ends."""
     window, kernel = options["observation_window"], options["kernel_size"]
-    total = observed(head, window)
+    total = observed(head, window, options["aggregation"])
     order = sorted(range(len(total)), key=lambda slot: head.positions[slot])
     in_order = [total[s] * (head.positions[s] < head.num_tokens - window) for s in order]
     pooled = np.zeros(len(total))

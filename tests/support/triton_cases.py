@@ -172,5 +172,7 @@ def test_observe(size, softcap):
     for extra in (None, sinks):
         terms = Terms(size**-0.5, softcap, extra)
         attention = DenseAttention(queries, keys, asked, held, terms)
-        found = kernels.attention_mass(attention)
-        torch.testing.assert_close(found, reference.attention_mass(attention), atol=1e-5, rtol=0)
+        for largest in (False, True):
+            found = kernels.attention_mass(attention, largest)
+            wanted = reference.attention_mass(attention, largest)
+            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)

@@ -104,7 +104,8 @@ def observe(size: int) -> None:
         torch.zeros(entries, dtype=torch.int64),
         Terms(size**-0.5),
     )
-    kernels.attention_mass(attention)
+    for largest in (False, True):
+        kernels.attention_mass(attention, largest)
 
 
 def cases(options: Any) -> Iterator[tuple[str, Any]]:

@@ -143,7 +143,7 @@ class CompiledKernels:
         )
         _run(self.library.paged_kv_attend, work, "table", segments[0].layout)
 
-    def attention_mass(self, attention: DenseAttention) -> Tensor:
+    def attention_mass(self, attention: DenseAttention, largest: bool = False) -> Tensor:
         """What each entry gets from all queries of its KV head."""
         queries, keys, query_positions, key_positions, terms = attention.expanded()
         lead, (group, num_queries, size) = queries.shape[:-3], queries.shape[-3:]
@@ -161,6 +161,7 @@ class CompiledKernels:
             keys.shape[-2],
             size,
             group,
+            largest,
             terms.scale,
             terms.softcap,
         )

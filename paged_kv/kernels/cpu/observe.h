@@ -1,5 +1,6 @@
-// attention_mass of dense keys: what each entry gets from some queries. Lanes are queries, so keys
-// are read as they are and the softmax over entries needs no sum across lanes.
+// attention_mass of dense keys: what each entry gets from some queries, in all or from one at most.
+// Lanes are queries, so keys are read as they are and the softmax over entries needs no sum across
+// lanes.
 #pragma once
 
 #include "attend.h"
@@ -71,6 +72,7 @@ INLINE void close_columns(const Columns& c) {
   }
 }
 
+template <bool kLargest>
 static void observe_columns(const Columns& c, float* found) {
   const Mass& m = *c.mass;
   const float* keys = m.keys + c.head * m.entries * m.size;
@@ -93,9 +95,12 @@ static void observe_columns(const Columns& c, float* found) {
       factors[v] = keep * load<vf>(c.sum + v * W);
     }
     vf total = {};
-    for (int v = 0; v < kVectors; ++v)
-      total = fma(load<vf>(c.numerators + e * kColumns + v * W), factors[v], total);
-    found[e] += sum_of(total);
+    for (int v = 0; v < kVectors; ++v) {
+      vf numerator = load<vf>(c.numerators + e * kColumns + v * W);
+      total = kLargest ? max(numerator * factors[v], total) : fma(numerator, factors[v], total);
+    }
+    if (!kLargest) found[e] += sum_of(total);
+    else if (float most = max_of(total); !(most <= found[e])) found[e] = most;
   }
 }
 
@@ -126,7 +131,8 @@ extern "C" EXPORT int paged_kv_attention_mass(Mass* m) {
       memset(found, 0, 4 * m->entries);
       for (c.first = 0; c.first < m->queries_per_head; c.first += kColumns) {
         c.count = smaller(kColumns, m->queries_per_head - c.first);
-        observe_columns(c, found);
+        if (m->largest) observe_columns<true>(c, found);
+        else observe_columns<false>(c, found);
       }
     }
   }

@@ -80,6 +80,7 @@ struct Mass {
   const int64_t *query_positions, *key_positions;
   float* mass;  // [heads, entries]
   int64_t heads, queries_per_head, entries, size, group;
+  int64_t largest;  // whether the largest probability, not the sum
   double scale, softcap;
 };
 }

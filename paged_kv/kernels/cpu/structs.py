@@ -122,7 +122,7 @@ class MassStruct(ctypes.Structure):
 
     _fields_: ClassVar = [
         *_pointers("queries keys sinks query_positions key_positions mass"),
-        *_numbers("heads queries_per_head entries size group"),
+        *_numbers("heads queries_per_head entries size group largest"),
         ("scale", ctypes.c_double),
         ("softcap", ctypes.c_double),
     ]

@@ -11,8 +11,8 @@ Tensor = torch.Tensor
 QUERIES, ENTRIES = 16, 32  # of a program's block
 
 
-def attention_mass(attention: DenseAttention) -> Tensor:
-    """What each entry gets from all queries of its KV head."""
+def attention_mass(attention: DenseAttention, largest: bool = False) -> Tensor:
+    """What each entry gets from all queries of its KV head; see protocol.Kernels."""
     queries, keys, query_positions, key_positions, terms = attention.expanded()
     lead, (group, num_queries, size) = queries.shape[:-3], queries.shape[-3:]
     num_entries, count = keys.shape[-2], group * num_queries
@@ -33,5 +33,5 @@ def attention_mass(attention: DenseAttention) -> Tensor:
     grid = num_heads, -(-count // QUERIES)
     total_kernel[grid](totals, *operands, sinks, *numbers, **sizes, **fusion)
     grid = num_heads, -(-num_entries // ENTRIES)
-    mass_kernel[grid](result, totals, *operands, *numbers, **sizes, **fusion)
+    mass_kernel[grid](result, totals, *operands, *numbers, LARGEST=largest, **sizes, **fusion)
     return result

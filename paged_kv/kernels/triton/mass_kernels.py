@@ -1,4 +1,5 @@
-"""Kernels for reference.attention_mass: dense keys, a few queries, probabilities summed up."""
+"""Kernels for reference.attention_mass: dense keys, a few queries, their probabilities
+summed up, or the largest."""
 
 from __future__ import annotations
 
@@ -94,8 +95,12 @@ def mass_kernel(
     QUERIES: tl.constexpr,
     ENTRIES: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    LARGEST: tl.constexpr,
 ):
-    """What each entry gets: float32 [heads, entries]. Grid: KV heads, blocks of entries."""
+    """What each entry gets, in all or (LARGEST) from one query at most: float32 [heads, entries].
+
+    Grid: KV heads, blocks of entries.
+    """
     head = tl.program_id(0).to(tl.int64)
     entry = tl.program_id(1) * ENTRIES + tl.arange(0, ENTRIES)
     inside = entry < num_entries
@@ -110,5 +115,6 @@ def mass_kernel(
         total = tl.load(totals + head * num_queries + query, mask=used, other=0.0)
         logit = _block_logits(states, block, query_pos, key_pos, scale, softcap, SOFTCAP)
         shares = tl.exp2(logit - total[:, None])
-        mass += tl.sum(tl.where(logit == NOTHING, 0.0, shares), 0)
+        shares = tl.where(logit == NOTHING, 0.0, shares)
+        mass = tl.maximum(mass, tl.max(shares, 0)) if LARGEST else mass + tl.sum(shares, 0)
     tl.store(result + head * num_entries + entry, mass, mask=inside)
