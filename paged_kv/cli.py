@@ -122,8 +122,19 @@ COMMANDS = {
         "hf,bench",
     ),
     "calibrate": Command(
-        "choose a page format for each layer of a model",
-        from_module("paged_kv.eval.calibrate"),
+        "measure a model once, for what compresses it later",
+        from_modules(
+            {
+                "formats": (
+                    "choose a page format for each layer",
+                    "paged_kv.eval.calibrate_formats",
+                ),
+                "queries": (
+                    "statistics of queries, for calibrated_attention",
+                    "paged_kv.eval.calibrate_queries",
+                ),
+            }
+        ),
         "hf,bench",
     ),
     "train-learned": Command(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -127,6 +127,15 @@ class CompressionConfig(OptionTable):
         if isinstance(self.budget, Fraction):
             result["budget"] = str(float(self.budget))
         return result
+
+    def settled(self, model: str, sums_attention: bool) -> CompressionConfig:
+        """The same, with what a policy leaves open decided for an engine; see EngineFacts."""
+        if not self.enabled:
+            return self
+        from paged_kv.policies.base import EngineFacts
+
+        engine = EngineFacts(model, sums_attention)
+        return replace(self, options=registry.settled(self.selector, self.options, engine))
 
     def create_policy(self) -> Policy:
         """What picks the survivors; with spill, around it what fetches others back.

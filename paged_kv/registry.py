@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from paged_kv.core.options import Option
-    from paged_kv.policies.base import Policy
+    from paged_kv.policies.base import EngineFacts, Policy
 
 FULL = "full"
 PYRAMIDAL = "pyramidal"
@@ -98,6 +98,23 @@ def declared(name: str, values: Mapping[str, Any]) -> dict[str, Option]:
         allowed = ", ".join(sorted(evicting))
         raise ValueError(f"{WRAPPED} must be one of {allowed}, not {inner!r}")
     return dict(load(inner).options) | options
+
+
+def settled(name: str, options: Mapping[str, Any], engine: EngineFacts) -> dict[str, Any]:
+    """Options of a policy, and of one that it wraps, as they are in an engine; see Policy.settled.
+
+    Args:
+        name: see load.
+        options: see create.
+        engine: see Policy.settled.
+    """
+    policy = load(name)
+    decided = {**options, **policy.settled(options, engine)}
+    if not policy.wraps:
+        return decided
+    inner = options.get(WRAPPED, policy.options[WRAPPED].default)
+    own = {key: value for key, value in decided.items() if key in policy.options}
+    return {**settled(inner, decided, engine), **own}
 
 
 def create(

@@ -1,4 +1,4 @@
-"""`paged-kv calibrate`: what it measures, that the worst layers get int8, and its mistakes."""
+"""`paged-kv calibrate formats`: what it measures, that the worst layers get int8, and its mistakes."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import tiny_models
 import torch
 
 from paged_kv import cli
-from paged_kv.eval.calibrate import choose
+from paged_kv.eval.calibrate_formats import choose
 from paged_kv.hf import PagedCache
 from paged_kv.quant import QUANTIZED
 
@@ -23,7 +23,7 @@ def text(tmp_path_factory):
 
 def calibrate(tiny, text, output, *args) -> int:
     given = ["--model", tiny, "--text", text, "--output", output, "--tokens", TOKENS, *args]
-    return cli.main(["calibrate", *map(str, given)])
+    return cli.main(["calibrate", "formats", *map(str, given)])
 
 
 def log_probabilities(model, ids, formats: dict[int, str]) -> torch.Tensor:

@@ -33,7 +33,7 @@ def model(tiny) -> Any:
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory) -> str:
-    """A file as `paged-kv calibrate` writes it."""
+    """A file as `paged-kv calibrate formats` writes it."""
     file = tmp_path_factory.mktemp("formats") / "mixed.json"
     file.write_text(json.dumps({"layers": MIXED}))
     return str(file)

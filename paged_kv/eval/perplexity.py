@@ -70,7 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--policy-config", metavar="JSON", help="more options, for all policies given: see "
         "paged-kv options")  # fmt: skip
     add("--page-format", default=NATIVE, metavar="F[,F...]",
-        help=f"{', '.join(FORMATS)}, or files of paged-kv calibrate (default native)")  # fmt: skip
+        help=f"{', '.join(FORMATS)}, or files of paged-kv calibrate formats "
+             "(default native)")  # fmt: skip
     add("--residual-pages", type=int, default=0, metavar="N",
         help=OPTIONS["residual_pages"].describe())  # fmt: skip
     add("--engine", choices=("reference", "vllm"), default="reference", help="default reference")

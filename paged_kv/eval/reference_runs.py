@@ -14,6 +14,8 @@ from paged_kv.eval.reference.engine import ReferenceEngine
 from paged_kv.eval.scoring import Score
 from paged_kv.eval.task import Case, Outcome, Task
 from paged_kv.hf.driver.loading import load_model
+from paged_kv.store import query_gathering
+from paged_kv.store.query_gathering import SERVED_TOKENS, QueryGathering
 
 MOST_AT_ONCE = 256  # tokens
 FULL = CompressionConfig()  # what others are compared with: everything kept, as computed
@@ -34,6 +36,9 @@ def run_all(windows: list[Task], cases: list[Case], bar: Any) -> Iterator[tuple[
         bar: tqdm; it counts the tokens of every window, for each case and for the full cache.
     """
     model = load_model(windows[0].model)
+    # This engine can sum attention for whoever wants it.
+    name = str(windows[0].model)
+    cases = [case._replace(config=case.config.settled(name, True)) for case in cases]
     others = sum(case.config != FULL for case in cases)
     bar.reset(len(windows) * windows[0].num_tokens * (others + 1))
     for task in windows:
@@ -63,6 +68,9 @@ class _Prompts:
         self.task, self.model = task, model
         enabled = [case.config.create_policy() for case in cases if case.config.enabled]
         self.observe = max((policy.observation_window for policy in enabled), default=0)
+        self.gathers = any(
+            isinstance(query_gathering.source(policy), QueryGathering) for policy in enabled
+        )
         self.prefills: dict[Any, tuple[ReferenceEngine, float]] = {}
 
     def run(self, config: CompressionConfig, score: Score, bar: Any) -> Outcome:
@@ -92,7 +100,10 @@ class _Prompts:
             key, base = (config.page_format, settings), config
         if key not in self.prefills:
             start = time.perf_counter()
-            engine = ReferenceEngine(self.model, base, self.task.page_size, observe=self.observe)
+            gathering = QueryGathering(SERVED_TOKENS) if self.gathers else None
+            engine = ReferenceEngine(
+                self.model, base, self.task.page_size, observe=self.observe, gathering=gathering
+            )
             engine.process(self.task.tokens[: self.task.num_prompt], compact=False)
             self.prefills[key] = engine, time.perf_counter() - start
         return self.prefills[key]

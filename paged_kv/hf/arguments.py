@@ -30,6 +30,20 @@ def read_options(
     return policy
 
 
+def settle(compression: CompressionConfig, config: Any) -> CompressionConfig:
+    """With what the policy leaves open decided.
+
+    Pages in the model's dtype are read by SDPA, which shows nobody what entries get.
+
+    Args:
+        compression: as the user asked.
+        config: of the model, as from_pretrained made it: it says where the model lies.
+    """
+    decoder = config.get_text_config(decoder=True)
+    formats = layer_formats(compression.page_format, decoder.num_hidden_layers)
+    return compression.settled(getattr(config, "name_or_path", ""), NATIVE not in formats)
+
+
 def read_pool(pool: PagePool | None, page_size: int | None) -> PagePool:
     """The pool, or a new one without a limit. Raises ValueError: page_size is not the pool's."""
     if pool is None:

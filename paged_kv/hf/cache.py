@@ -14,7 +14,7 @@ from transformers.cache_utils import (
 from paged_kv.config import CompressionConfig
 from paged_kv.hf import dispatch, given, providers, seams
 from paged_kv.hf.arena import Geometry
-from paged_kv.hf.arguments import check_page_format, read_options, read_pool
+from paged_kv.hf.arguments import check_page_format, read_options, read_pool, settle
 from paged_kv.hf.copies import Copyable
 from paged_kv.hf.handle import Handle
 from paged_kv.hf.masks import MaskSpec, counts_of
@@ -52,7 +52,7 @@ class PagedCache(Copyable, Saveable, RowOperations):
         budget: entries kept per sequence and layer, or a fraction; see CompressionConfig.
         page_size: entries per page.
         page_format: how pages store numbers: native (the model's dtype), int8, int4, fp8, or a
-            file that `paged-kv calibrate` wrote.
+            file that `paged-kv calibrate formats` wrote.
         pool: where pages come from, to share it or to limit it; None: memory of its own.
         attention: what computes steps of one token: sdpa; flex, compiled, which reads scattered
             pages in place; xformers, on GPUs.
@@ -91,6 +91,7 @@ class PagedCache(Copyable, Saveable, RowOperations):
         if compression.enabled:
             compression.check_page_size(pool.page_size)
         check_page_format(compression, decoder, pool.page_size, attention)
+        compression = settle(compression, config)
         self.compression, self.pool = compression, pool
         self._config, self._attention = config, attention
         self.sequences = Sequences(compression, paged, len(types), pool, is_private, provider)

@@ -54,6 +54,18 @@ class Moves(NamedTuple):
     target: Int64s  # logical slot, >= evicted_after
 
 
+class EngineFacts(NamedTuple):
+    """What decides on options that a user leaves open.
+
+    Args:
+        model: its directory, or its name on the hub; empty if it is not known.
+        sums_attention: whether the attention kernels sum up what each entry gets, in passing.
+    """
+
+    model: str
+    sums_attention: bool
+
+
 class Policy(ABC):
     """Picks survivors. Stateless: all it may remember is in the pages.
 
@@ -97,6 +109,16 @@ class Policy(ABC):
         self.recent_window = recent_window
         defaults = {name: option.default for name, option in self.options.items()}
         self.settings = {**defaults, **(options or {})}
+
+    @classmethod
+    def settled(cls, options: Mapping[str, Any], engine: EngineFacts) -> dict[str, Any]:
+        """What the options of the policy come to in an engine; each is decided there once.
+
+        Args:
+            options: of the policy, by name.
+            engine: what an engine and a model allow.
+        """
+        return dict(options)
 
     @property
     def observation_window(self) -> int:

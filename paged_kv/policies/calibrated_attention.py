@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from paged_kv.core.options import choice, number, text
-from paged_kv.policies.base import ScoringPolicy
+from paged_kv.policies.base import EngineFacts, ScoringPolicy
 from paged_kv.policies.entries import share
-from paged_kv.policies.query_files import load
+from paged_kv.policies.query_files import find, load
 from paged_kv.policies.query_statistics import GATHERED
 from paged_kv.policies.region import Region
 from paged_kv.policies.written import Written
@@ -32,11 +32,23 @@ class CalibratedAttention(ScoringPolicy):
         ),
         "half_life": number(64, 1, 1e6, "tokens after which attention counts half"),
         "statistics": text(
-            "", "file of paged-kv calibrate queries; none: this model's, if there is one; "
-            f"{GATHERED}: of the first tokens"
-        ),  # fmt: skip
+            "",
+            "file of paged-kv calibrate queries; none: this model's, if there is one; "
+            f"{GATHERED}: of the first tokens",
+        ),
     }
     reads = frozenset({"ratings", "rotary", "query_statistics"})
+
+    @classmethod
+    def settled(cls, options: Mapping[str, Any], engine: EngineFacts) -> dict[str, Any]:
+        """Whether attention counts, and the model's file."""
+        decided = dict(options)
+        if options["fading"] == "auto":
+            decided["fading"] = "on" if engine.sums_attention else "off"
+        if not options["statistics"]:
+            file = find(engine.model)
+            decided["statistics"] = GATHERED if file is None else str(file)
+        return decided
 
     def __init__(
         self, num_sink_tokens: int, recent_window: int, options: Mapping[str, Any] | None = None

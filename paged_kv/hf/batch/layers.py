@@ -14,7 +14,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from paged_kv.config import CompressionConfig
 from paged_kv.core.schedule import Schedule
 from paged_kv.hf import seams
-from paged_kv.hf.arguments import check_page_format
+from paged_kv.hf.arguments import check_page_format, settle
 from paged_kv.hf.modes import keeps
 from paged_kv.hf.pool import PagePool
 from paged_kv.hf.sequences import Sequences
@@ -38,6 +38,7 @@ def make_parts(model: Any, compression: CompressionConfig, pool: PagePool) -> li
     if compression.enabled:
         compression.check_page_size(pool.page_size)
     check_page_format(compression, config, pool.page_size)
+    compression = settle(compression, model.config)
     by_kind: dict[Any, list[int]] = {None: []}
     for layer, more in enumerate(arguments):
         by_kind.setdefault(more.get("sliding_window"), []).append(layer)

@@ -1,4 +1,4 @@
-"""`paged-kv calibrate`: page formats by layer, chosen on a text of yours.
+"""`paged-kv calibrate formats`: page formats by layer, chosen on a text of yours.
 
 A text is read once with native pages, and once for each layer with only that layer's pages in int4.
 What a layer costs is how far the predictions move: the mean Kullback-Leibler divergence, in nats
@@ -35,8 +35,7 @@ SHARE = 4  # by default one layer in so many is sensitive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `paged-kv calibrate`."""
-    parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
+    """The options of `paged-kv calibrate formats`."""
     add = parser.add_argument
     add("--model", default="smollm2", help="smollm2 (the default), a directory or a hub name")
     add("--text", type=Path, required=True, metavar="FILE", help="UTF-8, like what you will run")
