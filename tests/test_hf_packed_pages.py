@@ -19,6 +19,7 @@ from paged_kv.hf.arena import Geometry, PackedArena
 from paged_kv.hf.paged_attention import Terms
 from paged_kv.hf.sequences import Sequences
 from paged_kv.kernels.page_layout import Codec
+from paged_kv.policies.h2o import H2O
 from paged_kv.quant import QUANTIZED, make_layout
 
 FORMATS = list(QUANTIZED)
@@ -105,6 +106,14 @@ def test_pages_equal_native_ones_of_what_the_codec_makes(page_format, options):
     entry = make_layout(page_format, torch.float32, SIZE, SIZE, PAGE).entry_bytes
     assert ours.bytes == ours.pages * KV_HEADS * PAGE * entry
     assert ours.bytes * 2 * SIZE * 4 == theirs.bytes * entry
+
+
+@pytest.mark.parametrize("page_format", FORMATS)
+def test_scores_that_fade(page_format, monkeypatch):
+    """As the kernels have them, and as they are computed beside native pages."""
+    monkeypatch.setattr(H2O, "score_decay", 0.9)
+    options = {"policy": "h2o", **SMALL}
+    test_pages_equal_native_ones_of_what_the_codec_makes(page_format, options)
 
 
 class Plain:

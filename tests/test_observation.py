@@ -8,6 +8,8 @@ import engines
 import pytest
 import torch
 
+from paged_kv.policies.h2o import H2O
+
 pytestmark = [pytest.mark.vllm, pytest.mark.model]
 
 PROMPT = [(37 * index) % 900 + 200 for index in range(150)]
@@ -50,10 +52,14 @@ def stored_scores(llm: Any, row: int, num_tokens: int) -> torch.Tensor:
     return scores.transpose(1, 2).flatten(2)[..., :num_tokens]
 
 
-@pytest.mark.parametrize("policy", ["h2o", "lru"])
-def test_scores_of_every_step(policy, smollm2_dir, eager):
+@pytest.mark.parametrize(
+    ("policy", "page_format", "decay"),
+    [("h2o", "native", 1.0), ("h2o", "native", 0.9), ("h2o", "int8", 0.9), ("lru", "native", 1.0)],
+)
+def test_scores_of_every_step(policy, page_format, decay, smollm2_dir, eager, monkeypatch):
     """A prompt in three chunks and five decoded tokens, beside another sequence."""
-    config = {"policy": policy, "budget": 2048}
+    monkeypatch.setattr(H2O, "score_decay", decay)
+    config = {"policy": policy, "budget": 2048, "page_format": page_format}
     with engines.engine(str(smollm2_dir), config, **SETTINGS) as llm:
         start(llm, {"other": PROMPT[:20], "one": PROMPT})
         batch = engines.worker(llm).model_runner.input_batch
@@ -67,10 +73,11 @@ def test_scores_of_every_step(policy, smollm2_dir, eager):
     attention = attention_of(eager, tokens)
     query = torch.arange(len(tokens))[:, None]
     if policy == "h2o":
-        num_summed = (len(tokens) - query[:, 0]) * attention.shape[2]
-        torch.testing.assert_close(
-            found / num_summed, attention.sum((2, 3)) / num_summed, atol=1e-5, rtol=0
-        )
+        left = decay ** query.flip(0).float()  # of what each query gave
+        most = left.flip(0).cumsum(0).flip(0)[:, 0] * attention.shape[2]
+        expected = (attention * left).sum((2, 3))
+        atol = 1e-5 if page_format == "native" else 0.01
+        torch.testing.assert_close(found / most, expected / most, atol=atol, rtol=0)
         return
     largest = attention.amax(2)
     clear = ((largest - 0.01).abs() > 1e-5).all(-2)  # of the threshold, for every query

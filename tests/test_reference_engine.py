@@ -10,6 +10,7 @@ from reference_loop import Rule, one_by_one, reference_tokens
 
 from paged_kv.config import CompressionConfig
 from paged_kv.eval.reference.engine import ReferenceEngine
+from paged_kv.policies.h2o import H2O
 
 NUM_LAYERS = 6
 
@@ -62,8 +63,11 @@ def test_tokens(model, own, rule):
 # ---- what policies are given
 
 
+@pytest.mark.parametrize("decay", [1.0, 0.9])
 @pytest.mark.parametrize("chunks", [[(0, 120)], [(0, 50), (50, 51), (51, 120)]])
-def test_scores_are_the_sum_of_the_attention(model, chunks):
+def test_scores_are_the_sum_of_the_attention(model, chunks, decay, monkeypatch):
+    """Or of what has not faded of it."""
+    monkeypatch.setattr(H2O, "score_decay", decay)
     tokens = prompt(120)
     model.set_attn_implementation("eager")
     try:
@@ -76,7 +80,8 @@ def test_scores_are_the_sum_of_the_attention(model, chunks):
         engine.process(tokens[start:end])
     for layer, attention in zip(engine.layers, maps, strict=True):
         kv_heads = len(layer.cache["scores"])
-        expected = attention[0].unflatten(0, (kv_heads, -1)).sum((1, 2))
+        left = decay ** torch.arange(119.0, -1, -1)
+        expected = (attention[0] * left[:, None]).unflatten(0, (kv_heads, -1)).sum((1, 2))
         torch.testing.assert_close(layer.cache["scores"], expected, atol=3e-5, rtol=5e-5)
 
 
@@ -105,7 +110,9 @@ def test_queries_that_are_missing(model):
 # ---- how it is run
 
 
-def test_no_chunking_changes_anything_while_nothing_is_dropped(model):
+@pytest.mark.parametrize("decay", [1.0, 0.9])
+def test_no_chunking_changes_anything_while_nothing_is_dropped(model, decay, monkeypatch):
+    monkeypatch.setattr(H2O, "score_decay", decay)
     tokens = prompt(300)
     own = config("h2o", compress_prefill=True)
     one, many = ReferenceEngine(model, own), ReferenceEngine(model, own)
