@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import kernel_cases
@@ -26,11 +27,11 @@ def check_definition(kernels: Any, case: Case) -> None:
     torch.testing.assert_close(problem.side.scores.double(), wanted, rtol=1e-4, atol=1e-5)
 
 
-def check_chunks(kernels: Any, case: Case) -> None:
+def check_chunks(kernels: Any, case: Case, sizes: Sequence[int] = (1, 16)) -> None:
     """A row whose tokens come at once, one by one, and in chunks: the same scores."""
     (row,) = case.rows
     found = []
-    for size in (row.tokens, 1, 16):
+    for size in (row.tokens, *sizes):
         problem = _make(case)
         for first in range(0, row.tokens, size):
             step = _step(problem, first, min(first + size, row.tokens))
