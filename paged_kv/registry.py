@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 FULL = "full"
 PYRAMIDAL = "pyramidal"
-DEFAULT_SELECTOR = "past_future"
+DEFAULT_SELECTOR = "calibrated_attention"
 ENTRY_POINT_GROUP = "paged_kv.policies"
 WRAPPED = "of"  # the option that makes a policy a wrapper
 

@@ -61,9 +61,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"context {args.context} must be at most tokens, {args.tokens}")
     output = args.output
     if output is not None and (output.suffix != ".safetensors" or not output.parent.is_dir()):
-        raise ValueError(
-            f"output {output} must be a .safetensors file in a directory that exists"
-        )
+        raise ValueError(f"output {output} must be a .safetensors file in a directory that exists")
 
 
 def read_contexts(directory: Path, args: argparse.Namespace) -> list[list[int]]:

@@ -57,6 +57,21 @@ class Rotary:
             return torch.cat([*turned, tail], -1)
         return torch.cat([torch.stack(turned, -1).flatten(-2), tail], -1)
 
+    def pair_means(self, x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+        """x [..., head_dim]: dimensions that turn together get their mean, times a factor.
+
+        Args:
+            x: [..., head_dim].
+            factors: [rotary_dim / 2], of each pair; dimensions that do not turn have none.
+        """
+        half = len(self.frequencies)
+        turning, tail = x[..., : 2 * half], x[..., 2 * half :]
+        if self.neox:
+            means = turning.unflatten(-1, (2, half)).mean(-2) * factors
+            return torch.cat([means, means, tail], -1)
+        means = turning.unflatten(-1, (half, 2)).mean(-1) * factors
+        return torch.cat([means.repeat_interleave(2, -1), tail], -1)
+
 
 def from_tables(
     positions: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, neox: bool = True

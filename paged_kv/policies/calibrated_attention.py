@@ -9,12 +9,16 @@ from typing import Any
 import torch
 
 from paged_kv.core.options import choice, number, text
+from paged_kv.core.schedule import MAX_TOKENS
 from paged_kv.policies.base import EngineFacts, ScoringPolicy
 from paged_kv.policies.entries import share
 from paged_kv.policies.query_files import find, load
 from paged_kv.policies.query_statistics import GATHERED
 from paged_kv.policies.region import Region
 from paged_kv.policies.written import Written
+
+AGEING = {True: 0.5, False: 1.5}  # exponent of the age, with and without attention that was seen
+YOUTH = 256  # tokens; below this age, age hardly counts
 
 
 class CalibratedAttention(ScoringPolicy):
@@ -30,7 +34,7 @@ class CalibratedAttention(ScoringPolicy):
         "fading": choice(
             "auto", "on", "off", help="whether attention counts; auto: where it costs nothing"
         ),
-        "half_life": number(64, 1, 1e6, "tokens after which attention counts half"),
+        "half_life": number(128, 1, 1e6, "tokens after which attention counts half"),
         "statistics": text(
             "",
             "file of paged-kv calibrate queries; none: this model's, if there is one; "
@@ -72,14 +76,17 @@ class CalibratedAttention(ScoringPolicy):
         assert queries is not None, "the policy reads query_statistics"
         keys = rotary.rotate(entries.keys, entries.positions, back=True)
         statistics = queries.of(entries.layers, entries.heads, keys.device)
-        expected = statistics.log_attention(keys).exp().mean(-2)  # over the group
+        expected = statistics.log_attention(keys).clamp_max(0).exp().mean(-2)  # over the group
         ratings: torch.Tensor = expected * entries.values.norm(dim=-1)
         return ratings
 
     def score(self, region: Region) -> torch.Tensor:
         """Share of what is expected, + share of what was seen."""
         free = ~self.protected(region)
-        expected = share(region.ratings, free)
+        age = region.num_tokens[:, None, None] - region.positions.clamp_max(MAX_TOKENS)
+        ageing = AGEING["scores" in self.reads]
+        fallen = (age.clamp_min(0) + YOUTH).to(region.ratings.dtype) ** -ageing
+        expected = share(region.ratings * fallen, free)
         if "scores" not in self.reads:
             return expected
         return expected + share(region.scores, free)

@@ -19,15 +19,15 @@ GATHERED = "gathered"  # in the place of a file: from the first tokens
 
 
 class QueryStatistics(NamedTuple):
-    """The expected logarithm of attention, a quadratic function of a key before RoPE.
+    """The expected logarithm of attention, a function of a key before RoPE.
 
     By layer, KV head, and query head of its group:
 
-        log attention(k) = linear . k + k . quadratic k - normaliser
+        log attention(k) = linear . k + quadratic . k^2 - normaliser
 
     Args:
         linear: float32 [layers, kv_heads, group, head_dim].
-        quadratic: float32 [layers, kv_heads, group, head_dim, head_dim], symmetric.
+        quadratic: float32 [layers, kv_heads, group, head_dim].
         normaliser: float32 [layers, kv_heads, group].
     """
 
@@ -41,13 +41,11 @@ class QueryStatistics(NamedTuple):
         Args:
             keys: float32 [layers, events, kv_heads, m, head_dim], before RoPE.
         """
-        # [layers, 1, kv_heads, ...] against the keys' [layers, events, kv_heads, m, head_dim].
-        size = keys.shape[-1]
-        mean = keys @ self.linear[:, None].mT  # [..., m, group]
-        # All query heads of a group in one product: [..., m, group * head_dim].
-        turned = keys @ self.quadratic.transpose(2, 3).flatten(-2)[:, None]
-        spread = (turned.view(*mean.shape, size) * keys[..., None, :]).sum(-1)
-        found: Tensor = (mean + spread).mT - self.normaliser[:, None, :, :, None]
+        # One product: [layers, 1, kv_heads, group, 2 head_dim] by [layers, events, kv_heads, 2
+        # head_dim, m].
+        factors = torch.cat([self.linear, self.quadratic], -1)[:, None]
+        powers = torch.cat([keys, keys.square()], -1)
+        found: Tensor = factors @ powers.mT - self.normaliser[:, None, :, :, None]
         return found
 
 

@@ -50,10 +50,7 @@ class Holding:
 
     def of_events(self, events: Int64s, num_pages: int) -> Holding:
         """Some of the sequences; num_pages: the most that one of them holds."""
-        chosen = {
-            name: getattr(self, name)[events]
-            for name in _BY_EVENT
-        }
+        chosen = {name: getattr(self, name)[events] for name in _BY_EVENT}
         pages = self.pages[:, to_device(events, self.pages.device), :num_pages]
         return replace(self, **chosen, pages=pages, owners=[self.owners[event] for event in events])
 

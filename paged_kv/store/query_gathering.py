@@ -1,10 +1,11 @@
 """Query statistics gathered from tokens: those of a calibration text, or the first that are served.
 
-Per layer, over tokens: n, sum of q, sum of q q^T of queries before RoPE, and some keys before RoPE,
-among which attention is shared out. From these follows QueryStatistics:
+Per layer, over tokens: n, sums of q and q^2 of queries before RoPE, and some keys before RoPE, to
+share attention out among. Queries are taken as Gaussian, with independent dimensions that have
+one variance for both of a pair which RoPE turns; on their way to a key they are turned by the mean
+rotation R over the distances from 0 to DISTANCE, which leaves rho of a pair's length:
 
-    q ~ N(mu, C), turned by the mean rotation R over DISTANCES ahead of the key:
-    log E exp(scale q . k) = scale R mu . k + scale^2 / 2 k . R C R^T k
+    log E exp(scale q . k) = scale R mean . k + scale^2 / 2 rho^2 variance . k^2
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ Tensor = torch.Tensor
 DISTANCE = 2048  # between an entry and the queries that are expected: from 0 to this, on average
 CONTEXT = 2048  # entries among which attention is shared out
 NUM_KEYS = 256  # that stand for them
+FIRST = 16  # position of the first query and key that count
 SERVED_TOKENS = 4096  # from which an engine without a file gathers them
 
 
@@ -41,9 +43,11 @@ def source(
 class _Moments:
     """Of one layer."""
 
+    count: Tensor  # [], of tokens
     total: Tensor  # [heads, head_dim]
-    squares: Tensor  # [heads, head_dim, head_dim]
+    squares: Tensor  # [heads, head_dim]
     keys: list[Tensor]  # [n, kv_heads, head_dim]
+    counted: list[Tensor]  # [n], 1 for keys that count and 0 for others
 
 
 class QueryGathering:
@@ -60,6 +64,7 @@ class QueryGathering:
     ) -> None:
         self.num_tokens, self.first_head, self._done = num_tokens, first_head, done
         self.count = 0
+        self._every = max(1, num_tokens // NUM_KEYS)
         self._moments: dict[int, _Moments] = {}
         self._scales: dict[int, float] = {}
         self._rotary: Rotary | None = None
@@ -95,13 +100,19 @@ class QueryGathering:
         if layer not in self._moments:
             heads, size = queries.shape[1:]
             zeros = queries.new_zeros(heads, size)
-            self._moments[layer] = _Moments(zeros, zeros.new_zeros(heads, size, size), [])
+            nothing = zeros.new_zeros(())
+            self._moments[layer] = _Moments(nothing, zeros, zeros.clone(), [], [])
         moments = self._moments[layer]
+        # The first tokens of a sequence, attention sinks among them, are unlike all others.
+        counted = (positions >= FIRST).to(queries.dtype)
+        queries = queries * counted[:, None, None]
+        moments.count += counted.sum()
         moments.total += queries.sum(0)
-        moments.squares += queries.transpose(0, 1).mT @ queries.transpose(0, 1)
+        moments.squares += queries.square().sum(0)
         # Evenly over the tokens that will be looked at, whatever steps they come in.
-        every = max(1, self.num_tokens // NUM_KEYS)
-        moments.keys.append(keys[-self.count % every :: every].clone())
+        some = slice(-self.count % self._every, None, self._every)
+        moments.keys.append(keys[some].clone())
+        moments.counted.append(counted[some])
 
     def end_step(self, num_tokens: int) -> None:
         """All layers have got a step's tokens."""
@@ -126,20 +137,24 @@ class QueryGathering:
 
     def _finish(self, layer: int, num_heads: int) -> QueryStatistics:
         """Of one layer: tensors without the first dimension."""
-        total, squares, keys = vars(self._moments[layer]).values()
+        moments = self._moments[layer]
         assert self._rotary is not None
-        rotary, scale, count = self._rotary, self._scales[layer], max(1, self.count)
-        mean = total / count
-        covariance = squares / count - mean[:, :, None] * mean[:, None, :]
-        # The mean rotation back from a query to the key: keys are compared as if at position 0.
+        rotary, scale, count = self._rotary, self._scales[layer], moments.count.clamp_min(1)
+        mean = moments.total / count
+        variance = (moments.squares / count - mean.square()).clamp_min(0)
+        # The mean rotation, which is the same at all distances from a query to its key.
         cos, sin = rotary.mean(torch.zeros((), device=mean.device), DISTANCE)
+        scale *= rotary.scale  # once is in cos and sin; but both queries and keys have it
         linear = rotary.turn(mean, cos, sin) * scale
-        half = rotary.turn(covariance, cos, sin)  # C R^T
-        quadratic = rotary.turn(half.mT, cos, sin) * (scale**2 / 2)  # R C R^T
+        shrunk = rotary.pair_means(variance, cos.square() + sin.square())
+        quadratic = shrunk * (scale**2 / 2)
         grouped = [part.unflatten(0, (num_heads, -1)) for part in (linear, quadratic)]
         nothing = grouped[0].new_zeros(grouped[0].shape[:2])
         found = QueryStatistics(*(part[None] for part in (*grouped, nothing)))
-        states = torch.cat(keys).transpose(0, 1)  # [kv_heads, n, head_dim]
+        states = torch.cat(moments.keys).transpose(0, 1)  # [kv_heads, n, head_dim]
+        counted = torch.cat(moments.counted)  # [n]
         logits = found.log_attention(states[None, None])[0, 0]  # [kv_heads, group, n]
-        shared = logits.logsumexp(-1) + torch.tensor(CONTEXT / logits.shape[-1]).log()
+        # Of a context, as if it consisted of these keys.
+        each = (CONTEXT / counted.sum().clamp_min(1)).log()
+        shared = (logits + counted.log()).logsumexp(-1) + each
         return QueryStatistics(grouped[0], grouped[1], shared)

@@ -26,6 +26,9 @@ from paged_kv.store.side_data import SideData
 from paged_kv.store.spill_stores import SpillShape, SpillStores
 from paged_kv.vllm.worker.layout import probe_elements, stack_layers
 
+SharedSide = dict[tuple[int, ...], dict[str, torch.Tensor]]
+"""By ordinal in the group, layers, pages, KV heads and page size: tensors as SideData has them."""
+
 
 def make_stores(
     names: tuple[str, ...],
@@ -33,6 +36,7 @@ def make_stores(
     policy: Policy,
     layouts: Mapping[str, PageLayout],
     spilled: SpillStores[str] | None,
+    side: SharedSide,
 ) -> list[PageStore]:
     """Stores of these layers, each of equal neighbours.
 
@@ -42,11 +46,20 @@ def make_stores(
         policy: says what is kept beside the pages.
         layouts: of those with packed pages.
         spilled: what requests have spilled, if the policy spills.
+        side: what lies beside pages; groups of equal stores share it, since a page of vLLM's pool
+            is one group's at a time.
     """
-    return [
-        _make_store([layers[name] for name in part], part, pages, policy, spilled)
-        for part, pages in _pages(names, layers, layouts)
-    ]
+    stores = []
+    for ordinal, (part, pages) in enumerate(_pages(names, layers, layouts)):
+        key = ordinal, pages.num_layers, pages.num_pages, pages.num_heads, pages.page_size
+        if key not in side:
+            side[key] = {
+                name: torch.zeros(key[1:], dtype=side_data.DTYPES[name], device=pages.device)
+                for name in side_data.names(policy)
+            }
+        beside, chosen = SideData(side[key]), [layers[name] for name in part]
+        stores.append(_make_store(chosen, part, pages, policy, spilled, beside))
+    return stores
 
 
 def _make_store(
@@ -55,13 +68,9 @@ def _make_store(
     pages: Pages,
     policy: Policy,
     spilled: SpillStores[str] | None,
+    side: SideData,
 ) -> PageStore:
     first, device = layers[0], pages.device
-    shape = pages.num_layers, pages.num_pages, pages.num_heads, pages.page_size
-    side = {
-        name: torch.zeros(shape, dtype=side_data.DTYPES[name], device=device)
-        for name in side_data.names(policy)
-    }
     index = torch.arange(len(layers), device=device)
     ring = None
     if policy.observation_window:
@@ -78,7 +87,7 @@ def _make_store(
         store_of = partial(spilled.of, group=names[0], shape=entry)
     return PageStore(
         pages=pages,
-        side=SideData(side),
+        side=side,
         stack_layers=index,
         layer_ids=np.array(layer_ids),
         head_ids=np.arange(pages.num_heads) + first_head,

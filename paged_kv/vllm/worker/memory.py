@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ class Shares:
         specs: of all layers, as their pages are stored.
         schedules: of the compressed layers.
         num_groups: KV cache groups of these.
+        layers_per_page: layers of a group at most.
         max_num_seqs: requests that may run at once.
         compactor: has side data and a query ring; None without a policy.
         residual: has rings of native pages; None for none.
@@ -29,6 +31,7 @@ class Shares:
     specs: Mapping[str, Any]
     schedules: Mapping[str, Schedule]
     num_groups: int
+    layers_per_page: int
     max_num_seqs: int
     compactor: Compactor | None
     residual: ResidualRings | None
@@ -54,8 +57,9 @@ class Shares:
         ring = (self._query_rows(self.compactor, remainder) + 1) * row_bytes(layers, policy)
         sizes = self._pages(self.compactor).values()
         stored, beside = (sum(parts) for parts in zip(*sizes, strict=True))
-        # A page of the pool is one group's; what lies beside it, every layer has.
+        # A page of the pool is one group's at a time, and so is what lies beside it.
         stored //= self.num_groups
+        beside = beside * self._side_layers() // len(sizes)
         remainder = (remainder - ring) * stored // (stored + beside)
         if remainder <= 0:
             raise ValueError(
@@ -64,6 +68,14 @@ class Shares:
                 "observation_window, or give the KV cache more memory"
             )
         return int(remainder)
+
+    def _side_layers(self) -> int:
+        """Layers with side data of their own: groups of as many layers share it."""
+        sizes = set()
+        for count in Counter(self.schedules.values()).values():
+            groups = cdiv(count, self.layers_per_page)  # as vLLM splits layers with equal specs
+            sizes |= {count // groups, cdiv(count, groups)}
+        return sum(sizes)
 
     def _query_rows(self, compactor: Compactor, memory: int) -> int:
         """Requests with an observation window that fit: each holds about a budget in each layer."""

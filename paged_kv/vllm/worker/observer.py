@@ -22,7 +22,7 @@ from paged_kv.store.layers import PageStore
 from paged_kv.store.query_gathering import SERVED_TOKENS, QueryGathering
 from paged_kv.store.ragged import ragged, to_device
 from paged_kv.vllm.worker import observation
-from paged_kv.vllm.worker.layer_group import make_stores, row_bytes
+from paged_kv.vllm.worker.layer_group import SharedSide, make_stores, row_bytes
 from paged_kv.vllm.worker.observation import Observed, StepRows
 from paged_kv.vllm.worker.requests import RequestRows
 from paged_kv.vllm.worker.spilling import RequestStores
@@ -59,6 +59,7 @@ class Observer:
         self.facts = ModelFacts(rotary, statistics)
         self.gathering = statistics if isinstance(statistics, QueryGathering) else None
         self._stores: dict[tuple[str, ...], list[PageStore]] = {}
+        self._side: SharedSide = {}
         self._observed: dict[str, Observed] = {}  # by layer name, in this step
 
     @property
@@ -87,7 +88,7 @@ class Observer:
         """The stores of a metadata builder's layers; policies that go by position have none."""
         if layer_names not in self._stores:
             self._stores[layer_names] = make_stores(
-                layer_names, self.layers, self.policy, self.layouts, self.spilled
+                layer_names, self.layers, self.policy, self.layouts, self.spilled, self._side
             )
         return self._stores[layer_names]
 
@@ -98,6 +99,7 @@ class Observer:
     def reset_pages(self) -> None:
         """Forgets the caches: they have been allocated anew."""
         self._stores.clear()
+        self._side.clear()
 
     def note_tokens(
         self,

@@ -209,6 +209,7 @@ class PagedWorkerMixin:
             self._stored(),
             self._schedules(),
             self._plan.num_groups,
+            self._plan.layers_per_page,
             self.vllm_config.scheduler_config.max_num_seqs,
             self.compactor,
             self.residual,
