@@ -8,7 +8,9 @@ from pathlib import Path
 
 WEIGHTS = "*.safetensors", "*.bin", "*.pt", "*.pth"
 _SAMPLES, _SAMPLE_BYTES = 64, 4096  # of a file of weights
-_OTHER = {"transformers_version", "_name_or_path", "dtype", "torch_dtype"}  # of what was saved how
+# What shapes attention. How the rest is written differs between versions of transformers.
+_CONFIG = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads")
+_CONFIG += ("num_key_value_heads", "head_dim")
 
 
 def directory_of(name: str) -> Path | None:
@@ -34,7 +36,8 @@ def identity(directory: Path) -> str | None:
     try:
         config = json.loads((directory / "config.json").read_text())
         digest = hashlib.sha256()
-        kept = {key: value for key, value in config.items() if key not in _OTHER}
+        config = config.get("text_config", config)
+        kept = {key: config.get(key) for key in _CONFIG}
         digest.update(json.dumps(kept, sort_keys=True).encode())
         for file in files:
             _sample(file, digest)

@@ -34,7 +34,7 @@ class CalibratedAttention(ScoringPolicy):
         "fading": choice(
             "auto", "on", "off", help="whether attention counts; auto: where it costs nothing"
         ),
-        "half_life": number(128, 1, 1e6, "tokens after which attention counts half"),
+        "half_life": number(256, 1, 1e6, "tokens after which attention counts half"),
         "statistics": text(
             "",
             "file of paged-kv calibrate queries; none: this model's, if there is one; "

@@ -15,7 +15,7 @@ from paged_kv.models import cache_root
 from paged_kv.policies.query_statistics import Int64s, QueryStatistics
 
 Tensor = torch.Tensor
-SHIPPED = Path(__file__).parent / "query_statistics"
+SHIPPED = Path(__file__).parent / "statistics"
 SUFFIX = ".safetensors"
 _FORMAT = "paged_kv query statistics 1"
 
@@ -60,6 +60,7 @@ def save(path: Path, statistics: QueryStatistics, about: dict[str, str]) -> None
     """
     tensors = {name: part.cpu().half() for name, part in statistics._asdict().items()}
     save_file(tensors, path, {"format": _FORMAT, **about})
+    path.chmod(0o644)  # safetensors writes 0600, which a server under another user could not read
 
 
 def load(path: Path) -> StoredStatistics:
