@@ -141,6 +141,28 @@ void mass_round() {
   expect(paged_kv_attention_mass(&m) == kFine, "mass");
 }
 
+void select_round() {
+  int64_t first = pick(1, 2), middle = pick(1, 2), last = pick(1, 3), size = pick(1, 300);
+  int64_t rows = first * middle * last, limit = pick(0, size);
+  Buffer<float> scores(rows * size);
+  std::vector<int64_t> positions(size), counts(rows);
+  for (auto& position : positions) position = pick(0, 9) ? pick(0, 99) : INT64_MAX;
+  for (auto& count : counts) count = pick(-1, size + 1);  // also more than may be chosen
+  Buffer<uint8_t> keep(size), lost(rows * size), chosen(rows * size);
+  for (int64_t i = 0; i < size; ++i) keep[i] &= 1, scores[i] = (float)pick(-1, 1);
+  for (int64_t i = 0; i < rows * size; ++i) lost[i] &= 1;
+  int64_t strides[] = {middle * last * size, last * size, size};
+  Rows all{scores, {strides[0], strides[1], strides[2]}}, losers = all;
+  Rows one{positions.data(), {0, 0, 0}}, kept{keep, {0, 0, 0}};
+  Rows wanted{counts.data(), {middle * last, last, 1}};
+  Lowest l{all, one, kept, wanted, chosen, {first, middle, last}, size, limit};
+  expect(paged_kv_lowest(&l) == kFine, "lowest");
+  losers.data = lost;
+  Buffer<int64_t> source(rows * limit), target(rows * limit);
+  Pairs p{losers, kept, source, target, {first, middle, last}, size, limit, size - 1};
+  expect(paged_kv_pair_moves(&p) == kFine && paged_kv_first_places(&p) == kFine, "moves");
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
@@ -149,5 +171,6 @@ int main(int, char** arguments) {
     attend_round();
     entries_round();
     mass_round();
+    select_round();
   }
 }

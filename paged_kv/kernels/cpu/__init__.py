@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from paged_kv.kernels.cpu import builds, structs
+from paged_kv.kernels.cpu import builds, selecting, structs
 from paged_kv.kernels.index import Index
 from paged_kv.kernels.operands import DenseAttention, Queries, Segment, Side, Terms
 from paged_kv.kernels.page_layout import PageLayout
@@ -167,6 +167,28 @@ class CompiledKernels:
         )
         _run(self.library.paged_kv_attention_mass, work, "", None)
         return mass
+
+    def lowest(
+        self, scores: Tensor, positions: Tensor, keep: Tensor, count: Tensor, limit: int
+    ) -> Tensor:
+        """The entries to go; see selection.lowest."""
+        call = selecting.Lowest(scores, positions, keep, count, limit)
+        _run(self.library.paged_kv_lowest, call.work, "", None)
+        return call.chosen
+
+    def pair_moves(
+        self, losers: Tensor, freed: Tensor, limit: int, spare: int
+    ) -> tuple[Tensor, Tensor]:
+        """Which entries drop into which holes; see selection.pair_moves."""
+        call = selecting.Pairs(losers, freed, limit, spare)
+        _run(self.library.paged_kv_pair_moves, call.work, "", None)
+        return call.source, call.target
+
+    def first_places(self, mask: Tensor, limit: int) -> Tensor:
+        """The first indices where a mask holds; see selection.first_places."""
+        call = selecting.Pairs(mask, mask, limit, 0)
+        _run(self.library.paged_kv_first_places, call.work, "", None)
+        return call.source
 
 
 _NO_MEMORY = 7

@@ -18,7 +18,10 @@ VARIABLE = "PAGED_KV_CPU_KERNELS"
 CPU_BITS = {"avx512": 2, "avx2": 1, "portable": 0}
 OTHER_CPU = "this CPU lacks instructions it uses"
 NOT_BUILT = "not built"
-FUNCTIONS = ("write", "gather", "store", "move", "attend", "attention_mass")
+FUNCTIONS = (
+    *("write", "gather", "store", "move", "attend", "attention_mass"),
+    *("lowest", "pair_moves", "first_places"),
+)
 
 
 @lru_cache(maxsize=1)

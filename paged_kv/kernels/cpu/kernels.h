@@ -12,6 +12,7 @@
 #include "attend.h"
 #include "entries.h"
 #include "observe.h"
+#include "select.h"
 
 // The builds that this CPU can run, as bits: 1 AVX2, 2 AVX-512.
 extern "C" EXPORT int paged_kv_cpu() {

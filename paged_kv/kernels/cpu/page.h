@@ -83,6 +83,23 @@ struct Mass {
   int64_t largest;  // whether the largest probability, not the sum
   double scale, softcap;
 };
+
+struct Rows {  // [..., size], numbers of a row side by side
+  const void* data;
+  int64_t strides[3];  // of the leading dimensions, in elements
+};
+
+struct Lowest {
+  Rows scores, positions, keep, count;  // float32, int64, bool; int64 [...]
+  uint8_t* chosen;                      // bool [rows, size]
+  int64_t sizes[3], size, limit;        // leading dimensions, entries of a row
+};
+
+struct Pairs {  // pair_moves and first_places
+  Rows losers, freed;  // bool
+  int64_t *source, *target;  // [rows, limit]
+  int64_t sizes[3], size, limit, spare;
+};
 }
 
 enum Error { kFine, kBadPage, kBadCount, kBadStarts, kBadSlot, kBadLayer, kBadHead, kNoMemory };

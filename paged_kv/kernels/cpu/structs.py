@@ -128,6 +128,35 @@ class MassStruct(ctypes.Structure):
     ]
 
 
+class RowsStruct(ctypes.Structure):
+    """[..., size], the numbers of a row side by side."""
+
+    _fields_: ClassVar = [*_pointers("data"), ("strides", Number * 3)]
+
+
+class LowestStruct(ctypes.Structure):
+    """lowest."""
+
+    _fields_: ClassVar = [
+        *((name, RowsStruct) for name in ("scores", "positions", "keep", "count")),
+        *_pointers("chosen"),
+        ("sizes", Number * 3),
+        *_numbers("size limit"),
+    ]
+
+
+class PairsStruct(ctypes.Structure):
+    """pair_moves and first_places."""
+
+    _fields_: ClassVar = [
+        ("losers", RowsStruct),
+        ("freed", RowsStruct),
+        *_pointers("source target"),
+        ("sizes", Number * 3),
+        *_numbers("size limit spare"),
+    ]
+
+
 @lru_cache(maxsize=256)
 def layout_struct(layout: PageLayout) -> tuple[LayoutStruct, int]:
     """(the struct, its address)."""
@@ -149,6 +178,12 @@ def blocks_struct(blocks: torch.Tensor, layout: PageLayout) -> BlocksStruct:
     if len(shape) == 3:
         return BlocksStruct(blocks.data_ptr(), address, 1, *shape[:2], 0, *strides[:2])
     return BlocksStruct(blocks.data_ptr(), address, *shape[:3], *strides[:3])
+
+
+def rows_struct(rows: torch.Tensor) -> RowsStruct:
+    """Of [..., size] with at most three leading dimensions, size side by side."""
+    strides = (0, 0, 0, *rows.stride()[:-1])[-3:]
+    return RowsStruct(rows.data_ptr(), (Number * 3)(*strides))
 
 
 def segment_struct(segment: Segment) -> SegmentStruct:
