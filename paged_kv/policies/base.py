@@ -203,8 +203,9 @@ class Policy(ABC):
     def protected(self, region: Region) -> Tensor:
         """bool [..., m]: sinks, recent entries and padding."""
         first_recent = (region.num_tokens - self.recent_window)[:, None, None]
-        positions = region.positions
-        return (positions < self.num_sink_tokens) | (positions >= first_recent) | ~region.valid
+        # Padding has the largest position there is.
+        found = region.positions >= first_recent
+        return found.logical_or_(region.positions < self.num_sink_tokens)
 
 
 class ScoringPolicy(Policy):

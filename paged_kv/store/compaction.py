@@ -77,11 +77,11 @@ def make_region(
         to_device(array, device)
         for array in (holding.num_tokens, holding.num_entries, holding.num_losers)
     )
-    slots = torch.arange(pages.shape[-1] * store.pages.page_size, device=device)
-    padding = slots >= num_entries[:, None, None]
+    padding = _padding(holding, num_entries, store.pages.page_size)
 
     def side(name: str, filler: float) -> Tensor:
-        return store.side.gather(name, stack_layers, pages).masked_fill(padding, filler)
+        found = store.side.gather(name, stack_layers, pages)
+        return found if padding is None else found.masked_fill_(padding, filler)
 
     fields: dict[str, Any] = {
         name: getattr(store.pages, name).gather(stack_layers, pages)
@@ -111,6 +111,14 @@ def make_region(
             for name in policy.reads_partly
         },
     )
+
+
+def _padding(holding: Holding, num_entries: Tensor, page_size: int) -> Tensor | None:
+    """bool [events, 1, m]; None where all pages are full: a pass over the region less for each."""
+    size = holding.pages.shape[-1] * page_size
+    if bool((holding.num_entries == size).all()):
+        return None
+    return torch.arange(size, device=num_entries.device) >= num_entries[:, None, None]
 
 
 @dataclass(frozen=True)
