@@ -26,12 +26,6 @@ def compiled(request):
     return kernels_of(request.param)
 
 
-def by_torch(function, *operands):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selection, "_compiled", lambda operand: None)
-        return function(*operands)
-
-
 def some_expanded(data, shape):
     """A shape that broadcasts to it: some dimensions are 1, or leading ones missing."""
     kept = [data.draw(st.sampled_from([1, size])) for size in shape[:-1]]
@@ -72,7 +66,7 @@ def test_the_lowest_are_those_of_torch(compiled, data, seed):
     torch.manual_seed(seed)
     operands = made_entries(data)
     found = compiled.lowest(*operands)
-    assert torch.equal(found, by_torch(selection.lowest, *operands))
+    assert torch.equal(found, selection.lowest(*operands))
     counted = operands[3].expand(found.shape[:-1]).clamp(max=operands[4])
     assert torch.equal(found.sum(-1), counted)
 
@@ -86,7 +80,7 @@ def test_all_but_the_protected_can_go(compiled, size):
     count = (~keep).sum()
     operands = scores, positions, keep, count, min(int(count) + 1, size)
     assert torch.equal(compiled.lowest(*operands), ~keep.expand(2, size))
-    assert torch.equal(by_torch(selection.lowest, *operands), ~keep.expand(2, size))
+    assert torch.equal(selection.lowest(*operands), ~keep.expand(2, size))
 
 
 @settings(max_examples=150, deadline=None)
@@ -107,7 +101,7 @@ def test_moves_are_those_of_torch(compiled, data, seed):
         )
     )
     operands = losers, strided(data, freed), limit, spare
-    expected = by_torch(selection.pair_moves, *operands)
+    expected = selection.pair_moves(*operands)
     for found, wanted in zip(compiled.pair_moves(*operands), expected, strict=True):
         assert torch.equal(found, wanted)
 
@@ -120,5 +114,5 @@ def test_first_places_are_those_of_torch(compiled, data, seed):
     mask = torch.rand(some_expanded(data, shape)) < data.draw(st.sampled_from([0.0, 0.1, 1.0]))
     mask = strided(data, mask).expand(shape)
     limit = data.draw(st.integers(0, shape[-1]))
-    expected = by_torch(selection.first_places, mask, limit)
+    expected = selection.first_places(mask, limit)
     assert torch.equal(compiled.first_places(mask, limit), expected)

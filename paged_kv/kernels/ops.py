@@ -11,11 +11,11 @@ from importlib.util import find_spec
 
 import torch
 
-from paged_kv.kernels import checks, cpu, packed_reference, reference
+from paged_kv.kernels import checks, cpu, packed_reference, reference, selection
 from paged_kv.kernels.index import Index
 from paged_kv.kernels.operands import NO_SIDE, DenseAttention, Queries, Segment, Side, Terms
 from paged_kv.kernels.page_layout import PageLayout
-from paged_kv.kernels.protocol import Kernels
+from paged_kv.kernels.protocol import Kernels, Selection
 
 Tensor = torch.Tensor
 
@@ -32,6 +32,11 @@ def _kernels(device: torch.device) -> Kernels:
         return triton
     compiled = cpu.kernels() if device.type == "cpu" else None
     return packed_reference if compiled is None else compiled
+
+
+def _selection(device: torch.device) -> Selection:
+    compiled = cpu.kernels() if device.type == "cpu" else None
+    return selection if compiled is None else compiled
 
 
 def write(blocks: Tensor, layout: PageLayout, keys: Tensor, values: Tensor, slots: Tensor) -> None:
@@ -103,3 +108,18 @@ def attention_mass(attention: DenseAttention, largest: bool = False) -> Tensor:
     if queries.dtype != torch.float32 or queries.shape[-1] % 16:
         return reference.attention_mass(attention, largest)
     return _kernels(queries.device).attention_mass(attention, largest)
+
+
+def lowest(scores: Tensor, positions: Tensor, keep: Tensor, count: Tensor, limit: int) -> Tensor:
+    """The entries with the lowest (score, position): bool [..., m]; see selection.lowest."""
+    return _selection(scores.device).lowest(scores, positions, keep, count, limit)
+
+
+def pair_moves(losers: Tensor, freed: Tensor, limit: int, spare: int) -> tuple[Tensor, Tensor]:
+    """Which entries drop into which holes: int64 [..., limit] each; see selection.pair_moves."""
+    return _selection(losers.device).pair_moves(losers, freed, limit, spare)
+
+
+def first_places(mask: Tensor, limit: int) -> Tensor:
+    """The first indices where a mask holds: int64 [..., limit]; see selection.first_places."""
+    return _selection(mask.device).first_places(mask, limit)

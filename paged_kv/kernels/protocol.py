@@ -104,3 +104,23 @@ class Kernels(Protocol):
             attention: see DenseAttention; float32, head_dim a multiple of 16.
             largest: the most that it gets from one of them, not the sum.
         """
+
+
+class Selection(Protocol):
+    """Which entries go, and where survivors move; selection says what it is, by torch.
+
+    Operands are not checked. C++ finds exactly what torch does.
+    """
+
+    def lowest(
+        self, scores: Tensor, positions: Tensor, keep: Tensor, count: Tensor, limit: int
+    ) -> Tensor:
+        """See selection.lowest."""
+
+    def pair_moves(
+        self, losers: Tensor, freed: Tensor, limit: int, spare: int
+    ) -> tuple[Tensor, Tensor]:
+        """See selection.pair_moves."""
+
+    def first_places(self, mask: Tensor, limit: int) -> Tensor:
+        """See selection.first_places."""

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import torch
 
-from paged_kv.kernels import cpu
-
 
 def lowest(
     scores: torch.Tensor,
@@ -26,9 +24,6 @@ def lowest(
         count: int64, broadcasts to [...]: how many to choose; never more than may be.
         limit: the largest count, known on the host.
     """
-    compiled = _compiled(scores)
-    if compiled is not None:
-        return compiled.lowest(scores, positions, keep, count, limit)
     order = sort_keys(scores, positions).masked_fill(keep, torch.iinfo(torch.int64).max)
     places = order.topk(limit, dim=-1, largest=False, sorted=True).indices
     chosen = torch.arange(limit, device=scores.device) < count[..., None]
@@ -75,9 +70,6 @@ def pair_moves(
         limit: the most losers of a row.
         spare: a place that stays, in every row.
     """
-    compiled = _compiled(losers)
-    if compiled is not None:
-        return compiled.pair_moves(losers, freed, limit, spare)
     size = losers.shape[-1]
     # A row has as many survivors to move as holes: freed places and losers are equally many, and
     # freed places of losers are missing from both. So the columns of both lists pair up.
@@ -96,16 +88,8 @@ def pair_moves(
 
 def first_places(mask: torch.Tensor, limit: int) -> torch.Tensor:
     """int64 [..., limit]: the first indices where mask [..., m] holds, in order, then m."""
-    compiled = _compiled(mask)
-    if compiled is not None:
-        return compiled.first_places(mask, limit)
     size = mask.shape[-1]
     # A place that holds is its own index, another one comes after all of them.
     places = torch.arange(size, device=mask.device).masked_fill(~mask, size)
     # The smallest in order; unlike nonzero, of a size that the host knows.
     return places.topk(limit, dim=-1, largest=False, sorted=True).values
-
-
-def _compiled(operand: torch.Tensor) -> cpu.CompiledKernels | None:
-    """What does the same without torch, several times as fast: on CPUs, where it was built."""
-    return cpu.kernels() if operand.device.type == "cpu" else None

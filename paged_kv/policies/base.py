@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 
 from paged_kv.core.options import Option
-from paged_kv.kernels import reference, selection
+from paged_kv.kernels import ops, reference
 from paged_kv.policies.query_statistics import KnowsQueries
 from paged_kv.policies.region import Compaction, Region
 from paged_kv.policies.written import Written
@@ -237,7 +237,7 @@ class ScoringPolicy(Policy):
             keep = keep | spared
         scores = self.score(region).expand(region.positions.shape)
         limit = min(region.max_losers + 1, scores.shape[-1])
-        return selection.lowest(scores, region.positions, keep, count, limit)
+        return ops.lowest(scores, region.positions, keep, count, limit)
 
 
 class PositionalPolicy(ScoringPolicy):

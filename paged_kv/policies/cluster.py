@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from paged_kv.core.options import MOST_OBSERVED, choice, integer
-from paged_kv.kernels import selection
+from paged_kv.kernels import ops
 from paged_kv.policies.base import Policy
 from paged_kv.policies.entries import put, ranks, take
 from paged_kv.policies.region import Compaction, Region
@@ -66,7 +66,7 @@ class Cluster(Policy):
             exists = carriers.values >= 0  # some clusters have no member
             keep = put(keep, carriers.indices, exists, exists)
         count, most = region.num_losers[:, None], min(region.max_losers, keep.shape[-1])
-        losers = selection.lowest(place.float(), region.positions, keep, count, most)
+        losers = ops.lowest(place.float(), region.positions, keep, count, most)
         if self.merges:
             return self._merge(region, losers, member, carriers.indices)
         return Compaction(losers)

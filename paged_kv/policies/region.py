@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol, cast
 import torch
 
 from paged_kv.core.options import choice
-from paged_kv.kernels import ops, reference, selection
+from paged_kv.kernels import ops, reference
 from paged_kv.kernels.operands import DenseAttention, Terms
 from paged_kv.kernels.rotary import Rotary
 from paged_kv.policies.tier import Tier
@@ -227,12 +227,12 @@ def moves(decided: Compaction, freed: Tensor, limit: int, spare: int) -> tuple[T
         limit: the most losers of a row.
         spare: a slot that stays, in every row.
     """
-    source, target = selection.pair_moves(decided.losers, freed, limit, spare)
+    source, target = ops.pair_moves(decided.losers, freed, limit, spare)
     if decided.changed is None:
         return source, target
     size = decided.losers.shape[-1]
     most = limit + 1 if decided.max_changed is None else decided.max_changed
-    places = selection.first_places(decided.changed & ~freed, min(most, size))
+    places = ops.first_places(decided.changed & ~freed, min(most, size))
     unused = places == size
     source = torch.cat([source, torch.where(unused, source[..., :1], places)], -1)
     target = torch.cat([target, torch.where(unused, target[..., :1], places)], -1)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from paged_kv.kernels import selection
+from paged_kv.kernels import ops
 
 Tensor = torch.Tensor
 
@@ -61,7 +61,7 @@ def make_room(
         new[row, column] = content[name]
         criteria.append(torch.cat([old.to(new.dtype), new], -1))
     keep = torch.cat([free, absent], -1)
-    gone = selection.lowest(criteria[0], criteria[1], keep, torch.tensor([lost]), lost)
+    gone = ops.lowest(criteria[0], criteria[1], keep, torch.tensor([lost]), lost)
     end = free.shape[1]
     target, slot = (free | gone[:, :end]).nonzero(as_tuple=True)
     return target, slot, ~gone[row, end + column]
