@@ -96,7 +96,7 @@ struct Lowest {
 };
 
 struct Pairs {  // pair_moves and first_places
-  Rows losers, freed;  // bool
+  Rows losers, freed;        // bool
   int64_t *source, *target;  // [rows, limit]
   int64_t sizes[3], size, limit, spare;
 };
