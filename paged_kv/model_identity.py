@@ -9,21 +9,14 @@ from pathlib import Path
 WEIGHTS = "*.safetensors", "*.bin", "*.pt", "*.pth"
 _SAMPLES, _SAMPLE_BYTES = 64, 4096  # of a file of weights
 # What shapes attention. How the rest is written differs between versions of transformers.
-_CONFIG = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads")
-_CONFIG += ("num_key_value_heads", "head_dim")
-
-
-def directory_of(name: str) -> Path | None:
-    """The directory of a model that is on this machine: a path, or a name of the hub's cache."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(name, local_files_only=True))
-    except Exception:  # of a dozen kinds: it is not there
-        return None
+_CONFIG = (
+    "model_type",
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 
 
 def identity(directory: Path) -> str | None:

@@ -73,6 +73,19 @@ def cache_root() -> Path:
     return Path(base).resolve() / "paged_kv"
 
 
+def directory_of(name: str) -> Path | None:
+    """The directory of a model that is on this machine: a path, or a name of the hub's cache."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, local_files_only=True))
+    except Exception:  # of a dozen kinds: it is not there
+        return None
+
+
 def check_loadable(path: Path) -> None:
     if not path.is_dir():
         raise ValueError(f"model {path}: is not a directory")

@@ -1,4 +1,4 @@
-"""`paged-kv calibrate formats`: what it measures, that the worst layers get int8, and its mistakes."""
+"""`paged-kv calibrate formats`: what it measures, the worst layers get int8, and its mistakes."""
 
 import json
 import re

@@ -31,7 +31,13 @@ LEVELS = {
 }
 # Modules beside the folders: policies' names, options and budgets, which the engines read.
 LEVELS |= {"registry": 5, "option_table": 5, "config": 5, "plan": 5, "sampling": 5}
-LEVELS |= {"models": 0, "directory_cache": 0, "versions": 0, "__init__": 0}  # not part of the chain
+LEVELS |= {
+    "models": 0,
+    "model_identity": 0,
+    "directory_cache": 0,
+    "versions": 0,
+    "__init__": 0,
+}  # not part of the chain
 SAME_LEVEL = {
     ("option_table", "registry"),
     ("config", "registry"),

@@ -86,6 +86,7 @@ def holding(num_losers: list[int], tail: int) -> Holding:
         num_tokens=lengths,
         num_entries=lengths,
         num_losers=np.array(num_losers),
+        rated=none,
         tail=none + tail,
         rows=none,
         first=none,

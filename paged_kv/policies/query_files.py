@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from paged_kv.model_identity import directory_of, identity
-from paged_kv.models import cache_root
+from paged_kv.model_identity import identity
+from paged_kv.models import cache_root, directory_of
 from paged_kv.policies.query_statistics import Int64s, QueryStatistics
 
 Tensor = torch.Tensor

@@ -27,16 +27,14 @@ FIRST = 16  # position of the first query and key that count
 SERVED_TOKENS = 4096  # from which an engine without a file gathers them
 
 
-def source(
-    policy: Policy | None, first_head: int = 0, done: Callable[[], None] | None = None
-) -> KnowsQueries | None:
+def source(policy: Policy | None, done: Callable[[], None] | None = None) -> KnowsQueries | None:
     """Where a policy has its query statistics from: a file, or what is going to be gathered.
 
     None: it reads none.
     """
     if policy is None or "query_statistics" not in policy.reads:
         return None
-    return policy.query_statistics or QueryGathering(SERVED_TOKENS, first_head, done)
+    return policy.query_statistics or QueryGathering(SERVED_TOKENS, done)
 
 
 @dataclass
@@ -55,14 +53,11 @@ class QueryGathering:
 
     Args:
         num_tokens: after so many, what was gathered stays as it is.
-        first_head: index in the model of the first KV head here (a rank has some of them).
         done: called once, when there are enough.
     """
 
-    def __init__(
-        self, num_tokens: int, first_head: int = 0, done: Callable[[], None] | None = None
-    ) -> None:
-        self.num_tokens, self.first_head, self._done = num_tokens, first_head, done
+    def __init__(self, num_tokens: int, done: Callable[[], None] | None = None) -> None:
+        self.num_tokens, self._done = num_tokens, done
         self.count = 0
         self._every = max(1, num_tokens // NUM_KEYS)
         self._moments: dict[int, _Moments] = {}
@@ -128,7 +123,7 @@ class QueryGathering:
         self.num_tokens = min(self.num_tokens, self.count)
 
     def of(self, layers: Int64s, heads: Int64s, device: torch.device) -> QueryStatistics:
-        """See KnowsQueries; of the tokens so far."""
+        """See KnowsQueries; of the tokens so far, and of the heads that it was given."""
         chosen = tuple(layers.tolist())
         if chosen not in self._found:
             parts = [self._finish(layer, len(heads)) for layer in chosen]

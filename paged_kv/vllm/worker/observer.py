@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -54,8 +53,7 @@ class Observer:
     ) -> None:
         self.policy, self.layers, self.layouts = policy, layers, layouts
         self.requests, self.spilled = requests, spilled
-        first_head = get_tensor_model_parallel_rank() * next(iter(layers.values())).num_kv_heads
-        statistics = query_gathering.source(policy, first_head, self._gathered)
+        statistics = query_gathering.source(policy, self._gathered)
         self.facts = ModelFacts(rotary, statistics)
         self.gathering = statistics if isinstance(statistics, QueryGathering) else None
         self._stores: dict[tuple[str, ...], list[PageStore]] = {}
