@@ -17,7 +17,7 @@ from paged_kv.policies.query_statistics import GATHERED
 from paged_kv.policies.region import Region
 from paged_kv.policies.written import Written
 
-AGEING = {True: 0.5, False: 1.5}  # exponent of the age, with and without attention that was seen
+AGEING = {True: 0.5, False: 2.0}  # exponent of the age, with and without attention that was seen
 YOUTH = 256  # tokens; below this age, age hardly counts
 
 
