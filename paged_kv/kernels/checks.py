@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from paged_kv.kernels.index import Index
+from paged_kv.kernels.index import Index, common_shape
 from paged_kv.kernels.operands import DenseAttention, Queries, Segment, Side, Terms
 from paged_kv.kernels.page_layout import PageLayout
 
@@ -55,7 +55,7 @@ def index(stack: Tensor, layout: PageLayout, part: str, indices: Sequence[Index]
 def numbers(numbers: Tensor, layout: PageLayout, part: str, index: Index) -> None:
     """The numbers of ops.store."""
     size = layout.key.size if part == "key" else layout.value.size
-    wanted = (*torch.broadcast_shapes(*(axis.shape for axis in index)), size)
+    wanted = (*common_shape(*index), size)
     if numbers.dtype != torch.float32 or numbers.shape != wanted:
         raise _wrong("numbers", numbers, f"float32 {list(wanted)}")
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from paged_kv.kernels.cpu import builds, selecting, structs
-from paged_kv.kernels.index import Index
+from paged_kv.kernels.index import Index, common_shape
 from paged_kv.kernels.operands import DenseAttention, Queries, Segment, Side, Terms
 from paged_kv.kernels.page_layout import PageLayout
 
@@ -94,7 +94,7 @@ class CompiledKernels:
         source: Index | None = None,
         target: Index | None = None,
     ) -> None:
-        shape = torch.broadcast_shapes(*(axis.shape for axis in (*(source or ()), *(target or ()))))
+        shape = common_shape(*(source or ()), *(target or ()))
         # Kept until the call is over: the structs have addresses only.
         read, written = (
             [axis.expand(shape).contiguous() for axis in index or ()] for index in (source, target)

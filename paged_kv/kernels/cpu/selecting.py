@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from paged_kv.kernels.cpu import structs
+from paged_kv.kernels.index import common_shape
 
 Tensor = torch.Tensor
 
@@ -23,7 +24,7 @@ class Lowest:
     def __init__(
         self, scores: Tensor, positions: Tensor, keep: Tensor, count: Tensor, limit: int
     ) -> None:
-        shape = torch.broadcast_shapes(scores.shape, positions.shape)
+        shape = common_shape(scores, positions)
         self.chosen = torch.empty(shape, dtype=torch.bool)
         self._operands = [
             _rows(scores.float(), shape),
@@ -52,7 +53,7 @@ class Pairs:
     """
 
     def __init__(self, losers: Tensor, freed: Tensor, limit: int, spare: int) -> None:
-        shape = torch.broadcast_shapes(losers.shape, freed.shape)
+        shape = common_shape(losers, freed)
         self.source, self.target = torch.empty(2, *shape[:-1], limit, dtype=torch.int64).unbind()
         self._operands = [_rows(losers, shape), _rows(freed, shape)]
         self.work = structs.PairsStruct(
