@@ -80,7 +80,7 @@ def read_contexts(directory: Path, args: argparse.Namespace) -> list[list[int]]:
 
 
 def collect(directory: Path, contexts: list[list[int]]) -> Any:
-    """QueryStatistics of all layers. Raises ValueError: the model is unsupported."""
+    """Expected of all layers. Raises ValueError: the model is unsupported."""
     import numpy as np
     import torch
 
@@ -88,7 +88,7 @@ def collect(directory: Path, contexts: list[list[int]]) -> Any:
     from paged_kv.eval.reference.engine import ReferenceEngine
     from paged_kv.hf import seams
     from paged_kv.hf.driver.loading import load_model
-    from paged_kv.policies.query_statistics import QueryStatistics
+    from paged_kv.kernels.operands import Expected
     from paged_kv.store.query_gathering import QueryGathering
 
     model = load_model(directory)
@@ -105,7 +105,7 @@ def collect(directory: Path, contexts: list[list[int]]) -> Any:
     every = [part.new_zeros(config.num_hidden_layers, *part.shape[1:]) for part in found]
     for zeros, part in zip(every, found, strict=True):
         zeros[full] = part
-    return QueryStatistics(*every)
+    return Expected(*every)
 
 
 def _write(place: Path, statistics: Any, about: dict[str, str]) -> None:

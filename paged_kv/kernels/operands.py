@@ -90,6 +90,24 @@ class Side(NamedTuple):
 NO_SIDE = Side()
 
 
+class Expected(NamedTuple):
+    """The expected logarithm of attention, a function of a key before RoPE.
+
+    By layer, KV head, and query head of its group:
+
+        log attention(k) = linear . k + quadratic . k^2 - normaliser
+
+    Args:
+        linear: float32 [layers, kv_heads, group, head_dim].
+        quadratic: float32 [layers, kv_heads, group, head_dim].
+        normaliser: float32 [layers, kv_heads, group].
+    """
+
+    linear: Tensor
+    quadratic: Tensor
+    normaliser: Tensor
+
+
 class DenseAttention(NamedTuple):
     """Attention of some queries to keys that lie in a tensor, not in pages.
 

@@ -12,10 +12,20 @@ from importlib.util import find_spec
 import torch
 
 from paged_kv.kernels import checks, cpu, packed_reference, reference, selection
+from paged_kv.kernels.cpu import expecting
 from paged_kv.kernels.index import Index
-from paged_kv.kernels.operands import NO_SIDE, DenseAttention, Queries, Segment, Side, Terms
+from paged_kv.kernels.operands import (
+    NO_SIDE,
+    DenseAttention,
+    Expected,
+    Queries,
+    Segment,
+    Side,
+    Terms,
+)
 from paged_kv.kernels.page_layout import PageLayout
 from paged_kv.kernels.protocol import Kernels, Selection
+from paged_kv.kernels.rotary import Rotary
 
 Tensor = torch.Tensor
 
@@ -108,6 +118,27 @@ def attention_mass(attention: DenseAttention, largest: bool = False) -> Tensor:
     if queries.dtype != torch.float32 or queries.shape[-1] % 16:
         return reference.attention_mass(attention, largest)
     return _kernels(queries.device).attention_mass(attention, largest)
+
+
+def expected_attention(
+    keys: Tensor, values: Tensor, positions: Tensor, rotary: Rotary, expected: Expected
+) -> Tensor:
+    """Attention that entries can expect, times the norm of the value; see reference.
+
+    Args:
+        keys: float32 [layers, events, kv_heads, m, head_dim], after RoPE.
+        values: float32 [layers, events, kv_heads, m, size].
+        positions: int64, broadcasts to [layers, events, kv_heads, m].
+        rotary: the model's RoPE.
+        expected: see Expected.
+
+    Returns:
+        float32 [layers, events, kv_heads, m].
+    """
+    compiled = cpu.kernels() if keys.device.type == "cpu" else None
+    if compiled is None or not expecting.takes(keys):
+        return reference.expected_attention(keys, values, positions, rotary, expected)
+    return compiled.expected_attention(keys, values, positions, rotary, expected)
 
 
 def lowest(scores: Tensor, positions: Tensor, keep: Tensor, count: Tensor, limit: int) -> Tensor:

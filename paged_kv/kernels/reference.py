@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
-from paged_kv.kernels.operands import DenseAttention
+from paged_kv.kernels.operands import DenseAttention, Expected
+from paged_kv.kernels.rotary import Rotary
 
 CACHED_NUMBERS = 1 << 19  # float32 numbers that a core's own cache holds
 
@@ -133,3 +134,34 @@ def _blocks(rows: torch.Tensor, numbers: int) -> Iterator[slice]:
     limit = CACHED_NUMBERS if rows.device.type == "cpu" else 64 * CACHED_NUMBERS
     at_once = max(1, limit // (rows.shape[-1] * numbers))
     return (slice(start, start + at_once) for start in range(0, len(rows), at_once))
+
+
+def expected_logarithm(keys: torch.Tensor, expected: Expected) -> torch.Tensor:
+    """float32 [layers, events, kv_heads, group, m]; see Expected.
+
+    Args:
+        keys: float32 [layers, events, kv_heads, m, head_dim], before RoPE.
+        expected: see Expected.
+    """
+    # One product: factors [layers, 1, kv_heads, group, 2 head_dim], powers [..., 2 head_dim, m].
+    factors = torch.cat([expected.linear, expected.quadratic], -1)[:, None]
+    powers = torch.cat([keys, keys.square()], -1)
+    found: torch.Tensor = factors @ powers.mT - expected.normaliser[:, None, :, :, None]
+    return found
+
+
+def expected_attention(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    rotary: Rotary,
+    expected: Expected,
+) -> torch.Tensor:
+    """Attention, at most 1 each, averaged over the group, times the norm of the value.
+
+    Operands: see ops.expected_attention.
+    """
+    before = rotary.rotate(keys, positions, back=True)
+    attention = expected_logarithm(before, expected).clamp_max(0).exp().mean(-2)
+    rated: torch.Tensor = attention * values.norm(dim=-1)
+    return rated

@@ -10,6 +10,7 @@ import torch
 
 from paged_kv.core.options import choice, number, text
 from paged_kv.core.schedule import MAX_TOKENS
+from paged_kv.kernels import ops
 from paged_kv.policies.base import EngineFacts, ScoringPolicy
 from paged_kv.policies.entries import share
 from paged_kv.policies.query_files import find, load
@@ -74,11 +75,9 @@ class CalibratedAttention(ScoringPolicy):
         rotary, queries = entries.facts.rotary, entries.facts.queries
         assert rotary is not None, "the policy reads rotary"
         assert queries is not None, "the policy reads query_statistics"
-        keys = rotary.rotate(entries.keys, entries.positions, back=True)
-        statistics = queries.of(entries.layers, entries.heads, keys.device)
-        expected = statistics.log_attention(keys).clamp_max(0).exp().mean(-2)  # over the group
-        ratings: torch.Tensor = expected * entries.values.norm(dim=-1)
-        return ratings
+        expected = queries.of(entries.layers, entries.heads, entries.keys.device)
+        held = entries.keys, entries.values, entries.positions
+        return ops.expected_attention(*held, rotary, expected)
 
     def score(self, region: Region) -> torch.Tensor:
         """Share of what is expected, + share of what was seen."""

@@ -10,9 +10,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from paged_kv.kernels.operands import Expected
 from paged_kv.model_identity import identity
 from paged_kv.models import cache_root, directory_of
-from paged_kv.policies.query_statistics import Int64s, QueryStatistics
+from paged_kv.policies.query_statistics import Int64s
 
 Tensor = torch.Tensor
 SHIPPED = Path(__file__).parent / "statistics"
@@ -28,11 +29,11 @@ class StoredStatistics:
         about: what was read: model, text, tokens.
     """
 
-    def __init__(self, every: QueryStatistics, about: dict[str, str]) -> None:
+    def __init__(self, every: Expected, about: dict[str, str]) -> None:
         self.every, self.about = every, about
-        self._chosen: dict[Any, QueryStatistics] = {}
+        self._chosen: dict[Any, Expected] = {}
 
-    def of(self, layers: Int64s, heads: Int64s, device: torch.device) -> QueryStatistics:
+    def of(self, layers: Int64s, heads: Int64s, device: torch.device) -> Expected:
         """See KnowsQueries; copied to a device once.
 
         Raises:
@@ -46,11 +47,11 @@ class StoredStatistics:
                     f"statistics of {shape[0]} layers and {shape[1]} KV heads are of another model"
                 )
             parts = (part[key[0], :][:, key[1]] for part in self.every)
-            self._chosen[key] = QueryStatistics(*(part.float().to(device) for part in parts))
+            self._chosen[key] = Expected(*(part.float().to(device) for part in parts))
         return self._chosen[key]
 
 
-def save(path: Path, statistics: QueryStatistics, about: dict[str, str]) -> None:
+def save(path: Path, statistics: Expected, about: dict[str, str]) -> None:
     """Writes a file that load reads; numbers are rounded to float16.
 
     Args:
@@ -71,9 +72,9 @@ def load(path: Path) -> StoredStatistics:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ValueError(f"statistics: {path} is no readable .safetensors file: {error}") from None
-    if about.get("format") != _FORMAT or set(found) != set(QueryStatistics._fields):
+    if about.get("format") != _FORMAT or set(found) != set(Expected._fields):
         raise ValueError(f"statistics: {path} was not written by paged-kv calibrate queries")
-    statistics = QueryStatistics(**found)
+    statistics = Expected(**found)
     if not all(bool(part.isfinite().all()) for part in statistics):
         raise ValueError(f"statistics: {path} holds numbers that are not finite")
     return StoredStatistics(statistics, about)

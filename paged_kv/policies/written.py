@@ -36,7 +36,7 @@ class Written(NamedTuple):
     Args:
         keys: float32 [layers, events, kv_heads, m, head_dim], after RoPE.
         values: float32 [layers, events, kv_heads, m, size].
-        positions: int64 [layers, events, kv_heads, m].
+        positions: int64, broadcasts to [layers, events, kv_heads, m].
         layers: int64 [layers], index of each layer in the model; on the host, as heads.
         heads: int64 [kv_heads], index of each KV head in the model.
         facts: of the model.

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 
 import torch
 
+from paged_kv.kernels.operands import Expected
+from paged_kv.kernels.reference import expected_logarithm
 from paged_kv.kernels.rotary import Rotary
 from paged_kv.policies.base import Int64s, Policy
-from paged_kv.policies.query_statistics import KnowsQueries, QueryStatistics
+from paged_kv.policies.query_statistics import KnowsQueries
 
 Tensor = torch.Tensor
 DISTANCE = 2048  # between an entry and the queries that are expected: from 0 to this, on average
@@ -63,7 +65,7 @@ class QueryGathering:
         self._moments: dict[int, _Moments] = {}
         self._scales: dict[int, float] = {}
         self._rotary: Rotary | None = None
-        self._found: dict[tuple[int, ...], QueryStatistics] = {}  # by layers
+        self._found: dict[tuple[int, ...], Expected] = {}  # by layers
 
     @property
     def is_complete(self) -> bool:
@@ -122,15 +124,15 @@ class QueryGathering:
         """What was gathered so far stays as it is."""
         self.num_tokens = min(self.num_tokens, self.count)
 
-    def of(self, layers: Int64s, heads: Int64s, device: torch.device) -> QueryStatistics:
+    def of(self, layers: Int64s, heads: Int64s, device: torch.device) -> Expected:
         """See KnowsQueries; of the tokens so far, and of the heads that it was given."""
         chosen = tuple(layers.tolist())
         if chosen not in self._found:
             parts = [self._finish(layer, len(heads)) for layer in chosen]
-            self._found[chosen] = QueryStatistics(*map(torch.stack, zip(*parts, strict=True)))
+            self._found[chosen] = Expected(*map(torch.stack, zip(*parts, strict=True)))
         return self._found[chosen]
 
-    def _finish(self, layer: int, num_heads: int) -> QueryStatistics:
+    def _finish(self, layer: int, num_heads: int) -> Expected:
         """Of one layer: tensors without the first dimension."""
         moments = self._moments[layer]
         assert self._rotary is not None
@@ -145,11 +147,11 @@ class QueryGathering:
         quadratic = shrunk * (scale**2 / 2)
         grouped = [part.unflatten(0, (num_heads, -1)) for part in (linear, quadratic)]
         nothing = grouped[0].new_zeros(grouped[0].shape[:2])
-        found = QueryStatistics(*(part[None] for part in (*grouped, nothing)))
+        found = Expected(*(part[None] for part in (*grouped, nothing)))
         states = torch.cat(moments.keys).transpose(0, 1)  # [kv_heads, n, head_dim]
         counted = torch.cat(moments.counted)  # [n]
-        logits = found.log_attention(states[None, None])[0, 0]  # [kv_heads, group, n]
+        logits = expected_logarithm(states[None, None], found)[0, 0]  # [kv_heads, group, n]
         # Of a context, as if it consisted of these keys.
         each = (CONTEXT / counted.sum().clamp_min(1)).log()
         shared = (logits + counted.log()).logsumexp(-1) + each
-        return QueryStatistics(grouped[0], grouped[1], shared)
+        return Expected(grouped[0], grouped[1], shared)

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from paged_kv.kernels.cpu import builds, selecting, structs
+from paged_kv.kernels.cpu import builds, expecting, selecting, structs
 from paged_kv.kernels.index import Index, common_shape
-from paged_kv.kernels.operands import DenseAttention, Queries, Segment, Side, Terms
+from paged_kv.kernels.operands import DenseAttention, Expected, Queries, Segment, Side, Terms
 from paged_kv.kernels.page_layout import PageLayout
+from paged_kv.kernels.rotary import Rotary
 
 Tensor = torch.Tensor
 
@@ -189,6 +190,14 @@ class CompiledKernels:
         call = selecting.Pairs(mask, mask, limit, 0)
         _run(self.library.paged_kv_first_places, call.work, "", None)
         return call.source
+
+    def expected_attention(
+        self, keys: Tensor, values: Tensor, positions: Tensor, rotary: Rotary, expected: Expected
+    ) -> Tensor:
+        """What entries can expect; see reference.expected_attention."""
+        call = expecting.Call(keys, values, positions, rotary, expected)
+        _run(self.library.paged_kv_expected_attention, call.work, "", None)
+        return call.found
 
 
 _NO_MEMORY = 7

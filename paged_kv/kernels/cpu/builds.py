@@ -20,7 +20,7 @@ OTHER_CPU = "this CPU lacks instructions it uses"
 NOT_BUILT = "not built"
 FUNCTIONS = (
     *("write", "gather", "store", "move", "attend", "attention_mass"),
-    *("lowest", "pair_moves", "first_places"),
+    *("lowest", "pair_moves", "first_places", "expected_attention"),
 )
 
 

@@ -11,6 +11,7 @@
 
 #include "attend.h"
 #include "entries.h"
+#include "expect.h"
 #include "observe.h"
 #include "select.h"
 

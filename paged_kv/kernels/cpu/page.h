@@ -95,6 +95,14 @@ struct Lowest {
   int64_t sizes[3], size, limit;        // leading dimensions, entries of a row
 };
 
+struct Expected {  // expected_attention; rows [layers, events, heads], all but cos and sin dense
+  const float *keys, *values;                       // [rows, entries, size]
+  Rows cos, sin;                                    // [entries, half] of a row
+  const float *linear, *quadratic, *normaliser;     // [layers, heads, group], of size or 1
+  float* found;                                     // [rows, entries]
+  int64_t sizes[3], entries, size, value_size, half, group, neox;
+};
+
 struct Pairs {  // pair_moves and first_places
   Rows losers, freed;        // bool
   int64_t *source, *target;  // [rows, limit]

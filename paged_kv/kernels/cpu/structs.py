@@ -157,6 +157,19 @@ class PairsStruct(ctypes.Structure):
     ]
 
 
+class ExpectedStruct(ctypes.Structure):
+    """expected_attention."""
+
+    _fields_: ClassVar = [
+        *_pointers("keys values"),
+        ("cos", RowsStruct),
+        ("sin", RowsStruct),
+        *_pointers("linear quadratic normaliser found"),
+        ("sizes", Number * 3),
+        *_numbers("entries size value_size half group neox"),
+    ]
+
+
 @lru_cache(maxsize=256)
 def layout_struct(layout: PageLayout) -> tuple[LayoutStruct, int]:
     """(the struct, its address)."""
