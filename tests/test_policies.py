@@ -159,7 +159,8 @@ def test_events_do_not_see_each_other(name, options):
 def test_the_region_is_not_written(name, options):
     policy = make(name, options)
     region = random_region(policy, name, 16)
-    parts = {key: getattr(region, key) for key in ("positions", "keys", "values", "weights")}
+    names = ("positions", "keys", "values", "weights", "scores", "ratings")
+    parts = {key: getattr(region, key) for key in names}
     before = {key: None if part is None else part.clone() for key, part in parts.items()}
     policy.compact(region)
     for key, part in parts.items():
@@ -173,7 +174,7 @@ def test_slots_do_not_matter(name, options):
     policy = make(name, options)
     region = random_region(policy, name, 17, Shape((20,), (11,), (9,)))
     order = torch.randperm(region.positions.shape[-1], generator=torch.Generator().manual_seed(1))
-    names = ("positions", "keys", "values", "weights", "scores")
+    names = ("positions", "keys", "values", "weights", "scores", "ratings")
     parts = {key: getattr(region, key) for key in names}
     moved = {key: None if part is None else part[:, :, :, order] for key, part in parts.items()}
     expected = [None if x is None else x[:, :, :, order] for x in policy.compact(region)]
@@ -186,7 +187,8 @@ def test_reads(name):
     """Merging needs weights; what a policy reads is known; moves of positional ones are numpy's."""
     for options in CASES[name]:
         policy = make(name, options)
-        assert policy.reads <= {"keys", "values", "weights", "scores", "rotary"}
+        regions = {"keys", "values", "weights", "scores", "ratings", "rotary"}
+        assert policy.reads <= regions | {"query_statistics"}
         assert not policy.merges or "weights" in policy.reads
         assert not isinstance(policy, PositionalPolicy) or not policy.reads
 

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
+import query_files
 
 from paged_kv import registry
 from paged_kv.policies.base import Policy
@@ -36,11 +38,30 @@ class Cases:
 
 WINDOW = {"observation_window": 8}
 NEAR = {"n_future": 8, "observation_window": 16}
+OF_LLAMA = query_files.shared(6, 2, 2, 32)  # tiny_models' "llama"
+OF_REGIONS = query_files.shared(7, 8, 2, 8)  # policy_regions' layers and heads
+CALIBRATED = {"statistics": OF_LLAMA}
 
 CASES: dict[str, Cases] = {
     "attention": Cases(
         [{}, {"observation_window": 6}, {"observation_window": 6, "aggregation": "max"}],
         wrong={"observation_window": [0, 1.5], "aggregation": ["mean"]},
+    ),
+    "calibrated_attention": Cases(
+        [
+            {"fading": "off", **CALIBRATED},
+            {"fading": "on", **CALIBRATED},
+            {"fading": "on", "half_life": 5.5, **CALIBRATED},
+        ],
+        engine=[
+            {"fading": "off", **CALIBRATED},
+            {"fading": "on", "half_life": 40, **CALIBRATED},
+        ],
+        wrong={
+            "fading": ["always", True],
+            "half_life": [0, 0.5, "long"],
+            "statistics": [7, "/nowhere/at/all.safetensors"],
+        },
     ),
     "cluster": Cases(
         [
@@ -150,8 +171,14 @@ def policies() -> list[str]:
 
 
 def cases() -> list:
-    """A pytest parameter (name, options) for each case of the matrix."""
-    return _parameters({name: CASES[name].matrix for name in policies() if name in CASES})
+    """A pytest parameter (name, options) for each case of the matrix, to be used with regions."""
+    named = {name: CASES[name].matrix for name in policies() if name in CASES}
+    return _parameters({name: [*map(of_regions, several)] for name, several in named.items()})
+
+
+def of_regions(options: Options) -> Options:
+    """The same with a file that knows the layers and heads of random regions."""
+    return {**options, "statistics": OF_REGIONS} if "statistics" in options else options
 
 
 def engine_cases() -> list:
@@ -163,9 +190,16 @@ def _parameters(options_by_name: dict[str, list[Options]]) -> list:
     parameters = []
     for name, variants in options_by_name.items():
         for options in variants:
-            label = ",".join(f"{key}={value}" for key, value in options.items())
+            shown = {key: _shown(value) for key, value in options.items()}
+            label = ",".join(f"{key}={value}" for key, value in shown.items())
             parameters.append(pytest.param(name, options, id=f"{name}({label})"))
     return parameters
+
+
+def _shown(value: Any) -> Any:
+    """Of a path only the file's name."""
+    is_path = isinstance(value, str) and "/" in value
+    return Path(value).name if is_path else value
 
 
 def make(name: str, options: Options, num_sinks: int = 2, recent: int = 3) -> Policy:

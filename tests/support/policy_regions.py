@@ -1,16 +1,19 @@
 """Regions of random content for the tests of policies, and the same as heads for definitions."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import policy_heads
 import torch
-from policy_cases import CASES
+from policy_cases import CASES, OF_REGIONS
 
 from paged_kv.kernels.rotary import Rotary
+from paged_kv.policies import query_files
 from paged_kv.policies.base import Policy
 from paged_kv.policies.region import ObservedQueries, Region
+from paged_kv.policies.written import ModelFacts, Written
 
 HEAD_DIM = 8
 
@@ -37,7 +40,18 @@ class Shape:
     rotary_dim: int = HEAD_DIM
 
 
-def random_region(policy: Policy, name: str, seed: int, shape: Shape = Shape()) -> Region:
+@dataclass(frozen=True)
+class RandomRegion(Region):
+    """A region whose definition may look at more than its policy.
+
+    Args:
+        hidden: keys and values, if they are what the ratings come from.
+    """
+
+    hidden: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+def random_region(policy: Policy, name: str, seed: int, shape: Shape = Shape()) -> RandomRegion:
     """A region that carries what the policy reads and nothing else; padding holds NaN."""
     generator = torch.Generator().manual_seed(seed)
     entries = torch.tensor(shape.extra) + policy.num_protected
@@ -63,17 +77,34 @@ def random_region(policy: Policy, name: str, seed: int, shape: Shape = Shape()) 
         "scores": padded(noise(*lead).abs() * 10, torch.nan),
         "rotary": _rotary(shape),
     }
-    return Region(
+    layers = torch.arange(shape.layers) * 5 + 1
+    heads = torch.arange(shape.heads) + 4
+    hidden = {}
+    if "ratings" in policy.reads:
+        hidden = {key: content[key] for key in ("keys", "values")}
+        content["ratings"] = rated(policy, content, positions, layers, heads)
+    return RandomRegion(
         num_tokens=tokens,
         num_entries=entries,
         num_losers=torch.tensor(shape.losers),
         max_losers=max(shape.losers),
-        layers=torch.arange(shape.layers) * 5 + 1,
-        heads=torch.arange(shape.heads) + 4,
+        layers=layers,
+        heads=heads,
         positions=positions,
         queries=_queries(policy, shape, tokens, noise),
+        hidden=hidden,
         **{key: value for key, value in content.items() if key in policy.reads},
     )
+
+
+def rated(policy, content, positions, layers, heads) -> torch.Tensor:
+    """What the policy says of all entries, as they are; with its own file or that of regions."""
+    queries = policy.query_statistics or query_files.load(Path(OF_REGIONS))
+    facts = ModelFacts(content["rotary"], queries)
+    # Padding has no position; whatever is computed for it, NaN comes of its key.
+    seen = positions.where(positions < torch.iinfo(torch.int64).max, 0)
+    entries = content["keys"], content["values"], seen, layers.numpy(), heads.numpy()
+    return policy.rate(Written(*entries, facts))
 
 
 def _positions(policy, num_tokens, num_entries, generator) -> torch.Tensor:
@@ -127,7 +158,7 @@ def _tables(rotary: Rotary) -> tuple[np.ndarray, np.ndarray]:
     return rotary.scale * np.cos(angles), rotary.scale * np.sin(angles)
 
 
-def select(region: Region, layers: list[int], event: int, heads: list[int]) -> Region:
+def select(region: RandomRegion, layers: list[int], event: int, heads: list[int]) -> RandomRegion:
     """One event, some layers and heads, without padding."""
     size = int(region.num_entries[event])
 
@@ -143,7 +174,7 @@ def select(region: Region, layers: list[int], event: int, heads: list[int]) -> R
             positions=queries.positions[[event]],
             sinks=None if sinks is None else sinks[layers][:, :, heads],
         )
-    names = ("positions", "keys", "values", "weights", "scores")
+    names = ("positions", "keys", "values", "weights", "scores", "ratings")
     return replace(
         region,
         num_tokens=region.num_tokens[[event]],
@@ -153,12 +184,13 @@ def select(region: Region, layers: list[int], event: int, heads: list[int]) -> R
         layers=region.layers[layers],
         heads=region.heads[heads],
         queries=queries,
+        hidden={name: part(x) for name, x in region.hidden.items()},
         **{name: part(getattr(region, name)) for name in names},
     )
 
 
 def heads_of(
-    region: Region, num_sinks: int, recent_window: int, layer: int, event: int
+    region: RandomRegion, num_sinks: int, recent_window: int, layer: int, event: int
 ) -> list[policy_heads.Head]:
     """The region's content for the definitions: the KV heads of one layer and event."""
     alone = select(region, [layer], event, list(range(len(region.heads))))
@@ -177,8 +209,8 @@ def heads_of(
             recent_window=recent_window,
             layer=int(alone.layers[0]),
             head=int(alone.heads[head]),
-            keys=one(alone.keys, head),
-            values=one(alone.values, head),
+            keys=one(alone.hidden.get("keys", alone.keys), head),
+            values=one(alone.hidden.get("values", alone.values), head),
             weights=one(alone.weights, head),
             scores=one(alone.scores, head),
             queries=one(queries and queries.states, head),

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import query_files
 from policy_heads import Head, free_slots, observed, scores
+
+from paged_kv.policies.calibrated_attention import AGEING, YOUTH  # numbers only
 
 SHIPPED = Path(__file__).parent.parent.parent / "paged_kv" / "policies" / "learned_smollm2.npz"
 
@@ -25,6 +28,41 @@ def newest_first(head: Head, values: np.ndarray, share: float) -> np.ndarray:
 @scores()
 def attention(head: Head, options: dict) -> np.ndarray:
     return observed(head, options["observation_window"], options["aggregation"])
+
+
+def fading(scores: Any, given: Any, position: int, options: dict) -> np.ndarray:
+    """Of what an entry had, a query leaves half after so many queries; then it gives its own."""
+    return scores * 0.5 ** (1 / options["half_life"]) + sum(given)
+
+
+@scores(accumulate=fading)
+def calibrated_attention(head: Head, options: dict) -> np.ndarray:
+    """Rated by the file, less with age, plus what was seen; both as shares."""
+    fades = options["fading"] == "on"
+    expected = [rating(head, slot, options["statistics"]) for slot in range(len(head.positions))]
+    for slot, position in enumerate(head.positions):
+        expected[slot] /= (head.num_tokens - position + YOUTH) ** AGEING[fades]
+    free = free_slots("calibrated_attention", head, options)
+    total = np.zeros(len(head.positions))
+    for measure in (expected, head.scores) if fades else (expected,):
+        whole = sum(measure[slot] for slot in free)
+        for slot in free:
+            total[slot] += measure[slot] / whole if whole else 0.0
+    return total
+
+
+def rating(head: Head, slot: int, file: str) -> float:
+    """Mean over the query heads of the attention that the file expects, at most 1; the value."""
+    key, parts = head.keys[slot], query_files.read(file)
+    before = np.linalg.inv(rotation(head, head.positions[slot], len(key))) @ key
+    linear, quadratic, normaliser = (
+        parts[name][head.layer, head.head] for name in ("linear", "quadratic", "normaliser")
+    )
+    attention = 0.0
+    for member in range(len(linear)):
+        logarithm = linear[member] @ before + quadratic[member] @ before**2 - normaliser[member]
+        attention += min(1.0, math.exp(logarithm)) / len(linear)
+    return attention * np.linalg.norm(head.values[slot])
 
 
 @scores()
