@@ -10,7 +10,7 @@ from typing import Any
 import engines
 import pytest
 import tiny_models
-from policy_cases import WINDOW, engine_cases
+from policy_cases import CALIBRATED, WINDOW, engine_cases
 from policy_loop import complete_and_check
 from reference_loop import Rule, load_model
 
@@ -67,9 +67,18 @@ def test_tokens_are_those_of_the_definition(name, options, tiny, model):
 SNAPKV = {"policy": "snapkv", "budget": BUDGET, **WINDOW}
 H2O = {"policy": "h2o", "budget": BUDGET}
 MERGE = {"policy": "value_merge", "of": "h2o", "budget": BUDGET}
+RATED = {"policy": "calibrated_attention", "fading": "off", "budget": BUDGET, **CALIBRATED}
+FADING = {**RATED, "fading": "on", "half_life": 40}
+MERGED = {**FADING, "policy": "value_merge", "of": "calibrated_attention"}
+WHO = "config", [SNAPKV, H2O, MERGE, RATED, FADING, MERGED]
+EVICTING = "config", [SNAPKV, H2O, RATED, FADING]
 
 
-@pytest.mark.parametrize("config", [SNAPKV, H2O, MERGE], ids=lambda config: config["policy"])
+def named(config) -> str:
+    return "+".join(str(config[key]) for key in ("policy", "of", "fading") if key in config)
+
+
+@pytest.mark.parametrize(*WHO, ids=named)
 def test_pyramids(config, tiny, model):
     """Budgets by tier: 160, 128 and 96."""
     config = {**config, "policy": f"pyramidal+{config['policy']}", "budget": 128}
@@ -77,14 +86,14 @@ def test_pyramids(config, tiny, model):
     check(tiny, model, config, rule, [prompts_of(60, 150, 230)])
 
 
-@pytest.mark.parametrize("config", [SNAPKV, H2O], ids=lambda config: config["policy"])
+@pytest.mark.parametrize(*EVICTING, ids=named)
 def test_a_fraction_between_the_chunks_of_a_prompt(config, tiny, model):
     config = {**config, "budget": 0.5, "min_budget": 80, "compress_prefill": True}
     rule = Rule([Fraction(1, 2)] * 6, min_budget=80, compress_prefill=True)
     check(tiny, model, config, rule, [prompts_of(70, 300, 210)])
 
 
-@pytest.mark.parametrize("config", [SNAPKV, H2O, MERGE], ids=lambda config: config["policy"])
+@pytest.mark.parametrize(*WHO, ids=named)
 def test_preempted_requests(config, tiny, model):
     """Their queries, scores and weights are computed anew with their entries."""
     waves = [prompts_of(64, 75, 40, 90)]
@@ -94,7 +103,7 @@ def test_preempted_requests(config, tiny, model):
     assert restarts, "the pool was large enough"
 
 
-@pytest.mark.parametrize("config", [SNAPKV, H2O, MERGE], ids=lambda config: config["policy"])
+@pytest.mark.parametrize(*WHO, ids=named)
 def test_prefix_hits(config, tiny, model):
     """A hit brings positions along, no scores; the observation window is computed in any case."""
     first, second = prompts_of(210, 230, shared=200)
