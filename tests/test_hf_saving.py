@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from hf_models import load, padded, prompt
+from hf_questions import OPTIONS as ALL_OPTIONS
 from hf_questions import QUESTIONS as ALL_QUESTIONS
 from hf_questions import ask, read
 from safetensors import safe_open
@@ -29,6 +30,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "pyramid": {"policy": "pyramidal", **EARLY},
     "fraction": {"policy": "tova", "budget": 0.3, "min_budget": 80, "compress_prefill": True},
     "h2o": {"policy": "h2o", **EARLY},
+    "ratings": ALL_OPTIONS["ratings"],
+    "gathered": ALL_OPTIONS["gathered"],
+    "gathering": {**ALL_OPTIONS["gathered"], "budget": 224},  # not yet when it is saved
+    "rated": {**ALL_OPTIONS["ratings"], "spill": True, "spill_interval": 0, "fading": "off"},
     "random": {"policy": "random", "seed": 2**70 + 5, **EARLY},
     "learned": {"policy": "learned", **EARLY},
     "residual": {"policy": "residual", "of": "attention", **EARLY},

@@ -94,6 +94,31 @@ def test_evicted_is_the_definition(schedule, num_tokens, prompt_len):
     assert evicted % schedule.page_size == 0
 
 
+@given(schedules_of_users(), st.lists(st.tuples(LONG, LONG), min_size=1, max_size=9))
+def test_reached_is_the_first_length_that_drops_so_much(schedule, pairs):
+    """Whatever the prompt: the fewest tokens after which a compaction can have been there."""
+    num_tokens, prompt_lens = np.array(pairs, dtype=np.int64).T
+    evicted = schedule.evicted(num_tokens, prompt_lens)
+    reached = schedule.reached(evicted)
+    assert reached.tolist() == [schedule.reached(int(each)) for each in evicted]
+    assert (reached <= num_tokens).all()
+    for least, dropped in zip(reached.tolist(), evicted.tolist(), strict=True):
+        assert schedule.evicted(least, 0) >= dropped
+        assert (least == 0) == (dropped == 0)
+        if dropped:
+            assert schedule.evicted(least - 1, 0) < dropped
+
+
+@given(schedules(), st.integers(0, 40))
+def test_reached_of_any_number_of_pages(schedule, num_pages):
+    """By counting."""
+    dropped = num_pages * schedule.page_size
+    least = schedule.reached(dropped)
+    lengths = range(max(0, least - 3 * schedule.page_size), least + 1)
+    first = next(n for n in lengths if schedule.evicted(n, 0) >= dropped)
+    assert first == least
+
+
 @given(schedules(), LENGTHS, LENGTHS)
 def test_retained_lies_within_a_page_of_the_budget(schedule, num_tokens, prompt_len):
     evicted = schedule.evicted(num_tokens, prompt_len)

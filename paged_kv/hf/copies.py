@@ -10,6 +10,7 @@ from paged_kv.hf.paged_layer import PagedLayer
 from paged_kv.hf.sequences import Sequences
 from paged_kv.hf.state_of_cache import CacheState
 from paged_kv.hf.step import interrupted
+from paged_kv.store.query_gathering import QueryGathering
 
 
 class Copyable:
@@ -76,5 +77,8 @@ def copy_rows(source: Sequences, target: Sequences) -> None:
     for name in (*arrays, "tables", "ring", "residual", "spilled", "marks"):
         setattr(target, name, getattr(source, name).copy())
     target.terms, target.counters = list(source.terms), source.counters.copy()
+    target.query_statistics = source.query_statistics
+    if isinstance(source.query_statistics, QueryGathering):
+        target.query_statistics = source.query_statistics.copy()
     for name in ("rotary", "waits_for_crop", "knows_prompts", "is_late", "num_passes"):
         setattr(target, name, getattr(source, name))

@@ -20,6 +20,7 @@ from paged_kv.hf.state_of_cache import CacheState
 from paged_kv.hf.step import interrupted
 from paged_kv.kernels.operands import Terms
 from paged_kv.option_table import current_names
+from paged_kv.store.query_gathering import QueryGathering
 
 Tensor = torch.Tensor
 
@@ -151,6 +152,7 @@ def state_of(sequences: Sequences) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "ring.": sequences.ring.state(sequences.num_tokens),
         "residual.": sequences.residual.state(sequences.num_tokens),
         "spilled.": sequences.spilled.state(sequences.num_rows),
+        "queries.": _gathered(sequences),
         "sinks.": {at: tensor for at, tensor in sinks.items() if tensor is not None},
     }
     tensors = {key + name: tensor for key, part in parts.items() for name, tensor in part.items()}
@@ -171,6 +173,12 @@ def state_of(sequences: Sequences) -> tuple[dict[str, Tensor], dict[str, Any]]:
         **{name: getattr(sequences, name) for name in _FLAGS},
     }
     return tensors, about
+
+
+def _gathered(sequences: Sequences) -> dict[str, Tensor]:
+    """The statistics of queries, unless they are in a file of their own, or nobody reads them."""
+    gathering = sequences.query_statistics
+    return gathering.state() if isinstance(gathering, QueryGathering) else {}
 
 
 def restore(
@@ -198,6 +206,8 @@ def restore(
     sequences.ring.restore(part_of(tensors, "ring."), num_tokens, geometry.device)
     sequences.residual.restore(part_of(tensors, "residual."), geometry.device)
     sequences.spilled.restore(part_of(tensors, "spilled."), geometry)
+    if isinstance(sequences.query_statistics, QueryGathering):
+        sequences.query_statistics.restore(part_of(tensors, "queries."), geometry.device)
     for name in _FLAGS:
         setattr(sequences, name, about[name])
     sequences.rotary = of_file(*about["rope"])

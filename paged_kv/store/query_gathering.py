@@ -10,7 +10,7 @@ rotation R over the distances from 0 to DISTANCE, which leaves rho of a pair's l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,7 @@ CONTEXT = 2048  # entries among which attention is shared out
 NUM_KEYS = 256  # that stand for them
 FIRST = 16  # position of the first query and key that count
 SERVED_TOKENS = 4096  # from which an engine without a file gathers them
+_SUMS = "count", "total", "squares"
 
 
 def source(policy: Policy | None, done: Callable[[], None] | None = None) -> KnowsQueries | None:
@@ -123,6 +124,46 @@ class QueryGathering:
     def freeze(self) -> None:
         """What was gathered so far stays as it is."""
         self.num_tokens = min(self.num_tokens, self.count)
+
+    def copy(self) -> QueryGathering:
+        """One that shares nothing with this; nobody is told when that one is complete."""
+        other = QueryGathering(self.num_tokens)
+        other.restore(self.state(), None)
+        return other
+
+    def state(self) -> dict[str, Tensor]:
+        """What restore takes; empty before the first token."""
+        rotary = self._rotary
+        if rotary is None:
+            return {}
+        state = {
+            "tokens": torch.tensor([self.num_tokens, self.count, self._every]),
+            "frequencies": rotary.frequencies,
+            "rotary": torch.tensor([rotary.scale, rotary.neox], dtype=torch.float64),
+        }
+        for layer, moments in self._moments.items():
+            scale = torch.tensor(self._scales[layer], dtype=torch.float64)
+            sums = {name: getattr(moments, name) for name in _SUMS}
+            keys, counted = torch.cat(moments.keys), torch.cat(moments.counted)
+            parts = {**sums, "keys": keys, "counted": counted, "scale": scale}
+            state |= {f"{layer}.{name}": part for name, part in parts.items()}
+        return state
+
+    def restore(self, state: Mapping[str, Tensor], device: torch.device | None) -> None:
+        """Has gathered this, and nothing else; device: where it goes on, None: where this lies."""
+        if not state:
+            return
+        self.num_tokens, self.count, self._every = state["tokens"].tolist()
+        scale, neox = state["rotary"].tolist()
+        self._rotary = Rotary(state["frequencies"].to(device), scale, bool(neox))
+        for name in [name for name in state if name.endswith(".total")]:
+            layer = name.removesuffix(".total")
+            # What add changes is this one's own.
+            sums = [state[f"{layer}.{each}"].to(device).clone() for each in _SUMS]
+            keys, counted = (state[f"{layer}.{each}"].to(device) for each in ("keys", "counted"))
+            self._moments[int(layer)] = _Moments(*sums, [keys], [counted])
+            self._scales[int(layer)] = float(state[f"{layer}.scale"])
+        self._found.clear()
 
     def of(self, layers: Int64s, heads: Int64s, device: torch.device) -> Expected:
         """See KnowsQueries; of the tokens so far, and of the heads that it was given."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import query_files
 import torch
 from hf_models import prompt
 
@@ -12,12 +13,15 @@ from paged_kv.hf import PagedCache
 CONTEXT = prompt(203)
 QUESTIONS = [prompt(9 + 20 * seed, seed + 1) for seed in range(3)]
 
+CALIBRATED = {"policy": "calibrated_attention", "budget": 96, "compress_prefill": True}
 OPTIONS: dict[str, dict[str, Any]] = {
     "full": {},
     "positions": {"policy": "streaming", "budget": 96, "compress_prefill": True},
     "queries": {"policy": "snapkv", "budget": 96, "compress_prefill": True},
     "late": {"policy": "pyramidal+snapkv", "budget": 96},
     "scores": {"policy": "h2o", "budget": 96, "compress_prefill": True},
+    "ratings": {**CALIBRATED, "statistics": query_files.shared(4, 2, 2, 16), "fading": "on"},
+    "gathered": CALIBRATED,
     "fraction": {"policy": "tova", "budget": 0.5, "min_budget": 80},
     "merging": {"policy": "value_merge", "budget": 96, "compress_prefill": True},
     "spill": {
