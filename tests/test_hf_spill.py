@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from policy_cases import CALIBRATED
 from reference_loop import Rule, load_model
 from spill_loop import SpillSequence
 
@@ -31,6 +32,7 @@ CASES = {
     "snapkv": {"observation_window": 8},
     "h2o": {"spill_threshold": 1.5},
     "tova": {"spill_budget": 70},
+    "calibrated_attention": {"fading": "on", "half_life": 40, **CALIBRATED},
 }
 
 
@@ -98,7 +100,7 @@ def one_by_one(model: Any, cache: PagedCache, tokens: torch.Tensor) -> torch.Ten
         return torch.cat([model(step, past_key_values=cache).logits for step in steps], 1)
 
 
-@pytest.mark.parametrize("policy", ["streaming", "h2o"])
+@pytest.mark.parametrize("policy", ["streaming", "h2o", "calibrated_attention"])
 def test_stores_follow_their_rows(policy, model):
     """Rows are repeated, go on differently, change places and leave: each as if it were alone."""
     tokens = prompts(8)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny_models
 from engines import Tokens, scheduler
+from policy_cases import OF_LLAMA
 from preemption import num_restarts, prompts_of, run
 from swapping import GIB, swapping
 
@@ -19,6 +20,12 @@ POLICIES: dict[str, dict[str, Any]] = {
     "pyramidal": {"policy": "pyramidal+snapkv", "budget": 160},
     "pooling": {"policy": "pooling", "budget": 160},
     "h2o": {"policy": "h2o", "budget": 160},
+    "ratings": {
+        "policy": "calibrated_attention",
+        "budget": 160,
+        "fading": "on",
+        "statistics": OF_LLAMA,
+    },
     "chunks": {"policy": "snapkv", "budget": 160, "compress_prefill": True},
     "spill": {"policy": "snapkv", "budget": 160, "spill": True, "fetch_limit": 8},
     "int8": {"policy": "streaming", "budget": 160, "page_format": "int8"},

@@ -13,6 +13,7 @@ import pytest
 import tiny_models
 import torch
 from engines import Tokens
+from policy_cases import CALIBRATED
 from reference_loop import Rule, load_model
 from vllm import SamplingParams
 from vllm_spill_loop import complete_and_check
@@ -54,6 +55,7 @@ def assert_nothing_is_left(llm: Any) -> None:
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
 
 
+RATED = {"policy": "calibrated_attention", **CALIBRATED}
 PYRAMID = {**SNAPKV, "policy": "pyramidal+snapkv", "budget": 128}
 TIERS = [160] * 2 + [128] * 2 + [96] * 2
 HALF = {"budget": 0.5, "min_budget": 80, "compress_prefill": True}
@@ -68,6 +70,8 @@ CASES = [
     ({**PYRAMID, "fetch_limit": 7}, Rule(TIERS)),
     ({**PYRAMID, "compress_prefill": True}, Rule(TIERS, compress_prefill=True)),
     ({**SPILL, "policy": "h2o", "fetch_limit": 5}, Rule([BUDGET] * 6)),
+    ({**SPILL, **RATED, "fading": "off", "fetch_limit": 5}, Rule([BUDGET] * 6)),
+    ({**SPILL, **RATED, "fading": "on", "half_life": 40}, Rule([BUDGET] * 6)),
 ]
 
 
