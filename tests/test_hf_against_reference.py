@@ -73,3 +73,13 @@ def test_pyramids_and_skipped_layers(name, model):
 def test_fractions_and_chunks(name, compress_prefill, model):
     options = {"policy": name, "budget": 0.5, "min_budget": 80}
     check(model, {**options, "compress_prefill": compress_prefill}, prompt_chunk=40)
+
+
+@pytest.mark.parametrize("prompt_chunk", [PROMPT, 40])
+@pytest.mark.parametrize("compress_prefill", [True, False])
+def test_statistics_that_are_gathered(compress_prefill, prompt_chunk, model):
+    """Until the first compaction, from what comes until then; the model has no file."""
+    options = {"policy": "calibrated_attention", "budget": 100, "statistics": "gathered"}
+    check(model, {**options, "compress_prefill": compress_prefill}, prompt_chunk=prompt_chunk)
+    pyramid = {**options, "policy": "pyramidal", "budget": 150}
+    check(model, {**pyramid, "compress_prefill": compress_prefill}, prompt_chunk=prompt_chunk)

@@ -182,7 +182,8 @@ class QueryGathering:
         variance = (moments.squares / count - mean.square()).clamp_min(0)
         # The mean rotation, which is the same at all distances from a query to its key.
         cos, sin = rotary.mean(torch.zeros((), device=mean.device), DISTANCE)
-        scale *= rotary.scale  # once is in cos and sin; but both queries and keys have it
+        # Once the scale is in them; but both queries and keys have it, in dimensions that turn.
+        cos, sin = cos * rotary.scale, sin * rotary.scale
         linear = rotary.turn(mean, cos, sin) * scale
         shrunk = rotary.pair_means(variance, cos.square() + sin.square())
         quadratic = shrunk * (scale**2 / 2)
