@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +12,7 @@ from engines import (
     engine,
     engine_core,
     generate,
+    logged,
     recorded_chunks,
     scheduler,
     worker,
@@ -250,7 +249,7 @@ def test_pieces_of_a_prompt_that_is_compressed_meanwhile(tiny, settings, chunk):
     """Also of a request that is alone, where vLLM would forget the threshold; it says so."""
     kv = {**STREAMING, "compress_prefill": True}
     settings = {"max_num_batched_tokens": 2048, "num_gpu_blocks_override": 100, **settings}
-    with capacity_line() as lines, engine(tiny, kv, **settings) as llm:
+    with logged("vllm.scheduler.capacity") as lines, engine(tiny, kv, **settings) as llm:
         with recorded_chunks(llm) as chunks:
             generate(llm, [[token % 250 + 3 for token in range(1500)]], 4)
         (found,) = chunks.values()
@@ -264,28 +263,16 @@ def test_pieces_of_a_prompt_that_is_compressed_meanwhile(tiny, settings, chunk):
     assert "--long-prefill-token-threshold" in lines[0]
 
 
-@contextmanager
-def capacity_line() -> Iterator[list[str]]:
-    """What the scheduler logs of its capacity."""
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    log = logging.getLogger("vllm.paged_kv.vllm.scheduler.capacity")
-    log.setLevel(logging.INFO)
-    log.addHandler(handler)
-    try:
-        yield lines
-    finally:
-        log.removeHandler(handler)
-
-
 @pytest.mark.model
 @pytest.mark.parametrize(("compress_prefill", "capacity"), [(True, 135_540), (False, 23_296)])
 def test_reported_capacity(smollm2_dir, compress_prefill, capacity):
     """Plain vLLM reports 23,296 tokens."""
     kv = {"policy": "streaming", "budget": 128, "compress_prefill": compress_prefill}
     settings = {"max_model_len": 4096, "kv_cache_memory_bytes": 1 << 30}
-    with capacity_line() as lines, engine(str(smollm2_dir), kv, **settings) as llm:
+    with (
+        logged("vllm.scheduler.capacity") as lines,
+        engine(str(smollm2_dir), kv, **settings) as llm,
+    ):
         cache_config = llm.llm_engine.vllm_config.cache_config
         assert cache_config.kv_cache_size_tokens == capacity
     (line,) = lines

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from itertools import pairwise
 from typing import Any
 
@@ -226,14 +225,13 @@ def test_vllm_gathers_from_what_it_serves(tmp_path):
 
 
 @pytest.mark.vllm
-def test_vllm_stops_and_says_so(tmp_path, caplog):
+def test_vllm_stops_and_says_so(tmp_path):
     """In one line of the log; then no step shows its queries any more, if fading needs none."""
     path = tiny_models.saved("llama", tmp_path)
-    log = logging.getLogger("vllm.paged_kv.vllm.worker.observer")
-    log.addHandler(caplog.handler)  # vLLM's loggers tell pytest nothing
-    log.setLevel(logging.INFO)
     config = {**POLICY, "budget": 96, "fading": "off"}
-    with engines.engine(path, config, **{**SETTINGS, "max_num_batched_tokens": 512}) as llm:
+    settings = {**SETTINGS, "max_num_batched_tokens": 512}
+    logged = engines.logged("vllm.worker.observer")
+    with logged as lines, engines.engine(path, config, **settings) as llm:
         gathering = observer(llm).gathering
         prompts = [text(240, seed) for seed in range(SERVED_TOKENS // 240 + 1)]
         assert observer(llm).looks_at_queries
@@ -247,8 +245,7 @@ def test_vllm_stops_and_says_so(tmp_path, caplog):
         after = of_all(gathering, load_model(path))
     for parts in zip(before, after, strict=True):
         assert torch.equal(*parts)
-    log.removeHandler(caplog.handler)
-    lines = [record.getMessage() for record in caplog.records if "statistics" in record.msg]
+    lines = [line for line in lines if "statistics" in line]
     assert len(lines) == 1
     assert str(SERVED_TOKENS) in lines[0]
     assert "paged-kv calibrate queries" in lines[0]

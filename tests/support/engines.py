@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import importlib
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Iterator
@@ -64,6 +65,23 @@ def engine(model: str, paged_kv: dict[str, Any] | None = None, **kwargs: Any) ->
             cleanup_dist_env_and_memory()
         gc.collect()
         _freeze_what_is_imported()
+
+
+@contextmanager
+def logged(module: str) -> Iterator[list[str]]:
+    """What a module of paged_kv logs, from level INFO on; vLLM's loggers tell pytest nothing."""
+    import vllm.logger  # noqa: F401 (it sets up all loggers anew when it is imported)
+
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger(f"vllm.paged_kv.{module}")
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        log.removeHandler(handler)
 
 
 def kv_cache_planning() -> Any:
