@@ -159,9 +159,9 @@ class QueryGathering:
         for name in [name for name in state if name.endswith(".total")]:
             layer = name.removesuffix(".total")
             # What add changes is this one's own.
-            sums = [state[f"{layer}.{each}"].to(device).clone() for each in _SUMS]
+            count, total, squares = (state[f"{layer}.{each}"].to(device).clone() for each in _SUMS)
             keys, counted = (state[f"{layer}.{each}"].to(device) for each in ("keys", "counted"))
-            self._moments[int(layer)] = _Moments(*sums, [keys], [counted])
+            self._moments[int(layer)] = _Moments(count, total, squares, [keys], [counted])
             self._scales[int(layer)] = float(state[f"{layer}.scale"])
         self._found.clear()
 

@@ -123,7 +123,7 @@ def of_model(model: Any, texts: list[list[int]], num_tokens: int) -> Statistics:
 
 
 def assert_same(found: Any, expected: Statistics, tolerance: float = 1e-4) -> None:
-    """found: QueryStatistics, or the same by name. Numbers are compared as parts of the largest."""
+    """found: Expected, or the same by name. Numbers are compared as parts of the largest."""
     parts = found if isinstance(found, dict) else found._asdict()
     assert set(parts) == set(expected) == set(query_files.statistics((1, 1, 1, 2)))
     for name, wanted in expected.items():
