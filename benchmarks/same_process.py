@@ -1,15 +1,20 @@
-"""What paged_kv costs where nothing is evicted, with both engines in one process.
+"""What policies cost in a decode step, with all engines in one process.
 
 The other scripts give every engine a process of its own, whose memory lies somewhere else: two
 plain engines can differ by some percent for a whole run. Here they share one allocator and one set
-of threads, and take turns.
+of threads, and take turns: in each round every case after the one that it is compared with. By
+default nothing is evicted: the budget is more than anybody reaches.
 """
 
 import argparse
 import os
+from itertools import pairwise
 from statistics import median
+from typing import Any
 
+from paged_kv import registry
 from paged_kv.bench import script
+from paged_kv.bench.script import PLAIN
 from paged_kv.bench.settings import kv_bytes_per_token, random_prompts
 from paged_kv.vllm.driver.engine import Engine, engine_environment
 from paged_kv.vllm.driver.workload import EngineSettings, RunResult, Workload
@@ -18,30 +23,51 @@ from paged_kv.vllm.driver.workload import EngineSettings, RunResult, Workload
 def main(args: argparse.Namespace) -> None:
     os.environ.update(engine_environment())
     max_len = args.prompt_len + args.output_len + 1
+    budget = args.budget or max_len + 64
+    for name in (*args.cases, args.against):
+        if name != PLAIN:
+            registry.check(name)
     pool_bytes = (args.requests + 1) * max_len * kv_bytes_per_token(args.model)
-    unreached = {"policy": "streaming", "budget": max_len + 64}
-    engines = [
-        Engine(EngineSettings(str(args.model), pool_bytes, max_len, policy))
-        for policy in ({}, unreached)
-    ]
+    engines = {
+        name: Engine(EngineSettings(str(args.model), pool_bytes, max_len, policy_of(name, budget)))
+        for name in dict.fromkeys((args.against, *args.cases))
+    }
     prompts = random_prompts(args.model, args.requests, args.prompt_len, args.seed)
-    workload = Workload(prompts, args.output_len)
-    ratios = []
+    # Prompts are computed once: only steps that decode are timed.
+    workload = Workload(prompts, args.output_len, reset_prefix_cache=False)
+    ratios: dict[str, list[float]] = {name: [] for name in args.cases}
     for round_ in range(args.rounds + 1):
-        plain, policy = (run(engine, workload).tokens_per_second for engine in engines)
-        if round_:  # the first warms up
-            ratios.append(policy / plain)
-    case = {"case": "streaming", "ratio": round(median(ratios), 4)}
-    script.emit("same_process", args, {**case, "ratios": [round(ratio, 4) for ratio in ratios]})
+        for name in args.cases:
+            base, policy = (run(engines[each], workload) for each in (args.against, name))
+            if round_:  # the first warms up
+                ratios[name].append(policy / base)
+    for name, found in ratios.items():
+        rounded = [round(ratio, 4) for ratio in found]
+        case = {"case": name, "against": args.against, "ratio": round(median(found), 4)}
+        script.emit("same_process", args, {**case, "ratios": rounded})
 
 
-def run(engine: Engine, workload: Workload) -> RunResult:
-    """Runs the workload to its end."""
-    *_, result = engine.run(workload)
-    assert isinstance(result, RunResult)
-    return result
+def policy_of(name: str, budget: int) -> dict[str, Any]:
+    """An engine's options."""
+    return {} if name == PLAIN else {"policy": name, "budget": budget}
+
+
+def run(engine: Engine, workload: Workload) -> float:
+    """Output tokens per second of the steps in which nothing but decoding happens."""
+    steps = list(engine.steps(workload))
+    decoding = [
+        (step, before)
+        for before, step in pairwise(steps)
+        if not step.prefilled and step.generated == len(workload.prompts)
+    ]
+    tokens = sum(step.generated for step, _ in decoding)
+    return tokens / sum(step.end - before.end for step, before in decoding)
 
 
 if __name__ == "__main__":
     parser = script.make_parser(__doc__, rounds=6, requests=16, prompt_len=1024, output_len=64)
+    add = parser.add_argument
+    add("--cases", nargs="+", default=["streaming"], metavar="POLICY", help="default streaming")
+    add("--against", default=PLAIN, metavar="POLICY", help=f"default {PLAIN}: plain vLLM")
+    add("--budget", type=script.positive, metavar="N", help="default: nobody reaches it")
     raise SystemExit(script.run(main, parser))

@@ -129,7 +129,7 @@ SCRIPTS = {
     "same_process": (
         "--rounds 1 --requests 2 --prompt-len 16 --output-len 8",
         ["streaming"],
-        {"ratio", "ratios"},
+        {"against", "ratio", "ratios"},
     ),
 }
 
