@@ -195,6 +195,9 @@ SETTINGS = {
 }
 
 
+OBSERVER = "vllm.worker.observer"
+
+
 def observer(llm: Any) -> Any:
     return engines.worker(llm).compactor.observer
 
@@ -231,8 +234,7 @@ def test_vllm_stops_and_says_so(tmp_path):
     path = tiny_models.saved("llama", tmp_path)
     config = {**POLICY, "budget": 96, "fading": "off"}
     settings = {**SETTINGS, "max_num_batched_tokens": 512}
-    logged = engines.logged("vllm.worker.observer")
-    with logged as lines, engines.engine(path, config, **settings) as llm:
+    with engines.engine(path, config, **settings) as llm, engines.logged(OBSERVER) as lines:
         gathering = observer(llm).gathering
         prompts = [text(240, seed) for seed in range(SERVED_TOKENS // 240 + 1)]
         assert observer(llm).looks_at_queries
