@@ -12,6 +12,7 @@ from paged_kv import registry
 from paged_kv.core.environment import CONFIG_VARIABLE, read_environment
 from paged_kv.core.options import shown
 from paged_kv.core.schedule import cdiv
+from paged_kv.model_identity import shape_of
 from paged_kv.option_table import (
     OLD_NAMES,
     OPTIONS,
@@ -128,13 +129,22 @@ class CompressionConfig(OptionTable):
             result["budget"] = str(float(self.budget))
         return result
 
-    def settled(self, model: str, sums_attention: bool) -> CompressionConfig:
-        """The same, with what a policy leaves open decided for an engine; see EngineFacts."""
+    def settled(self, model: str, sums_attention: bool, decoder: Any) -> CompressionConfig:
+        """The same, with what a policy leaves open decided for an engine.
+
+        Args:
+            model: see EngineFacts.
+            sums_attention: see EngineFacts.
+            decoder: the config of transformers that has the model's sizes.
+
+        Raises:
+            ValueError: a file is of another model.
+        """
         if not self.enabled:
             return self
         from paged_kv.policies.base import EngineFacts
 
-        engine = EngineFacts(model, sums_attention)
+        engine = EngineFacts(model, sums_attention, shape_of(decoder))
         return replace(self, options=registry.settled(self.selector, self.options, engine))
 
     def create_policy(self) -> Policy:

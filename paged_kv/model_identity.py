@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any, NamedTuple
 
 WEIGHTS = "*.safetensors", "*.bin", "*.pt", "*.pth"
 _SAMPLES, _SAMPLE_BYTES = 64, 4096  # of a file of weights
@@ -17,6 +18,33 @@ _CONFIG = (
     "num_key_value_heads",
     "head_dim",
 )
+
+
+class ModelShape(NamedTuple):
+    """Sizes of a model; None: not known.
+
+    Args:
+        layers: of all kinds.
+        kv_heads: of each layer, on all ranks together.
+        group: query heads that share a KV head.
+        head_dim: of queries and keys.
+    """
+
+    layers: int | None = None
+    kv_heads: int | None = None
+    group: int | None = None
+    head_dim: int | None = None
+
+
+def shape_of(config: Any) -> ModelShape:
+    """What a decoder's config of transformers says."""
+    heads, size = (getattr(config, name, None) for name in ("num_attention_heads", "hidden_size"))
+    kv_heads = getattr(config, "num_key_value_heads", None)
+    head_dim = getattr(config, "head_dim", None)
+    if not head_dim and heads and size:
+        head_dim = size // heads
+    group = heads // kv_heads if heads and kv_heads else None
+    return ModelShape(getattr(config, "num_hidden_layers", None), kv_heads, group, head_dim)
 
 
 def identity(directory: Path) -> str | None:

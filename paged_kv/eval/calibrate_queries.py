@@ -99,7 +99,7 @@ def collect(directory: Path, contexts: list[list[int]]) -> Any:
             bar.update(len(context))
     config = model.config.get_text_config()
     full = seams.full_attention_layers(config)
-    heads = np.arange(config.num_key_value_heads)
+    heads = np.arange(gathering.num_kv_heads)
     found = gathering.of(np.array(full), heads, torch.device("cpu"))
     # By index in the model; nobody asks for layers with a sliding window.
     every = [part.new_zeros(config.num_hidden_layers, *part.shape[1:]) for part in found]

@@ -38,7 +38,8 @@ def run_all(windows: list[Task], cases: list[Case], bar: Any) -> Iterator[tuple[
     model = load_model(windows[0].model)
     # This engine can sum attention for whoever wants it.
     name = str(windows[0].model)
-    cases = [case._replace(config=case.config.settled(name, True)) for case in cases]
+    decoder = model.config.get_text_config()
+    cases = [case._replace(config=case.config.settled(name, True, decoder)) for case in cases]
     others = sum(case.config != FULL for case in cases)
     bar.reset(len(windows) * windows[0].num_tokens * (others + 1))
     for task in windows:

@@ -41,7 +41,8 @@ def settle(compression: CompressionConfig, config: Any) -> CompressionConfig:
     """
     decoder = config.get_text_config(decoder=True)
     formats = layer_formats(compression.page_format, decoder.num_hidden_layers)
-    return compression.settled(getattr(config, "name_or_path", ""), NATIVE not in formats)
+    name = getattr(config, "name_or_path", "")
+    return compression.settled(name, NATIVE not in formats, decoder)
 
 
 def read_pool(pool: PagePool | None, page_size: int | None) -> PagePool:

@@ -26,6 +26,7 @@ import torch
 
 from paged_kv.core.options import Option
 from paged_kv.kernels import ops, reference
+from paged_kv.model_identity import ModelShape
 from paged_kv.policies.query_statistics import KnowsQueries
 from paged_kv.policies.region import Compaction, Region
 from paged_kv.policies.written import Written
@@ -60,10 +61,12 @@ class EngineFacts(NamedTuple):
     Args:
         model: its directory, or its name on the hub; empty if it is not known.
         sums_attention: whether the attention kernels sum up what each entry gets, in passing.
+        shape: of the model.
     """
 
     model: str
     sums_attention: bool
+    shape: ModelShape = ModelShape()
 
 
 class Policy(ABC):
@@ -117,6 +120,9 @@ class Policy(ABC):
         Args:
             options: of the policy, by name.
             engine: what an engine and a model allow.
+
+        Raises:
+            ValueError: an option does not fit the model.
         """
         return dict(options)
 

@@ -13,7 +13,7 @@ from paged_kv.core.schedule import MAX_TOKENS
 from paged_kv.kernels import ops
 from paged_kv.policies.base import EngineFacts, ScoringPolicy
 from paged_kv.policies.entries import share
-from paged_kv.policies.query_files import find, load
+from paged_kv.policies.query_files import check_shape, find, load
 from paged_kv.policies.query_statistics import GATHERED
 from paged_kv.policies.region import Region
 from paged_kv.policies.written import Written
@@ -46,13 +46,15 @@ class CalibratedAttention(ScoringPolicy):
 
     @classmethod
     def settled(cls, options: Mapping[str, Any], engine: EngineFacts) -> dict[str, Any]:
-        """Whether attention counts, and the model's file."""
+        """Whether attention counts, and the model's file. Raises ValueError: it is another's."""
         decided = dict(options)
         if options["fading"] == "auto":
             decided["fading"] = "on" if engine.sums_attention else "off"
         if not options["statistics"]:
             file = find(engine.model)
             decided["statistics"] = GATHERED if file is None else str(file)
+        if decided["statistics"] != GATHERED:
+            check_shape(Path(decided["statistics"]).expanduser(), engine.shape)
         return decided
 
     def __init__(

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from paged_kv.kernels.operands import Expected
-from paged_kv.model_identity import identity
+from paged_kv.model_identity import ModelShape, identity
 from paged_kv.models import cache_root, directory_of
 from paged_kv.policies.query_statistics import Int64s
 
@@ -75,9 +75,28 @@ def load(path: Path) -> StoredStatistics:
     if about.get("format") != _FORMAT or set(found) != set(Expected._fields):
         raise ValueError(f"statistics: {path} was not written by paged-kv calibrate queries")
     statistics = Expected(**found)
+    shape = statistics.linear.shape
+    if len(shape) != 4 or [part.shape for part in statistics] != [shape, shape, shape[:-1]]:
+        raise ValueError(f"statistics: {path} holds tensors that do not fit each other")
     if not all(bool(part.isfinite().all()) for part in statistics):
         raise ValueError(f"statistics: {path} holds numbers that are not finite")
     return StoredStatistics(statistics, about)
+
+
+def check_shape(path: Path, shape: ModelShape) -> None:
+    """Raises ValueError: the file, which load reads, is not of a model of this shape."""
+    there = ModelShape(*load(path).every.linear.shape)
+    if any(known not in (None, own) for known, own in zip(shape, there, strict=True)):
+        raise ValueError(
+            f"statistics: {path} is of another model: of {_described(there)}; this one has "
+            f"{_described(shape)}"
+        )
+
+
+def _described(shape: ModelShape) -> str:
+    layers, kv_heads, group, head_dim = ("?" if each is None else each for each in shape)
+    heads = f"{kv_heads} KV heads with {group} query heads each"
+    return f"{layers} layers, {heads}, head_dim {head_dim}"
 
 
 def place_of(directory: Path) -> Path | None:

@@ -112,6 +112,11 @@ class QueryGathering:
         moments.keys.append(keys[some].clone())
         moments.counted.append(counted[some])
 
+    @property
+    def num_kv_heads(self) -> int:
+        """Of the layers that have come."""
+        return next(iter(self._moments.values())).keys[0].shape[1]
+
     def end_step(self, num_tokens: int) -> None:
         """All layers have got a step's tokens."""
         if self.is_complete:

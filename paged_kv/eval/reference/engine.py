@@ -101,7 +101,8 @@ class ReferenceEngine(seams.Attends):
             self._space = SpillSpace(*budgets, config.spill_dir)
         self.schedules: list[Schedule | None] = [None] * self._num_layers
         if config.enabled:
-            config = config.settled(self.model.name_or_path, sums_attention=False)
+            decoder = self.model.config.get_text_config()
+            config = config.settled(self.model.name_or_path, False, decoder)
             self.policy = config.create_policy()
             self._reader = config.policy if "rotary" in self.policy.reads else None
             plan = make_plan(config, self.page_size, self._num_layers, self._full)

@@ -188,10 +188,11 @@ def after_engine_config(engine_args: Any, vllm_config: Any, config: CompressionC
         return
     with _errors_of(engine_args.additional_config):
         plan = support.check(vllm_config, config)
-    # Every rank reads the same: whether all compressed layers have pages of ours, whose attention
-    # sums up what entries get, and where the model's statistics are.
-    sums_attention = all(plan.format(layer) for layer in plan.budgets)
-    config = config.settled(vllm_config.model_config.model, sums_attention)
+        # Every rank reads the same: whether all compressed layers have pages of ours, whose
+        # attention sums up what entries get, and where the model's statistics are.
+        sums_attention = all(plan.format(layer) for layer in plan.budgets)
+        model = vllm_config.model_config
+        config = config.settled(model.model, sums_attention, model.hf_text_config)
     additional = _with_settings(dict(vllm_config.additional_config), config)
     additional[PLAN_KEY] = plan.to_json()
     json.dumps(additional)  # vLLM hashes it
