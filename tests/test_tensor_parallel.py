@@ -13,6 +13,7 @@ from typing import Any
 import engines
 import pytest
 import tiny_models
+from policy_cases import CALIBRATED
 
 # Streaming is in the pyramid, snapkv below spill and in the swap.
 POLICIES: dict[str, dict[str, Any]] = {
@@ -20,6 +21,8 @@ POLICIES: dict[str, dict[str, Any]] = {
     "random": {"policy": "random", "budget": 96},  # a rank must know which heads it has
     "h2o": {"policy": "h2o", "budget": 96},
     "value_merge": {"policy": "value_merge", "of": "knorm", "budget": 96},
+    "calibrated": {"policy": "calibrated_attention", "budget": 96, **CALIBRATED},
+    "gathered": {"policy": "calibrated_attention", "budget": 96},  # by each rank for its heads
     "int4 pages": {"page_format": "int4", "residual_pages": 1},
     "spill": {"policy": "snapkv", "budget": 96, "observation_window": 8, "spill": True},
     "swap": {"policy": "snapkv", "budget": "0.9", "observation_window": 8, "swap_space": 0.05},
