@@ -58,13 +58,21 @@ def identity(directory: Path) -> str | None:
         config = json.loads((directory / "config.json").read_text())
         digest = hashlib.sha256()
         config = config.get("text_config", config)
-        kept = {key: config.get(key) for key in _CONFIG}
+        kept = {key: config.get(key) for key in _CONFIG} | {"rope": _rope(config)}
         digest.update(json.dumps(kept, sort_keys=True).encode())
         for file in files:
             _sample(file, digest)
     except (OSError, ValueError, AttributeError):
         return None
     return digest.hexdigest()[:16] if files else None
+
+
+def _rope(config: dict[str, Any]) -> tuple[Any, Any]:
+    """(base, kind) of RoPE, wherever a version of transformers writes them."""
+    settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    base = config.get("rope_theta", settings.get("rope_theta"))
+    kind = settings.get("rope_type", settings.get("type"))
+    return (None if base is None else float(base), kind or "default")
 
 
 def _sample(file: Path, digest: hashlib._Hash) -> None:

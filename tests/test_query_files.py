@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 from paged_kv.config import CompressionConfig
 from paged_kv.eval.reference.engine import ReferenceEngine
 from paged_kv.hf import PagedCache
-from paged_kv.model_identity import directory_of, identity
+from paged_kv.model_identity import identity
+from paged_kv.models import directory_of
 from paged_kv.policies import query_files as files
 
 SHAPE = (6, 2, 2, 32)
