@@ -17,7 +17,7 @@ from paged_kv.bench import script
 from paged_kv.bench.script import PLAIN
 from paged_kv.bench.settings import kv_bytes_per_token, random_prompts
 from paged_kv.vllm.driver.engine import Engine, engine_environment
-from paged_kv.vllm.driver.workload import EngineSettings, RunResult, Workload
+from paged_kv.vllm.driver.workload import EngineSettings, Workload
 
 
 def main(args: argparse.Namespace) -> None:
