@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from paged_kv.core.options import choice, text
-from paged_kv.policies.base import ScoringPolicy, Wrapper
+from paged_kv.policies.base import ScoringPolicy
 from paged_kv.policies.region import Compaction, Region
+from paged_kv.policies.wrapper import Wrapper
 
 
 class Residual(Wrapper):

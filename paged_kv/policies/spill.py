@@ -9,9 +9,10 @@ import torch
 
 from paged_kv.kernels import selection
 from paged_kv.policies import spill_ranking as ranking
-from paged_kv.policies.base import Policy, ScoringPolicy, Wrapper
+from paged_kv.policies.base import Policy, ScoringPolicy
 from paged_kv.policies.region import Compaction, Exchanged, ObservedQueries, Region, RegionIndex
 from paged_kv.policies.tier import Memo, Places, Spilled, Tier
+from paged_kv.policies.wrapper import Wrapper
 
 Tensor = torch.Tensor
 

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from paged_kv.core.options import number, text
-from paged_kv.policies.base import Wrapper
 from paged_kv.policies.entries import take
 from paged_kv.policies.region import Compaction, Region
+from paged_kv.policies.wrapper import Wrapper
 
 BLOCK = 128  # losers at a time: similarities of so many to all m entries are in memory together
 

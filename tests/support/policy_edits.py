@@ -19,7 +19,8 @@ from policy_definitions import DEFINITIONS
 
 import paged_kv.policies
 from paged_kv import registry
-from paged_kv.policies.base import Policy, Wrapper
+from paged_kv.policies.base import Policy
+from paged_kv.policies.wrapper import Wrapper
 
 ROOT = Path(__file__).parent.parent.parent
 EQUIVALENCE = ROOT / "tests" / "test_policy_equivalence.py"

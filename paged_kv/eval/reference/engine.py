@@ -12,10 +12,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from copy import copy, deepcopy
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig
@@ -25,13 +23,13 @@ from paged_kv.eval.reference.attention import explicit, outside_window
 from paged_kv.eval.reference.layer import Alike, Layer, apply, make_region
 from paged_kv.eval.reference.layer_cache import Window
 from paged_kv.eval.reference.packing import Packing
+from paged_kv.eval.reference.rating import rated
 from paged_kv.hf import dispatch, paged_attention, seams
 from paged_kv.hf.arguments import check_page_format
 from paged_kv.kernels.operands import Terms
 from paged_kv.plan import make_plan
 from paged_kv.policies.base import Policy
 from paged_kv.policies.region import Region
-from paged_kv.policies.written import ModelFacts, Written
 from paged_kv.store import query_gathering
 from paged_kv.store.query_gathering import QueryGathering
 from paged_kv.tiers.spill_memory import SpillSpace
@@ -251,23 +249,10 @@ class ReferenceEngine(seams.Attends):
             if self._space is not None:
                 layers[0].spill_to(self._space)
             reads, window = self.policy.reads, self.policy.observation_window
-            region = self.region(layers, alike.num_losers, reads - {"ratings"}, window)
-            if "ratings" in reads:
-                region = replace(region, ratings=self._rate(layers))
+            region = self.region(layers, alike.num_losers, reads, window)
+            region = rated(region, self.policy, layers, self._rope, self.gathering)
             decided = self.policy.compact(region).written_out(region)
             apply(layers, alike.num_losers, decided)
-
-    def _rate(self, layers: Sequence[Layer]) -> Tensor:
-        """float32 [layers, 1, kv_heads, m]: of all that these layers, which are alike, hold."""
-        assert self.policy is not None
-        reads = frozenset({"keys", "values"})
-        held, policy = self.region(layers, 0, reads), self.policy
-        if self.gathering is not None:
-            self.gathering.freeze()
-        facts = ModelFacts(self._rope(), policy.query_statistics or self.gathering)
-        places = np.array([layer.index for layer in layers]), np.arange(held.keys.shape[2])
-        entries = held.keys, held.values, held.positions, *places
-        return policy.rate(Written(*entries, facts))
 
     def region(
         self, layers: Sequence[Layer], num_losers: int, reads: frozenset[str], window: int = 0

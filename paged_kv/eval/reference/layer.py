@@ -18,7 +18,7 @@ from paged_kv.tiers.spill_store import SpillStore
 
 Tensor = torch.Tensor
 _PACKED = ("keys", "values")
-_OF_THE_MODEL = {"rotary", "query_statistics"}
+_NOT_HELD = {"rotary", "query_statistics", "ratings"}  # see rating.py
 
 
 @dataclass
@@ -95,11 +95,11 @@ def make_region(
         observation_window: last queries that the policy looks at.
         rotary: makes the model's RoPE tables.
     """
-    fields: dict[str, Any] = {name: _stack(layers, name) for name in sorted(reads - _OF_THE_MODEL)}
+    fields: dict[str, Any] = {name: stack(layers, name) for name in sorted(reads - _NOT_HELD)}
     if observation_window:
         fields["queries"] = _queries(layers, num_tokens, observation_window)
     stores = [layer.spilled for layer in layers if layer.spilled is not None]
-    positions = _stack(layers, "positions")
+    positions = stack(layers, "positions")
 
     def integers(*values: int) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=positions.device)
@@ -118,7 +118,7 @@ def make_region(
     )
 
 
-def _stack(layers: Sequence[Layer], name: str) -> Tensor:
+def stack(layers: Sequence[Layer], name: str) -> Tensor:
     """[layers, 1, kv_heads, m, ...]."""
     return torch.stack([layer.cache[name] for layer in layers])[:, None]
 
