@@ -5,6 +5,7 @@ from functools import cache
 import pytest
 import torch
 from hf_models import FAMILIES, load, prompt
+from hf_questions import OF_LLAMA
 
 from paged_kv.hf import PagedCache, PagePool, PoolFull, generate_batch
 from paged_kv.hf.batch import engine, generate
@@ -18,6 +19,7 @@ POLICIES = {
     "streaming": {},
     "snapkv": {"observation_window": 16},
     "h2o": {},
+    "pyramidal+calibrated_attention": {"statistics": OF_LLAMA, "fading": "on"},
     "pyramidal+snapkv": {"observation_window": 16},
     "value_merge": {"of": "h2o"},
 }

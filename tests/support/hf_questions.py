@@ -13,6 +13,7 @@ from paged_kv.hf import PagedCache
 CONTEXT = prompt(203)
 QUESTIONS = [prompt(9 + 20 * seed, seed + 1) for seed in range(3)]
 
+OF_LLAMA = query_files.shared(4, 2, 2, 16)  # hf_models' "llama"
 CALIBRATED = {"policy": "calibrated_attention", "budget": 96, "compress_prefill": True}
 OPTIONS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -20,7 +21,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "queries": {"policy": "snapkv", "budget": 96, "compress_prefill": True},
     "late": {"policy": "pyramidal+snapkv", "budget": 96},
     "scores": {"policy": "h2o", "budget": 96, "compress_prefill": True},
-    "ratings": {**CALIBRATED, "statistics": query_files.shared(4, 2, 2, 16), "fading": "on"},
+    "ratings": {**CALIBRATED, "statistics": OF_LLAMA, "fading": "on"},
     "gathered": CALIBRATED,
     "fraction": {"policy": "tova", "budget": 0.5, "min_budget": 80},
     "merging": {"policy": "value_merge", "budget": 96, "compress_prefill": True},
