@@ -21,6 +21,8 @@ from paged_kv.hf import PagedCache
 PROMPT, END = 150, 250
 NAMED = [(name, options) for name, several in CASES.items() for options in several]
 
+SEVERAL = ["streaming", "snapkv", "h2o", "value_merge", "calibrated_attention"]
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Any:
@@ -56,19 +58,19 @@ def test_policies(name, options, model):
     check(model, {"policy": name, "budget": 100, **options})
 
 
-@pytest.mark.parametrize("name", ["streaming", "snapkv", "h2o", "value_merge", "past_future"])
+@pytest.mark.parametrize("name", [*SEVERAL, "past_future"])
 @pytest.mark.parametrize("page_size", [8, 16, 64])
 def test_pages_of_other_sizes(name, page_size, model):
     check(model, {"policy": name, "budget": 110}, page_size)
 
 
-@pytest.mark.parametrize("name", ["streaming", "snapkv", "h2o", "value_merge"])
+@pytest.mark.parametrize("name", SEVERAL)
 def test_pyramids_and_skipped_layers(name, model):
     check(model, {"policy": f"pyramidal+{name}", "budget": 150})
     check(model, {"policy": name, "budget": 100, "skip_layers": [0, 3]})
 
 
-@pytest.mark.parametrize("name", ["streaming", "snapkv", "h2o", "value_merge"])
+@pytest.mark.parametrize("name", SEVERAL)
 @pytest.mark.parametrize("compress_prefill", [True, False])
 def test_fractions_and_chunks(name, compress_prefill, model):
     options = {"policy": name, "budget": 0.5, "min_budget": 80}
