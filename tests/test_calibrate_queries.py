@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from pathlib import Path
 from typing import Any
 
 import engines
+import hf_models
 import numpy as np
 import pytest
 import query_files
@@ -96,6 +98,38 @@ def test_layers_without_full_attention_have_none(text, tmp_path):
     assert calibrate(model, text, "--output", output) == 0
     linear = query_files.read(str(output))["linear"]
     assert [bool(layer.any()) for layer in linear] == [False, True] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("gpt_neox", (4, 4, 1, 16)), ("gemma2", (4, 2, 2, 16)), ("qwen3", (4, 2, 2, 16))],
+)
+def test_other_models(name, shape, text, tmp_path, capsys):
+    """Partial RoPE and every head a KV head; softcaps: found by their caches."""
+    model = copy.deepcopy(hf_models.load(name))
+    if name == "gpt_neox":
+        del model.config.num_key_value_heads  # which a real one does not have
+    model.save_pretrained(tmp_path / name)
+    tiny_models.save_tokenizer(tmp_path / name)
+    assert calibrate(str(tmp_path / name), text) == 0
+    place = printed(capsys)
+    assert query_files.read(str(place))["linear"].shape == shape
+    with PagedCache(load_model(tmp_path / name).config, **POLICY) as cache:
+        assert cache.compression.options["statistics"] == str(place)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gemma3-all-sliding", "no layer with full attention"),
+        ("bloom", "AttentionInterface"),
+        ("gemma3n", "share their KV cache"),
+    ],
+)
+def test_models_without_statistics(name, message, text, tmp_path, capsys):
+    model = tiny_models.saved(name, tmp_path, tokenizer=True)
+    assert calibrate(model, text) == 2
+    assert message in capsys.readouterr().err
 
 
 @torch.inference_mode()

@@ -92,13 +92,15 @@ def collect(directory: Path, contexts: list[list[int]]) -> Any:
     from paged_kv.store.query_gathering import QueryGathering
 
     model = load_model(directory)
+    config = model.config.get_text_config()
+    full = seams.full_attention_layers(config)
+    if not full:
+        raise ValueError(f"model {directory} has no layer with full attention")
     gathering = QueryGathering(sum(map(len, contexts)))
     with tqdm(total=gathering.num_tokens, unit="tok") as bar:
         for context in contexts:
             ReferenceEngine(model, CompressionConfig(), gathering=gathering).process(context)
             bar.update(len(context))
-    config = model.config.get_text_config()
-    full = seams.full_attention_layers(config)
     heads = np.arange(gathering.num_kv_heads)
     found = gathering.of(np.array(full), heads, torch.device("cpu"))
     # By index in the model; nobody asks for layers with a sliding window.
