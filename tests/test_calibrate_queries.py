@@ -25,7 +25,6 @@ from paged_kv.eval.reference.engine import ReferenceEngine
 from paged_kv.hf import PagedCache
 from paged_kv.hf.driver.loading import encode
 from paged_kv.model_identity import identity
-from paged_kv.policies import query_files as files
 from paged_kv.policies.query_statistics import GATHERED
 
 TOKENS, CONTEXT, WORDS = 200, 50, 400
@@ -37,9 +36,7 @@ POLICY = {"policy": "calibrated_attention", "budget": 96}
 def cache(tmp_path, monkeypatch) -> Path:
     """A cache folder of its own, in which nothing has been looked for."""
     monkeypatch.setenv("PAGED_KV_CACHE", str(tmp_path / "cache"))
-    files.find.cache_clear()
-    yield tmp_path / "cache"
-    files.find.cache_clear()
+    return tmp_path / "cache"
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +138,6 @@ def test_everybody_finds_it(tiny, text, cache, capsys):
     assert calibrate(tiny, text) == 0
     place = printed(capsys)
     assert place == cache / "query_statistics" / f"{identity(Path(tiny))}.safetensors"
-    files.find.cache_clear()  # another process
     found = PagedCache(model.config, **POLICY)
     assert found.compression.options["statistics"] == str(place)
     assert ReferenceEngine(model, CompressionConfig.from_dict(POLICY)).gathering is None
@@ -163,7 +159,6 @@ def test_vllm_finds_it(tiny, text, capsys):
     settings = {"skip_tokenizer_init": True, "kv_cache_memory_bytes": 64 << 20}
     assert calibrate(tiny, text) == 0
     place = printed(capsys)
-    files.find.cache_clear()
     with engines.engine(tiny, POLICY, **settings) as llm:
         own = llm.llm_engine.vllm_config.additional_config["paged_kv"]
         assert own["statistics"] == str(place)

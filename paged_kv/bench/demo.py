@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", default="smollm2", help="smollm2 (the default), a directory or a hub name")
     add(
         "--policy",
-        default="pyramidal+streaming",
-        help="what to compare plain vLLM with (default pyramidal+streaming, the fastest)",
+        default="pyramidal",
+        help="what to compare plain vLLM with (default pyramidal)",
     )
     add("--budget", default="256", help="entries kept per sequence and layer (default 256)")
     add("--requests", type=positive, default=40, metavar="N", help="default 40")

@@ -105,15 +105,19 @@ def place_of(directory: Path) -> Path | None:
     return None if name is None else cache_root() / "query_statistics" / f"{name}{SUFFIX}"
 
 
-@cache
 def find(model: str) -> Path | None:
     """The file of a model, shipped or in the user's cache; None if there is none.
 
     Args:
         model: a directory, or a name of the hub.
     """
-    directory = directory_of(model) if model else None
-    place = None if directory is None else place_of(directory)
+    place = _place_of(model, str(cache_root())) if model else None
     if place is None:
         return None
     return next((path for path in (place, SHIPPED / place.name) if path.is_file()), None)
+
+
+@cache  # every cache of transformers' asks
+def _place_of(model: str, _: str) -> Path | None:
+    directory = directory_of(model)
+    return None if directory is None else place_of(directory)

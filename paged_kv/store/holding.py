@@ -81,6 +81,9 @@ def parts(store: PageStore, holding: Holding, size: int) -> Iterator[Holding]:
 
 def similar(counts: Int64s) -> Iterator[Int64s]:
     """Indices of counts of which the largest is less than twice the smallest; int64 each."""
+    if len(counts) == 1:
+        yield np.zeros(1, dtype=np.int64)
+        return
     magnitude = np.frexp(counts)[1]
     for exponent in np.unique(magnitude):
         yield np.flatnonzero(magnitude == exponent)

@@ -56,6 +56,9 @@ class Observer:
         statistics = query_gathering.source(policy, self._gathered)
         self.facts = ModelFacts(rotary, statistics)
         self.gathering = statistics if isinstance(statistics, QueryGathering) else None
+        unsummed = any(self._kernel_decay(name) is None for name in layers)
+        reads_scores = "scores" in policy.reads
+        self._observes = policy.observation_window > 0 or (reads_scores and unsummed)
         self._stores: dict[tuple[str, ...], list[PageStore]] = {}
         self._side: SharedSide = {}
         self._observed: dict[str, Observed] = {}  # by layer name, in this step
@@ -63,9 +66,7 @@ class Observer:
     @property
     def looks_at_queries(self) -> bool:
         """Whether the forward pass must show its queries: kernels of ours add scores themselves."""
-        reads_scores = "scores" in self.policy.reads
-        unsummed = any(self._kernel_decay(name) is None for name in self.layers)
-        return self.policy.observation_window > 0 or (reads_scores and unsummed) or self._gathers
+        return self._observes or self._gathers
 
     @property
     def _gathers(self) -> bool:
