@@ -8,7 +8,6 @@ default nothing is evicted: the budget is more than anybody reaches.
 
 import argparse
 import os
-from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -53,15 +52,11 @@ def policy_of(name: str, budget: int) -> dict[str, Any]:
 
 
 def run(engine: Engine, workload: Workload) -> float:
-    """Output tokens per second of the steps in which nothing but decoding happens."""
+    """Output tokens per second after the last step that computes a prompt."""
     steps = list(engine.steps(workload))
-    decoding = [
-        (step, before)
-        for before, step in pairwise(steps)
-        if not step.prefilled and step.generated == len(workload.prompts)
-    ]
-    tokens = sum(step.generated for step, _ in decoding)
-    return tokens / sum(step.end - before.end for step, before in decoding)
+    last = max(index for index, step in enumerate(steps) if step.prefilled)
+    tokens = sum(step.generated for step in steps[last + 1 :])
+    return tokens / (steps[-1].end - steps[last].end)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from paged_kv.policies.query_statistics import GATHERED
 from paged_kv.policies.region import Region
 from paged_kv.policies.written import Written
 
-AGEING = {True: 0.5, False: 2.0}  # exponent of the age, with and without attention that was seen
+AGEING = 2.0  # expected attention falls with this power of the age
 YOUTH = 256  # tokens; below this age, age hardly counts
 
 
@@ -35,7 +35,7 @@ class CalibratedAttention(ScoringPolicy):
         "fading": choice(
             "auto", "on", "off", help="whether attention counts; auto: where it costs nothing"
         ),
-        "half_life": number(256, 1, 1e6, "tokens after which attention counts half"),
+        "half_life": number(128, 1, 1e6, "tokens after which attention counts half"),
         "statistics": text(
             "",
             "file of paged-kv calibrate queries; none: this model's, if there is one; "
@@ -85,8 +85,7 @@ class CalibratedAttention(ScoringPolicy):
         """Share of what is expected, + share of what was seen."""
         free = ~self.protected(region)
         age = region.num_tokens[:, None, None] - region.positions.clamp_max(MAX_TOKENS)
-        ageing = AGEING["scores" in self.reads]
-        fallen = (age.clamp_min(0) + YOUTH).to(region.ratings.dtype) ** -ageing
+        fallen = (age.clamp_min(0) + YOUTH).to(region.ratings.dtype) ** -AGEING
         expected = share(region.ratings * fallen, free)
         if "scores" not in self.reads:
             return expected

@@ -41,7 +41,7 @@ def calibrated_attention(head: Head, options: dict) -> np.ndarray:
     fades = options["fading"] == "on"
     expected = [rating(head, slot, options["statistics"]) for slot in range(len(head.positions))]
     for slot, position in enumerate(head.positions):
-        expected[slot] /= (head.num_tokens - position + YOUTH) ** AGEING[fades]
+        expected[slot] /= (head.num_tokens - position + YOUTH) ** AGEING
     free = free_slots("calibrated_attention", head, options)
     total = np.zeros(len(head.positions))
     for measure in (expected, head.scores) if fades else (expected,):
