@@ -44,10 +44,10 @@ def test_table(demo):
     _, result = demo
     assert result.returncode == 0, result.stderr
     header, *rows = [line for line in result.stdout.splitlines() if line]
-    assert header.split() == ["plain", "vLLM", "pyramidal+streaming"]
+    assert header.split() == ["plain", "vLLM", "pyramidal"]
     assert any(row.startswith("output tokens per second") for row in rows)
     assert "speed: " in result.stdout
-    assert "pyramidal+streaming: 100%" in result.stderr
+    assert "pyramidal: 100%" in result.stderr
 
 
 @pytest.mark.vllm
@@ -57,7 +57,7 @@ def test_json(demo):
     directory, _ = demo
     report = json.loads((directory / "results" / "demo.json").read_text())
     plain, compressed = report["engines"].values()
-    assert list(report["engines"]) == ["plain vLLM", "pyramidal+streaming"]
+    assert list(report["engines"]) == ["plain vLLM", "pyramidal"]
     for figures in (plain, compressed):
         assert figures["output_tokens"] == 4 * 160
         assert 0 < figures["peak_pages"] <= figures["pool_pages"]
