@@ -81,7 +81,7 @@ def run_step(compactor: Any, step: Any, kernel_page_size: int, query: torch.Tens
     with compactor.step(scheduler_output(dict(zip("ab", BEFORE, strict=True)))):
         compactor.shift(spec, LAYERS, step)
         for name in LAYERS:
-            compactor.observer.observe(name, query)
+            compactor.observer.observe(name, query, query)  # keys are for gathering
 
 
 def survivors(held: torch.Tensor, row: int, losers: set[int]) -> list[list[float]]:
