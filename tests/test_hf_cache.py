@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from policy_cases import OF_LLAMA
 from reference_loop import load_model
 from transformers import LogitsProcessor
 
@@ -70,12 +71,15 @@ def test_a_left_padded_row_is_its_solo_run(policy, model):
     orders = [torch.randperm(250, generator=torch.Generator().manual_seed(i)) for i in range(4)]
     rows = torch.stack(orders) + 3
     mask = torch.stack([torch.arange(end) >= end - length for length in lengths]).long()
-    with PagedCache(model.config, policy, budget) as cache:
+    # Statistics of queries that are gathered would be those of all rows, or of one.
+    chosen = policy in ("pyramidal", "calibrated_attention")
+    options = {"statistics": OF_LLAMA} if chosen else {}
+    with PagedCache(model.config, policy, budget, **options) as cache:
         found = logits(model, rows[:, :end], rows[:, end:], cache, attention_mask=mask)
         assert cache.stats().compactions > 0
     for row, length in enumerate(lengths):
         one = rows[row : row + 1]
-        with PagedCache(model.config, policy, budget) as cache:
+        with PagedCache(model.config, policy, budget, **options) as cache:
             solo = logits(model, one[:, end - length : end], one[:, end:], cache)
         torch.testing.assert_close(found[row], solo[0], atol=3e-4, rtol=0)
 

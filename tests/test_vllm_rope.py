@@ -146,6 +146,7 @@ def test_longrope_as_max_model_len_says(tmp_path, max_model_len):
         runner = engines.worker(llm).model_runner
         rope = runner.get_model().model.layers[0].self_attn.rotary_emb
         assert rope.use_long_rope == (max_model_len == 512)
-        check_rotation(rope, engines.worker(llm).compactor.rotary, max_model_len, 1e-3)
+        rotary = engines.worker(llm).compactor.observer.facts.rotary
+        check_rotation(rope, rotary, max_model_len, 1e-3)
         (output,) = engines.complete(llm, [[5] * 100], 28)
         assert len(output.token_ids) == 28
