@@ -105,7 +105,9 @@ def measure(
 
 if __name__ == "__main__":
     parser = script.make_parser(__doc__, cycles=4)
-    script.add_cases(parser, "streaming", "pyramidal+streaming", "pyramidal", "snapkv")
+    chosen = "streaming", "pyramidal+streaming", "pyramidal"
+    others = "calibrated_attention", "snapkv", "past_future", "knorm", "random"
+    script.add_cases(parser, *chosen, *others, default=chosen)
     for name, default in {"budgets": [256, 1024], "batches": [1, 8, 48]}.items():
         parser.add_argument(
             f"--{name}",
