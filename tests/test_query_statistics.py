@@ -78,6 +78,18 @@ def test_plain_loops(neox, rotary_dim, scale):
         assert_same(Expected(*(part[index] for part in found)), expected)
 
 
+def test_contexts():
+    """What keys share is averaged over contexts, the last of which is shorter."""
+    turns, given = frequencies(SIZE // 2), states(3000)
+    positions = torch.arange(3000) % 100
+    found = gather(QueryGathering(3000), given, positions, Rotary(turns), [1000, 2000])
+    rope = Rope(turns.double().numpy())
+    for index, (queries, keys) in enumerate(given.values()):
+        arrays = queries.double().numpy(), keys.double().numpy()
+        expected = gathered(*arrays, positions.tolist(), rope, 0.3, 3000)
+        assert_same(Expected(*(part[index] for part in found)), expected)
+
+
 @pytest.mark.parametrize("num_tokens", [700, 1024, 2000])
 def test_steps_do_not_matter(num_tokens):
     """The same keys stand for the others, evenly, whatever came together."""
@@ -102,13 +114,19 @@ def test_it_stops():
 
 
 def test_frozen():
-    """What was gathered stays, however little."""
+    """What was gathered stays, however little; the keys have told what they are for, and go."""
     gathering = QueryGathering(1000)
-    gather(gathering, states(40), torch.arange(40), Rotary(frequencies(SIZE // 2)), [40])
+    found = gather(gathering, states(40), torch.arange(40), Rotary(frequencies(SIZE // 2)), [40])
     assert not gathering.is_complete
     gathering.freeze()
     assert gathering.is_complete
     assert gathering.num_tokens == 40
+    assert not any(part.numel() for name, part in gathering.state().items() if "keys" in name)
+    again = QueryGathering(7)
+    again.restore(gathering.state(), CPU)
+    for one in (gathering, gathering.copy(), again):
+        for parts in zip(one.of(np.array(LAYERS), np.arange(KV_HEADS), CPU), found, strict=True):
+            assert torch.equal(*parts)
 
 
 @pytest.mark.parametrize("how", ["copy", "state"])

@@ -96,7 +96,8 @@ def collect(directory: Path, contexts: list[list[int]]) -> Any:
     full = seams.full_attention_layers(config)
     if not full:
         raise ValueError(f"model {directory} has no layer with full attention")
-    gathering = QueryGathering(sum(map(len, contexts)))
+    num_tokens = sum(map(len, contexts))
+    gathering = QueryGathering(num_tokens, num_keys=num_tokens)
     with tqdm(total=gathering.num_tokens, unit="tok") as bar:
         for context in contexts:
             ReferenceEngine(model, CompressionConfig(), gathering=gathering).process(context)

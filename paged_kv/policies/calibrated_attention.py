@@ -18,7 +18,7 @@ from paged_kv.policies.query_statistics import GATHERED
 from paged_kv.policies.region import Region
 from paged_kv.policies.written import Written
 
-AGEING = 2.0  # expected attention falls with this power of the age
+AGEING = 3.0  # expected attention falls with this power of the age
 YOUTH = 256  # tokens; below this age, age hardly counts
 
 
@@ -35,7 +35,7 @@ class CalibratedAttention(ScoringPolicy):
         "fading": choice(
             "auto", "on", "off", help="whether attention counts; auto: where it costs nothing"
         ),
-        "half_life": number(128, 1, 1e6, "tokens after which attention counts half"),
+        "half_life": number(512, 1, 1e6, "tokens after which attention counts half"),
         "statistics": text(
             "",
             "file of paged-kv calibrate queries; none: this model's, if there is one; "

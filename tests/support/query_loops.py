@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,7 +62,7 @@ def gathered(
     late = [at for at, position in enumerate(positions) if position >= FIRST]
     mean_turn = sum(rope.matrix(distance, size) for distance in range(DISTANCE)) / DISTANCE
     key_scale = rope.matrix(0, size)  # keys are turned, too: of that only the scale is left
-    every = max(1, num_tokens // NUM_KEYS)
+    every = math.ceil(num_tokens / NUM_KEYS)
     some = [at for at in late if at % every == 0]
     names = "linear", "quadratic", "normaliser"
     result: dict[str, list[Any]] = {name: [] for name in names}
@@ -71,9 +72,15 @@ def gathered(
         linear = scale * key_scale @ mean_turn @ mean
         quadratic = scale**2 / 2 * spread(variance, key_scale @ mean_turn, rope)
         own = [back[at] @ keys[at, head // (heads // kv_heads)] for at in some]
-        logits = [linear @ key + quadratic @ key**2 for key in own]
-        whole = sum(np.exp(logit) for logit in logits) * CONTEXT / len(some)
-        for name, part in zip(names, (linear, quadratic, np.log(whole)), strict=True):
+        contexts: dict[int, list[Any]] = {}
+        for at, key in zip(some, own, strict=True):
+            share = np.exp(linear @ key + quadratic @ key**2)
+            contexts.setdefault(at // every // math.ceil(CONTEXT / every), []).append(share)
+        normaliser = sum(
+            len(shares) / len(some) * np.log(sum(shares) * CONTEXT / len(shares))
+            for shares in contexts.values()
+        )
+        for name, part in zip(names, (linear, quadratic, normaliser), strict=True):
             result[name].append(part)
     return {
         name: np.array(parts).reshape(kv_heads, heads // kv_heads, *np.shape(parts[0]))
