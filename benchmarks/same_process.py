@@ -22,11 +22,12 @@ from paged_kv.vllm.driver.workload import EngineSettings, Workload
 def main(args: argparse.Namespace) -> None:
     os.environ.update(engine_environment())
     max_len = args.prompt_len + args.output_len + 1
-    budget = args.budget or max_len + 64
+    budget = args.budget or 2 * max_len  # the last layers of a pyramid have less
     for name in (*args.cases, args.against):
         if name != PLAIN:
             registry.check(name)
-    pool_bytes = (args.requests + 1) * max_len * kv_bytes_per_token(args.model)
+    # A query ring and side data take their part of it.
+    pool_bytes = 2 * (args.requests + 1) * max_len * kv_bytes_per_token(args.model)
     engines = {
         name: Engine(EngineSettings(str(args.model), pool_bytes, max_len, policy_of(name, budget)))
         for name in dict.fromkeys((args.against, *args.cases))
