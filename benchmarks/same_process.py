@@ -22,7 +22,7 @@ from paged_kv.vllm.driver.workload import EngineSettings, Workload
 def main(args: argparse.Namespace) -> None:
     os.environ.update(engine_environment())
     max_len = args.prompt_len + args.output_len + 1
-    budget = args.budget or 2 * max_len  # the last layers of a pyramid have less
+    budget = args.budget or 2 * max_len + 64  # the last layers of a pyramid have less
     for name in (*args.cases, args.against):
         if name != PLAIN:
             registry.check(name)
