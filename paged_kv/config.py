@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from paged_kv.tiers.spill_memory import SpillSpace
 
 DEFAULT_PAGE_SIZE = 32
+PRESSURE = "pressure"  # of the option start
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class CompressionConfig(OptionTable):
         }
         config = cls(**settings, options=options)
         config.check_spill()
+        config.check_start()
         if config.enabled:
             config.create_policy()  # it may refuse what it is given
         return config
@@ -94,6 +96,21 @@ class CompressionConfig(OptionTable):
             raise ValueError("spill needs a policy that drops entries, not policy 'full'")
         if self.spill_dir and not self.spill:
             raise ValueError(f"spill_dir {self.spill_dir!r} is for spill: add spill=true")
+
+    def check_start(self) -> None:
+        """Refuses what does not go with start=pressure. Raises ValueError."""
+        if self.start == PRESSURE and not self.enabled:
+            raise ValueError("start pressure needs a policy that drops entries, not policy 'full'")
+        if self.start == PRESSURE and self.compress_prefill:
+            raise ValueError(
+                "start pressure does not go with compress_prefill, which drops entries of a prompt "
+                "however much memory there is: give one of them"
+            )
+
+    @property
+    def waits_for_pressure(self) -> bool:
+        """Whether nothing is dropped while there are pages."""
+        return self.start == PRESSURE
 
     @classmethod
     def from_env(cls, **options: Any) -> CompressionConfig:

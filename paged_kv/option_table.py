@@ -72,6 +72,11 @@ class OptionTable:
         integer(128, least=1), "least entries kept when the budget is a fraction"
     )
     compress_prefill: bool = option(boolean(False), "evict between the chunks of a prompt, too")
+    start: str = option(
+        choice("always", "pressure"),
+        "always: drop from a prompt's end on; pressure: not before pages run out",
+        metavar="WHEN",
+    )
     skip_layers: tuple[int, ...] = option(Option((), read_layers), "layers that keep everything")
     max_groups: int = option(
         integer(8, least=1), "vLLM: KV cache groups allowed, each of which costs scheduling time"

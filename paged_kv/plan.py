@@ -6,7 +6,7 @@ paged_kv.vllm.plan. Layers are numbered over the whole model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 from paged_kv.config import CompressionConfig
@@ -24,11 +24,13 @@ class Plan:
         page_size: tokens per page.
         compress_prefill: as in CompressionConfig.
         budgets: of each compressed layer; the others keep everything.
+        waits_for_pressure: as in CompressionConfig.
     """
 
     page_size: int
     compress_prefill: bool
     budgets: dict[int, Budget]
+    waits_for_pressure: bool = field(default=False, kw_only=True)
 
     def schedule(self, layer: int) -> Schedule | None:
         """The schedule of a layer, None for one that keeps everything."""
@@ -79,7 +81,12 @@ def make_plan(
     sizes = budgets.step_sizes(len(layers), num_steps)
     steps = step_budgets(config, page_size, sizes)
     by_layer = [budget for budget, size in zip(steps, sizes, strict=True) for _ in range(size)]
-    return Plan(page_size, config.compress_prefill, dict(zip(layers, by_layer, strict=True)))
+    return Plan(
+        page_size,
+        config.compress_prefill,
+        dict(zip(layers, by_layer, strict=True)),
+        waits_for_pressure=config.waits_for_pressure,
+    )
 
 
 def step_budgets(config: CompressionConfig, page_size: int, sizes: list[int]) -> list[Budget]:

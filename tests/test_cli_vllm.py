@@ -112,7 +112,11 @@ MISTAKES: dict[str, tuple[str, tuple[str, ...], str]] = {
         (*STREAMING, "--kv-policy-config", '{"colour": 1}'),
         "unknown paged_kv option colour; known are: budget,",
     ),
-    "no policy": ("llama", ("--kv-budget", "100"), "kv-budget and kv-policy-config need a"),
+    "no policy": (
+        "llama",
+        ("--kv-budget", "100"),
+        "kv-budget, kv-start and kv-policy-config need a",
+    ),
     "given twice": (
         "llama",
         (*STREAMING, "--additional-config", '{"paged_kv": {"policy": "full"}}'),

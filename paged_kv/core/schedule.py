@@ -1,5 +1,8 @@
 """The schedule: how many entries a sequence has dropped after n tokens.
 
+A sequence is held to its budget from some number of tokens on, its start: the end of its prompt,
+or where its pages were needed (NEVER before that is known).
+
 The scheduler owns *how many* pages a request holds, the worker *which* entries survive. They agree
 without talking because both compute the same pure function of integers:
 
@@ -17,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_TOKENS = 1 << 31  # of a sequence
+NEVER = 1 << 60  # the start of a sequence that is not held to its budget; int64 holds it
 MAX_DENOMINATOR = 10**6  # of the fraction of its tokens that is kept
 
 
@@ -63,14 +67,14 @@ class Schedule:
         assert getattr(num_tokens, "dtype", "int64") == "int64", "narrower integers could overflow"
         return _larger(self.minimum, -(-self.numerator * num_tokens // self.denominator))
 
-    def evicted(self, num_tokens: Any, prompt_len: Any) -> Any:
+    def evicted(self, num_tokens: Any, start: Any) -> Any:
         """Entries dropped once num_tokens tokens are processed: a multiple of page_size.
 
-        Never falls as num_tokens grows, for a fixed prompt_len: the budget grows by at most one
-        per token.
+        Never falls as num_tokens grows, for a fixed start: the budget grows by at most one per
+        token.
         """
         surplus = (num_tokens - self.budget(num_tokens)) // self.page_size * self.page_size
-        started = True if self.compress_prefill else num_tokens >= prompt_len
+        started = True if self.compress_prefill else num_tokens >= start
         return surplus * (surplus > 0) * started
 
     def reached(self, evicted: Any) -> Any:
@@ -84,16 +88,16 @@ class Schedule:
         by_fraction = -(-evicted * self.denominator // max(1, kept))
         return _larger(evicted + self.minimum, by_fraction) * (evicted > 0)
 
-    def first_evicted(self, prompt_len: int) -> int:
-        """The least that the first eviction from the prompt's end on can drop."""
-        evicted: int = self.evicted(prompt_len, prompt_len)
+    def first_evicted(self, start: int) -> int:
+        """The least that the first eviction can drop."""
+        evicted: int = self.evicted(start, start)
         return max(evicted, self.page_size)
 
-    def max_retained(self, num_tokens: int, prompt_len: int, chunk: int) -> int:
+    def max_retained(self, num_tokens: int, start: int, chunk: int) -> int:
         """Most entries held at once on the way to num_tokens, in steps of at most chunk tokens.
 
-        Without compress_prefill a prompt is held whole, however it is chunked.
+        Without compress_prefill what comes before start is held whole, however it is chunked.
         """
-        after_prompt: int = self.budget(num_tokens) + self.page_size - 1 + chunk
-        needed = after_prompt if self.compress_prefill else max(prompt_len, after_prompt)
+        after_start: int = self.budget(num_tokens) + self.page_size - 1 + chunk
+        needed = after_start if self.compress_prefill else max(start, after_start)
         return min(num_tokens, needed)

@@ -10,6 +10,7 @@ import torch
 
 from paged_kv.config import CompressionConfig
 from paged_kv.core.page_formats import FORMATS, NATIVE, layer_formats
+from paged_kv.core.schedule import NEVER
 from paged_kv.hf.allocator import Int64s
 from paged_kv.hf.arena import Geometry
 from paged_kv.hf.counters import Counters
@@ -25,7 +26,6 @@ from paged_kv.hf.tables import PageTables
 from paged_kv.kernels.operands import Terms
 from paged_kv.store import query_gathering
 
-NEVER = 1 << 60  # a prompt's length while its end is not known
 _BY_ROW = ("num_tokens", "prompt_lens", "settled")  # int64 [rows]
 
 

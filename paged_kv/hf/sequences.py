@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from paged_kv.core.schedule import NEVER
 from paged_kv.hf import row_compaction
 from paged_kv.hf.allocator import Int64s
 from paged_kv.hf.arena import Geometry, PackedArena
@@ -25,7 +26,7 @@ from paged_kv.hf.marks import Marks, check_crop, remove
 from paged_kv.hf.modes import keeps
 from paged_kv.hf.packed_step import PackedStep
 from paged_kv.hf.paged_attention import Bias
-from paged_kv.hf.rows import NEVER, Rows
+from paged_kv.hf.rows import Rows
 from paged_kv.hf.stats import CacheStats, snapshot
 from paged_kv.hf.step import Step, interrupted
 from paged_kv.kernels.operands import Terms

@@ -1,4 +1,4 @@
-"""--kv-policy, --kv-budget, --kv-policy-config, --kv-swap-*: from the user into a VllmConfig.
+"""Our flags, --kv-policy, --kv-budget and so on: from the user into a VllmConfig.
 
 A user's mistake is a ValueError before any process starts; on the command line, one line and exit
 code 2.
@@ -30,7 +30,13 @@ logger = init_logger(f"vllm.{__name__}")
 
 CONFIG_KEY = "paged_kv"
 SWAP_OPTIONS = tuple(name for name in OPTIONS if name.startswith("swap_"))
-FLAGS = ("kv_policy", "kv_budget", "kv_policy_config", *(f"kv_{name}" for name in SWAP_OPTIONS))
+FLAGS = (
+    "kv_policy",
+    "kv_budget",
+    "kv_start",
+    "kv_policy_config",
+    *(f"kv_{name}" for name in SWAP_OPTIONS),
+)
 
 
 class _CommandLine(dict[str, Any]):
@@ -56,7 +62,8 @@ def add_cli_args(parser: Any) -> Any:
     add = group.add_argument
     names = ", ".join(registry.available())
     add("--kv-policy", metavar=OPTIONS["policy"].metavar, help=f"{_help('policy')} NAMEs: {names}.")
-    add("--kv-budget", metavar=OPTIONS["budget"].metavar, help=_help("budget"))
+    for name in ("budget", "start"):
+        add(_flag(name), metavar=OPTIONS[name].metavar, help=_help(name))
     add(
         "--kv-policy-config",
         metavar="JSON",
@@ -113,12 +120,13 @@ def _fold_when_parsed(parser: Any) -> None:
 
 def _take_flags(args: argparse.Namespace, additional: dict[str, Any]) -> None:
     """Moves our flags into additional. Raises ValueError: they contradict it or each other."""
-    policy, budget = getattr(args, "kv_policy", None), getattr(args, "kv_budget", None)
-    more = getattr(args, "kv_policy_config", None)
+    policy, more = getattr(args, "kv_policy", None), getattr(args, "kv_policy_config", None)
+    held = {name: getattr(args, f"kv_{name}", None) for name in ("budget", "start")}
+    held = {name: text for name, text in held.items() if text is not None}
     flags = {name: getattr(args, f"kv_{name}", None) for name in SWAP_OPTIONS}
     swap_flags = {name: text for name, text in flags.items() if text is not None}
-    if policy is None and (budget is not None or more is not None):
-        raise ValueError("kv-budget and kv-policy-config need a kv-policy")
+    if policy is None and (held or more is not None):
+        raise ValueError("kv-budget, kv-start and kv-policy-config need a kv-policy")
     if policy is None and not swap_flags:
         return
     if CONFIG_KEY in additional:
@@ -126,7 +134,7 @@ def _take_flags(args: argparse.Namespace, additional: dict[str, Any]) -> None:
         raise ValueError(f"give either {flag} or additional-config's paged_kv, not both")
     settings = parse_json(more) if more else {}
     settings |= {"policy": policy} if policy is not None else {}
-    settings |= {"budget": budget} if budget is not None else {}
+    settings |= held
     settings |= {
         name: _gib(name, text) if OPTIONS[name].metavar == "GIB" else text
         for name, text in swap_flags.items()
