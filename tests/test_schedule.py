@@ -184,11 +184,11 @@ def test_max_retained_bounds_every_run(schedule, prompt_len, chunks):
 def test_max_retained_is_reached():
     schedule = Schedule(page_size=32, minimum=128)
     # 159 are kept, for they are less than a page above the budget; one more is on its way.
-    assert schedule.max_retained(1000, prompt_len=0, chunk=1) == 160
+    assert schedule.max_retained(1000, start=0, chunk=1) == 160
     assert 159 - schedule.evicted(159, 0) + 1 == 160
-    assert schedule.max_retained(1000, prompt_len=700, chunk=1) == 700
+    assert schedule.max_retained(1000, start=700, chunk=1) == 700
     assert replace(schedule, compress_prefill=True).max_retained(1000, 700, chunk=100) == 259
-    assert schedule.max_retained(90, prompt_len=0, chunk=1) == 90
+    assert schedule.max_retained(90, start=0, chunk=1) == 90
 
 
 @given(schedules(), st.integers(1, 2000))
