@@ -33,6 +33,7 @@ from paged_kv.policies.written import Written
 
 Int64s = npt.NDArray[np.int64]
 Tensor = torch.Tensor
+LEAST_SCORED = 32  # queries whose attention scores are summed from before a compaction
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,11 @@ class Policy(ABC):
     def observation_window(self) -> int:
         """How many of the last queries the policy looks at before a compaction; 0 for none."""
         return 0
+
+    @property
+    def lead(self) -> int:
+        """Last tokens of a sequence that must be seen before its first compaction; at least 1."""
+        return max(1, self.observation_window, LEAST_SCORED * ("scores" in self.reads))
 
     @property
     def reads_wholly(self) -> frozenset[str]:

@@ -50,6 +50,8 @@ class Rules:
         private_hits: as in PagedSpec.
         priorities: requests have them; else the one that came last is preempted.
         swap: host slots and file slots for preempted requests; None for no swap.
+        pressure: requests shrink when pages run out (start: pressure).
+        lead: as in PagedSpec.
         ring_slots: that a swapped request takes beside its pages'.
         ranks: workers that have tiers.
     """
@@ -67,6 +69,8 @@ class Rules:
     private_hits: bool = False
     priorities: bool = False
     swap: tuple[int, int] | None = None
+    pressure: bool = False
+    lead: int = 1
     ring_slots: int = 0
     ranks: int = 1
 
@@ -103,7 +107,9 @@ def make_scheduler(rules: Rules) -> Any:
         block_size=rules.page_size, num_kv_heads=1, head_size=8, dtype=torch.float32
     )
     specs = [
-        PagedSpec.from_full(full, s, private_hits=rules.private_hits) if s else full
+        PagedSpec.from_full(full, s, private_hits=rules.private_hits, lead=rules.lead)
+        if s
+        else full
         for s in rules.schedules
     ]
     groups = [KVCacheGroupSpec([f"layer.{i}"], spec) for i, spec in enumerate(specs)]
@@ -143,6 +149,7 @@ def _vllm_config(rules: Rules) -> VllmConfig:
         num_groups=len(rules.budgets),
         num_other_groups=rules.full_groups,
         layers_per_page=1,
+        waits_for_pressure=rules.pressure,
     )
     args = SimpleNamespace(kv_transfer_config=None)
     if rules.swap:

@@ -12,7 +12,7 @@ import torch
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from world_swap import LabelCopier
 
-from paged_kv.core.schedule import Schedule
+from paged_kv.core.schedule import NEVER, Schedule
 from paged_kv.policies.base import Events, Moves, PositionalPolicy
 from paged_kv.policies.region import Region
 
@@ -73,10 +73,12 @@ class Worker:
     copier: LabelCopier | None = None
     pages: list[list[Label | None]] = field(init=False)
     rows: dict[str, _Row] = field(default_factory=dict)
-    prompt_lens: dict[str, int] = field(default_factory=dict)  # as in V1's input batch
+    starts: dict[str, int] = field(default_factory=dict)  # of those that have one
+    waits_for_pressure: bool = False
     reads: dict[str, list[list[int]]] = field(default_factory=dict)  # last: page ids by group
     num_events: int = 0
     num_copies: int = 0
+    num_replaced: int = 0  # pages of running requests that became private
     num_snapshots: int = 0
     num_runs: int = 0
     num_resets: int = 0  # what is sampled then is not what it was
@@ -101,6 +103,7 @@ class Worker:
         for source, target in output.kv_cache_block_copies or ():
             self.pages[target] = list(self.pages[source])
             self.num_copies += 1
+        self._learn_starts(output)
         starts = self._update_rows(output)
         if self.copier is not None:
             self.copier.load(self.pages)
@@ -118,13 +121,32 @@ class Worker:
                 self._compact(group, request_id, start, end)
         return self._sample(chunks)
 
+    def _learn_starts(self, output: Any) -> None:
+        """What the scheduler says of the requests, and of pages that have been copied."""
+        for request_id in output.finished_req_ids:
+            self.starts.pop(request_id, None)
+        told = getattr(output, "paged_kv_starts", {})
+        assert not told.keys() & self.starts.keys(), "a start never changes"
+        self.starts |= told
+        for request_id, pages in getattr(output, "paged_kv_pages", {}).items():
+            tables = self.rows[request_id].tables
+            assert [*map(len, tables)] == [*map(len, pages)]
+            self.num_replaced += sum(
+                a != b
+                for t, p in zip(tables, pages, strict=True)
+                for a, b in zip(t, p, strict=True)
+                if b
+            )
+            self.rows[request_id].tables = [list(ids) for ids in pages]
+
     def _update_rows(self, output: Any) -> dict[str, int]:
         starts = {}
         for row in self.rows.values():
             row.num_old = len(row.tables[0])
         for new in output.scheduled_new_reqs:
             starts[new.req_id] = new.num_computed_tokens
-            self.prompt_lens[new.req_id] = len(new.prompt_token_ids)
+            if not self.waits_for_pressure:
+                self.starts[new.req_id] = len(new.prompt_token_ids)
             self._begin(new.req_id, new.prompt_token_ids, new.block_ids, new.num_computed_tokens)
         cached = output.scheduled_cached_reqs
         for request_id, new_ids, start in zip(
@@ -155,8 +177,8 @@ class Worker:
         self.rows[request_id] = row
 
     def _evicted(self, group: int, request_id: str, num_tokens: int) -> int:
-        schedule = self.schedules[group]
-        return 0 if schedule is None else schedule.evicted(num_tokens, self.prompt_lens[request_id])
+        schedule, start = self.schedules[group], self.starts.get(request_id, NEVER)
+        return 0 if schedule is None else schedule.evicted(num_tokens, start)
 
     def _write(self, group: int, request_id: str, start: int, end: int, hashed: set[int]) -> None:
         row = self.rows[request_id]

@@ -21,7 +21,7 @@ from world_rules import Rules, capacities, make_scheduler
 from world_swap import LabelCopier
 from world_worker import Label, Scattering, Worker, label_of
 
-from paged_kv.core.schedule import cdiv
+from paged_kv.core.schedule import NEVER, cdiv
 from paged_kv.policies.base import PositionalPolicy
 from paged_kv.vllm.scheduler import limits
 from paged_kv.vllm.swap.commands import Load
@@ -40,11 +40,15 @@ class World:
         policy = policy or Scattering(0, 0)
         copier = LabelCopier(capacities(rules), random.Random(seed)) if rules.swap else None
         self.worker = Worker(rules.schedules, self.pool, rules.page_size, policy, copier)
+        self.worker.waits_for_pressure = rules.pressure
+        if rules.pressure:
+            self._watch_preemptions()
         self.seen: Counter[str] = Counter()
         self.requests: dict[str, Request] = {}
         self.hits: dict[str, int] = {}
         self.restored: dict[str, int] = {}  # tokens that the swap gave back; 0: began anew
         self.num_steps = 0
+        self.is_resetting = False
         self.chunks: dict[str, list[tuple[int, int]]] = {}
         self.outputs: dict[int, Any] = {}  # of the last step that was processed, by client
         self._hasher = get_request_block_hasher(rules.page_size, sha256)
@@ -75,7 +79,9 @@ class World:
     def reset(self, **kwargs: Any) -> None:
         """Preempts all that run; the output of steps in flight is thrown away."""
         self.worker.num_resets += 1
+        self.is_resetting = True
         self.scheduler.reset_prefix_cache(reset_running_requests=True, **kwargs)
+        self.is_resetting = False
 
     def step(self) -> None:
         """Schedules a step; under async scheduling before the output of the last is processed."""
@@ -152,6 +158,38 @@ class World:
             assert not manager.cached_pages.to_be_written
             assert not manager.cached_pages.snapshots._in_flight
 
+    def start(self, name: str) -> int:
+        """Tokens from which a request is held to its budget."""
+        start: int = self.paged_managers[0].start(name) if self.paged_managers else NEVER
+        return start
+
+    def can_shrink(self, request: Request) -> bool:
+        """Whether a request is past its prompt, above its budget, and has all pages to itself."""
+        rules, name, computed = self.rules, request.request_id, request.num_computed_tokens
+        end = min(request.num_prompt_tokens + request.max_tokens, rules.max_len)
+        if (
+            self.start(name) != NEVER
+            or not request.num_prompt_tokens <= computed < end - rules.lead
+        ):
+            return False
+        blocks = [block for m in self._managers for block in m.req_to_blocks[name]]
+        return all(block.ref_cnt == 1 for block in blocks) and any(
+            schedule and schedule.evicted(computed, computed) for schedule in rules.schedules
+        )
+
+    def _watch_preemptions(self) -> None:
+        """Nobody is preempted while somebody can shrink."""
+        preempt = self.scheduler._preempt_request
+
+        def watched(request: Request, *args: Any, **kwargs: Any) -> None:
+            if not self.is_resetting:
+                self.seen["preempted"] += 1
+                able = [r for r in (*self.scheduler.running, request) if self.can_shrink(r)]
+                assert not able, f"{request.request_id} is preempted, {able[0].request_id} is not"
+            preempt(request, *args, **kwargs)
+
+        self.scheduler._preempt_request = watched
+
     @property
     def _managers(self) -> Any:
         return self.manager.coordinator.single_type_managers
@@ -176,7 +214,7 @@ class World:
                 evicted = 0
                 if schedule is not None:
                     known = max(processed[name], self.restored[name])
-                    evicted = schedule.evicted(known, request.num_prompt_tokens)
+                    evicted = schedule.evicted(known, self.start(name))
                 expected = cdiv(end, self.rules.page_size) - evicted // self.rules.page_size
                 assert len(pages) == expected, f"{name} holds {pages}, not {expected} pages"
 
@@ -188,7 +226,7 @@ class World:
         loads = {one.request_id: one for one in commands if isinstance(one, Load)}
         for name, load in loads.items():
             lost = [
-                s.evicted(load.num_tokens, self.requests[name].num_prompt_tokens) if s else 0
+                s.evicted(load.num_tokens, self.start(name)) if s else 0
                 for s in self.rules.schedules
             ]
             num_pages = cdiv(load.num_tokens, self.rules.page_size)

@@ -5,7 +5,7 @@ again; they are hashed and shared as ever, also after they were freed. The rest 
 compactions, so nobody may read them through the prefix cache once that has begun:
 
     prompt    | shared, immutable | will be rewritten: private, raw until the first compaction |
-              0             first_write                                                prompt_len
+              0             first_write                                                     start
 
 * A hit on a page that this request, or its present owner, will rewrite is copied at admission.
 * When the step that ends in the first compaction is scheduled, the pages above first_write lose
@@ -91,6 +91,14 @@ class CachedPages:
             self._hashed_in_step.add(blocks[index].block_id)
             if first_write is not None and index >= first_write:
                 self.to_be_written.add(blocks[index].block_id)
+
+    def will_write(self, blocks: Sequence[KVCacheBlock], first_write: int) -> None:
+        """A request's pages from first_write on will be rewritten; of shared ones, its copies."""
+        self.to_be_written.update(
+            block.block_id
+            for block in blocks[first_write:]
+            if block.block_hash is not None and block.ref_cnt == 1
+        )
 
     def freeze(
         self, request_id: str, blocks: Sequence[KVCacheBlock], first_kept: int, copied: set[int]

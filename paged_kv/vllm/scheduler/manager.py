@@ -5,7 +5,7 @@ Pages come and go with the schedule; which of them the prefix cache may show is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock, resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.request import Request
 
-from paged_kv.core.schedule import Schedule, cdiv
+from paged_kv.core.schedule import NEVER, Schedule, cdiv
 from paged_kv.vllm.scheduler.cached_pages import CachedPages, longest_hit
 from paged_kv.vllm.scheduler.spec import PagedSpec
 
@@ -24,18 +24,21 @@ class _Sequence:
     """What the manager knows of a request.
 
     Args:
-        prompt_len: tokens of the prompt; a preempted request brings its output along, not in here.
-        first_write: first page that a compaction may write; None if it cannot get that long.
+        start: tokens from which it is held to its budget; NEVER if that is not known yet.
+        first_write: first page that a compaction may write; None if it cannot get that long, or
+            nobody knows when.
         frozen: pages kept in the prefix cache once compactions began; None before.
         raw_pages: full pages at the first compaction, to be copied for the prefix cache.
-        copies: prefix hits that must become private pages.
+        copies: shared pages that must become private ones.
+        is_running: whether the workers know its pages: they must be told of copies.
     """
 
-    prompt_len: int
+    start: int
     first_write: int | None
     frozen: int | None = None
     raw_pages: int = 0
     copies: list[int] = field(default_factory=list)
+    is_running: bool = False
 
 
 class PagedManager(SingleTypeKVCacheManager):
@@ -46,28 +49,68 @@ class PagedManager(SingleTypeKVCacheManager):
         self.schedule: Schedule = kv_cache_spec.schedule
         assert self.block_size == self.schedule.page_size
         self._to_compute = max(1, kv_cache_spec.observation_window)  # of a prompt, whatever is hit
-        self.private_hits = kv_cache_spec.private_hits
-        self.max_chunk = 1  # tokens past the prompt that can be in flight; set by the scheduler
-        self.num_groups = 1  # of compressed layers; set by the scheduler
+        self.private_hits, self.lead = kv_cache_spec.private_hits, kv_cache_spec.lead
+        self.max_chunk = 1  # tokens past the start that can be in flight; set by the scheduler
+        self.reserve: Callable[[], int] = lambda: 0  # pages that admissions leave to others; same
+        self.snapshot_reserve: Callable[[], int] = lambda: 0  # and copies for the prefix cache
         self.cached_pages = CachedPages(self.block_pool, self.kv_cache_group_id, self.block_size)
+        self.replaced: set[str] = set()  # running requests whose pages are copied in this step
         self._sequences: dict[str, _Sequence] = {}
 
-    def begin(self, request_id: str, prompt_len: int, max_len: int) -> None:
+    def begin(self, request_id: str, start: int, max_len: int) -> None:
         """A request has arrived that can grow to max_len tokens."""
         first_write = None
-        if self.schedule.evicted(max_len, prompt_len) > 0:
-            first_write = self.schedule.first_evicted(prompt_len) // self.block_size
-            if self.private_hits:
-                first_write = 0
-        self._sequences[request_id] = _Sequence(prompt_len, first_write)
+        if self.schedule.evicted(max_len, start) > 0:
+            first_write = self._first_write(start)
+        self._sequences[request_id] = _Sequence(start, first_write)
+
+    def shrink_from(self, request_id: str, start: int) -> None:
+        """A running request will be held to its budget: its pages are not for others any more."""
+        sequence, blocks = self._sequences[request_id], self.req_to_blocks[request_id]
+        assert sequence.start == NEVER, "a start never changes"
+        sequence.start, sequence.first_write = start, self._first_write(start)
+        self.cached_pages.will_write(blocks, sequence.first_write)
+        sequence.copies = [i for i, _ in self._shared(blocks, sequence.first_write)]
+
+    def shrinking(self, request_id: str, start: int) -> tuple[list[KVCacheBlock], int, int]:
+        """What shrink_from would come to: nothing is changed.
+
+        Returns:
+            pages that the request would leave (free, if nobody else has them), pages that must be
+            copied before, and how many of the copies it would keep.
+        """
+        blocks = self.req_to_blocks[request_id]
+        evicted = self.schedule.evicted(start, start) // self.block_size
+        shared = list(self._shared(blocks, self._first_write(start)))
+        kept = [block for index, block in shared if index >= evicted]
+        return blocks[:evicted] + kept, len(shared), len(kept)
+
+    def _first_write(self, start: int) -> int:
+        """First page that a compaction at start may write; scores are written from page 0 on."""
+        return 0 if self.private_hits else self.schedule.first_evicted(start) // self.block_size
+
+    def _shared(
+        self, blocks: Sequence[KVCacheBlock], first: int
+    ) -> Iterator[tuple[int, KVCacheBlock]]:
+        """Pages from `first` on that others hold, too, with their indices."""
+        return ((i, block) for i, block in enumerate(blocks) if i >= first and block.ref_cnt > 1)
 
     def end(self, request_id: str) -> None:
         """The request is over; its pages are free."""
         del self._sequences[request_id]
 
-    def prompt_len(self, request_id: str) -> int:
-        """Tokens of a request's prompt."""
-        return self._sequences[request_id].prompt_len
+    def start(self, request_id: str) -> int:
+        """Tokens from which a request is held to its budget; NEVER if it is not."""
+        return self._sequences[request_id].start
+
+    def evicted(self, request_id: str, num_tokens: int) -> int:
+        """Entries of a request that are dropped after so many tokens."""
+        evicted: int = self.schedule.evicted(num_tokens, self._sequences[request_id].start)
+        return evicted
+
+    def has_scores(self, request_id: str) -> bool:
+        """Whether what lies beside a request's pages depends on its queries."""
+        return self.private_hits and self._sequences[request_id].start != NEVER
 
     def never_hash(self, request_id: str) -> None:
         """None of the request's pages may be in the prefix cache: it is compressed already."""
@@ -76,30 +119,28 @@ class PagedManager(SingleTypeKVCacheManager):
     def usable_hit(self, request_id: str, blocks: Sequence[KVCacheBlock], copy: bool) -> int:
         """Tokens of a prefix hit that this request may take.
 
-        Not its whole prompt: cached pages are raw, and at prompt_len the schedule may evict. And no
-        page to be copied that is only computed in the step that would copy it, or if not copy.
+        Nothing up to its start: cached pages are raw, and there the schedule may evict. And no page
+        to be copied that is only computed in the step that would copy it, or if not copy.
         """
         sequence = self._sequences[request_id]
-        blocks = blocks[: self._max_hit_pages(sequence.prompt_len)]
+        blocks = blocks[: self._max_hit_pages(sequence.start)]
         return self.cached_pages.usable(blocks, sequence.first_write, copy) * self.block_size
 
     def pages_soon(self, request: Request, num_pages: int) -> int:
-        """Pages of the prompt after the first num_pages that can be hit when this step is done."""
-        hashes = self._block_hashes(request)[: self._max_hit_pages(request.num_prompt_tokens)]
+        """Pages after the first num_pages that can be hit when this step is done."""
+        most = min(request.num_tokens, self._sequences[request.request_id].start)
+        hashes = self._block_hashes(request)[: self._max_hit_pages(most)]
         return self.cached_pages.pages_soon(hashes, num_pages)
 
     def pages_between(self, request_id: str, num_tokens: int, later: int) -> int:
         """Pages that compactions empty between two lengths of the request."""
-        prompt_len = self._sequences[request_id].prompt_len
-        earlier, evicted = (self.schedule.evicted(n, prompt_len) for n in (num_tokens, later))
+        earlier, evicted = (self.evicted(request_id, n) for n in (num_tokens, later))
         return (evicted - earlier) // self.block_size
 
-    def peak_pages(self, num_tokens: int, prompt_len: int) -> int:
+    def peak_pages(self, num_tokens: int, start: int) -> int:
         """Most pages a request holds on its way to num_tokens."""
         # The retained entries begin at a page's start: no page more.
-        return cdiv(
-            self.schedule.max_retained(num_tokens, prompt_len, self.max_chunk), self.block_size
-        )
+        return cdiv(self.schedule.max_retained(num_tokens, start, self.max_chunk), self.block_size)
 
     def get_num_blocks_to_allocate(
         self,
@@ -111,15 +152,19 @@ class PagedManager(SingleTypeKVCacheManager):
         apply_admission_cap: bool = False,
         **kwargs: Any,
     ) -> int:
-        """Pages needed. With the cap, what the schedule lets the request hold, not its length."""
-        sequence = self._sequences[request_id]
+        """Pages needed. With the cap, what the schedule lets the request hold, not its length.
+
+        And what must stay free for requests that run.
+        """
+        sequence, reserved = self._sequences[request_id], 0
         if apply_admission_cap:
-            num_tokens = self.peak_pages(num_tokens, sequence.prompt_len) * self.block_size
-        needed: int = super().get_num_blocks_to_allocate(
+            num_tokens = self.peak_pages(num_tokens, sequence.start) * self.block_size
+            reserved = self.reserve()
+        needed: int = reserved + super().get_num_blocks_to_allocate(
             request_id, num_tokens, new_computed_blocks, total_computed_tokens, *args, **kwargs
         )
         if not new_computed_blocks:
-            return needed
+            return needed + len(sequence.copies)
         return needed + len(self.cached_pages.to_copy(new_computed_blocks, sequence.first_write))
 
     def add_local_computed_blocks(
@@ -136,17 +181,18 @@ class PagedManager(SingleTypeKVCacheManager):
         """Pages up to num_tokens, the length after this step."""
         sequence = self._sequences[request_id]
         copied = self._copy(request_id, sequence) if sequence.copies else []
+        sequence.is_running = True
         new = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
         if sequence.frozen is not None:
-            return copied + new
-        evicted = self.schedule.evicted(num_tokens, sequence.prompt_len)
+            return new
+        evicted = self.evicted(request_id, num_tokens)
         if evicted:
             sequence.frozen = evicted // self.block_size
             sequence.raw_pages = num_tokens // self.block_size
             private = {block.block_id for block in copied}
             blocks = self.req_to_blocks[request_id]
             self.cached_pages.freeze(request_id, blocks, sequence.frozen, private)
-        return copied + new
+        return new
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Hashes full pages while they are raw."""
@@ -169,8 +215,7 @@ class PagedManager(SingleTypeKVCacheManager):
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
         """Frees the pages that compactions of finished steps have emptied."""
-        prompt_len = self._sequences[request_id].prompt_len
-        evicted = self.schedule.evicted(processed_computed_tokens, prompt_len)
+        evicted = self.evicted(request_id, processed_computed_tokens)
         self._remove_blocks_in_range(request_id, 0, evicted // self.block_size)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
@@ -178,8 +223,10 @@ class PagedManager(SingleTypeKVCacheManager):
         self.cached_pages.snapshots.cancel(request_id)
         blocks: list[KVCacheBlock] = super().pop_blocks_for_free(request_id)
         self.cached_pages.release(blocks)
+        self.replaced.discard(request_id)
         if request_id in self._sequences:
-            self._sequences[request_id].frozen = None
+            sequence = self._sequences[request_id]
+            sequence.frozen, sequence.copies, sequence.is_running = None, [], False
         return blocks
 
     @classmethod
@@ -201,11 +248,13 @@ class PagedManager(SingleTypeKVCacheManager):
             block_hashes, max_length, kv_cache_group_ids, block_pool, page_size, alignment_tokens
         )
 
-    def _max_hit_pages(self, prompt_len: int) -> int:
-        return max(0, prompt_len - self._to_compute) // self.block_size
+    def _max_hit_pages(self, start: int) -> int:
+        return max(0, start - self._to_compute) // self.block_size
 
     def _copy(self, request_id: str, sequence: _Sequence) -> list[KVCacheBlock]:
-        """Replaces hits by private pages; the worker copies them before the step runs."""
+        """Replaces shared pages by private ones; the worker copies them before the step runs."""
+        if sequence.is_running:
+            self.replaced.add(request_id)
         blocks = self.req_to_blocks[request_id]
         private = self.block_pool.get_new_blocks(len(sequence.copies))
         for index, block in zip(sequence.copies, private, strict=True):
@@ -223,9 +272,7 @@ class PagedManager(SingleTypeKVCacheManager):
         hashes = self._block_hashes(request)
         blocks = self.req_to_blocks[request.request_id][: sequence.raw_pages]
         assert sequence.frozen is not None
-        # What every running request may need in the next steps stays free.
-        reserve = 2 * self.num_groups * len(self.req_to_blocks)
         self.cached_pages.snapshots.take(
-            request.request_id, blocks, hashes, sequence.frozen, reserve
+            request.request_id, blocks, hashes, sequence.frozen, self.snapshot_reserve()
         )
         sequence.raw_pages = 0

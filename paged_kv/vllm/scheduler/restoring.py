@@ -47,8 +47,7 @@ class RestoringManager(PagedManager):
         restored = self._restored.get(request_id, 0)
         if not restored or num_tokens not in (None, restored):
             return 0
-        evicted: int = self.schedule.evicted(restored, self.prompt_len(request_id))
-        return evicted // self.block_size
+        return self.evicted(request_id, restored) // self.block_size
 
     def end(self, request_id: str) -> None:
         """The request is over; its pages are free."""
@@ -68,7 +67,8 @@ class RestoringManager(PagedManager):
         """Pages needed; to be admitted with what comes back, fewer than for all its tokens."""
         is_new = request_id not in self.num_cached_block
         if is_new and self.restored_pages(request_id, total_computed_tokens):
-            return self._pages_to_restore(request_id, num_tokens, apply_admission_cap)
+            reserved = self.reserve() if apply_admission_cap else 0
+            return reserved + self._pages_to_restore(request_id, num_tokens, apply_admission_cap)
         return super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,
@@ -105,12 +105,12 @@ class RestoringManager(PagedManager):
 
     def _pages_to_restore(self, request_id: str, num_tokens: int, peak: bool) -> int:
         """Pages that such a request needs to be admitted; peak: on its way to num_tokens."""
-        prompt_len = self.prompt_len(request_id)
+        start = self.start(request_id)
         now = cdiv(num_tokens, self.block_size) - self.restored_pages(request_id)
         if not peak:
             return now
-        if self._restored[request_id] < prompt_len:
-            return self.peak_pages(num_tokens, prompt_len)
-        # Its prompt is behind it: from here on it never holds more than a budget and a chunk.
+        if self._restored[request_id] < start:
+            return self.peak_pages(num_tokens, start)
+        # Its start is behind it: from here on it never holds more than a budget and a chunk.
         most = self.schedule.max_retained(num_tokens, 0, self.max_chunk)
         return min(now, cdiv(most, self.block_size))

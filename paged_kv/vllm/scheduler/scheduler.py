@@ -1,13 +1,14 @@
-"""vLLM's schedulers, told of prompt lengths: what the page managers need to follow the schedule.
+"""vLLM's schedulers, that know from where on requests are held to their budgets: their starts.
 
 Two things would go wrong without. A preempted request comes back with its output, and admission
 would reserve pages for all of it, possibly more than the pool has. And its recomputation would run
-past the prompt in one chunk, which needs those pages at once.
+past its start in one chunk, which needs those pages at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -15,16 +16,20 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
+from paged_kv.core.schedule import NEVER, cdiv
 from paged_kv.vllm.plan import get_plan
 from paged_kv.vllm.scheduler import limits
 from paged_kv.vllm.scheduler.capacity import PoolCapacity
 from paged_kv.vllm.scheduler.manager import PagedManager
+from paged_kv.vllm.scheduler.pressure import Pressure
 from paged_kv.vllm.scheduler.refusing import RefusingMixin
 from paged_kv.vllm.scheduler.restoring import RestoringManager
 from paged_kv.vllm.swap.scheduler import SwapMixin
 
 PAGES_WORTH_A_STEP = 2
 """Computing as much again takes longer than waiting for the step that is being scheduled."""
+MOST_AWAITED = 8
+"""Waiting requests for which others shrink at once: looking for their prefixes takes time."""
 
 
 class _PagedMixin(RefusingMixin):
@@ -32,6 +37,7 @@ class _PagedMixin(RefusingMixin):
 
     need_mamba_block_aligned_split: bool
     paged_managers: Sequence[PagedManager]  # of the layer groups under a schedule
+    pressure: Pressure | None = None  # sets the starts; None: they are where prompts end
     _prompt_chunk: int | None  # most tokens of a prompt in a step; None: as many as vLLM likes
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -44,19 +50,33 @@ class _PagedMixin(RefusingMixin):
         # unless it carries our source patch (see patches/), which has _clip_chunk.
         self.need_mamba_block_aligned_split = not hasattr(Scheduler, "_clip_chunk")
         self._resume_chunk, self._prompt_chunk = self.capacity.resume_chunk(), None
-        if get_plan(self.vllm_config).compress_prefill:
+        plan = get_plan(self.vllm_config)
+        if plan.compress_prefill:
             self._prompt_chunk = limits.prompt_chunk(self.vllm_config)
             self._resume_chunk = min(self._resume_chunk, self._prompt_chunk)
         chunk = self._prompt_chunk or self._resume_chunk
+        batches = self.vllm_config.max_concurrent_batches
         for manager in self.paged_managers:
-            manager.max_chunk = chunk * self.vllm_config.max_concurrent_batches
-            manager.num_groups = len(self.paged_managers)
+            manager.max_chunk = chunk * batches
+            manager.snapshot_reserve = self._snapshot_reserve
+        if plan.waits_for_pressure:
+            longest, by_priority = self.capacity.longest_prompt, self.policy.value == "priority"
+            self.pressure = Pressure(managers, batches, self.max_model_len, longest, by_priority)
+            self.paged_managers[0].reserve = self._reserved  # of all groups together
         self._held_back: Request | None = None
-        self.capacity.log(self._prompt_chunk, chunk * self.vllm_config.max_concurrent_batches)
+        self.capacity.log(self._prompt_chunk, chunk * batches)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """One step; tells the worker which raw pages to copy before it compacts."""
+        """One step; tells the worker which raw pages to copy before it compacts.
+
+        And from where on requests are held to their budgets, if that was decided now.
+        """
+        if self.pressure is not None:
+            self.pressure.relieve(self.running, self._awaited(), self.requests)
         output = super().schedule(*args, **kwargs)
+        if self.pressure is not None and output.total_num_scheduled_tokens:
+            output.paged_kv_starts = self.pressure.drain()
+            output.paged_kv_pages = self._replaced_pages(output)
         for manager in self.paged_managers:
             manager.cached_pages.end_step()
         copies = [copy for m in self.paged_managers for copy in m.cached_pages.snapshots.drain()]
@@ -80,15 +100,72 @@ class _PagedMixin(RefusingMixin):
         except ValueError as error:
             self.refuse(request, error)
             return
+        name, start = request.request_id, request.num_prompt_tokens
+        if self.pressure is not None:
+            start = self.pressure.first_start(request.num_prompt_tokens)
+            if start != NEVER:
+                self.pressure.tell(name, start)
         max_len = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
         for manager in self.paged_managers:
-            manager.begin(request.request_id, request.num_prompt_tokens, max_len)
+            manager.begin(name, start, max_len)
         super().add_request(request)
 
     def _free_blocks(self, request: Request) -> None:
         super()._free_blocks(request)
         for manager in self.paged_managers:
             manager.end(request.request_id)
+        if self.pressure is not None:
+            self.pressure.forget(request.request_id)
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        super()._preempt_request(request, *args, **kwargs)
+        if self.pressure is not None:
+            self.pressure.forget(request.request_id)
+
+    def _reserved(self) -> int:
+        """Pages that an admission leaves to requests that run, and to its own next steps."""
+        assert self.pressure is not None
+        if not self.running:
+            return 0
+        return self.pressure.reserved(self.running) + self.pressure.pages_each
+
+    def _snapshot_reserve(self) -> int:
+        """Pages that copies for the prefix cache leave: what running requests may need soon."""
+        if self.pressure is not None:
+            return self.pressure.reserved(self.running) + self.pressure.num_awaited
+        return 2 * len(self.paged_managers) * len(self.paged_managers[0].req_to_blocks)
+
+    def _awaited(self) -> Iterator[int]:
+        """Pages that each of the first waiting requests needs to be admitted."""
+        seats = self.max_num_active_reqs - len(self.running)
+        for request in islice(self.waiting, max(0, min(seats, MOST_AWAITED))):
+            if request.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
+                return
+            blocks, num_tokens, *_ = self._get_local_prefix_cache_hit(request)
+            if request is not self._held_back:
+                back = self._restored_tokens(request)
+                pages = self._pages_to_admit(request, blocks.blocks, num_tokens, back)
+                yield pages - self._reserved()
+
+    def _restored_tokens(self, request: Request) -> int:
+        """Tokens that a waiting request gets back."""
+        return 0
+
+    def _replaced_pages(self, output: SchedulerOutput) -> dict[str, tuple[list[int], ...]]:
+        """All pages that running requests had before this step, of those of which some are copied.
+
+        vLLM tells the workers of new pages at the end only.
+        """
+        names = {name for manager in self.paged_managers for name in manager.replaced}
+        for manager in self.paged_managers:
+            manager.replaced.clear()
+        pages = {}
+        for name in names & output.num_scheduled_tokens.keys():
+            before = self.requests[name].num_computed_tokens - output.num_scheduled_tokens[name]
+            managers = self.kv_cache_manager.coordinator.single_type_managers
+            ids = zip(managers, self.kv_cache_manager.get_block_ids(name), strict=True)
+            pages[name] = tuple(row[: cdiv(before, m.block_size)] for m, row in ids)
+        return pages
 
     def _get_local_prefix_cache_hit(self, request: Request, *longest: int | None) -> Any:
         # longest: nothing up to vLLM 0.32; the most tokens that may be hit, or None, from 0.33 on.
@@ -124,17 +201,31 @@ class _PagedMixin(RefusingMixin):
         A page to be copied takes two pages: of a prompt as long as the pool, copies never fit.
         """
         num_tokens = len(blocks[0]) * self.paged_managers[0].block_size
-        needed = self.kv_cache_manager.coordinator.get_num_blocks_to_allocate(
+        needed = self._pages_to_admit(request, blocks, num_tokens)
+        return needed <= self.kv_cache_manager.block_pool.get_num_free_blocks()
+
+    def _pages_to_admit(
+        self, request: Request, blocks: Any, num_hit: int, num_back: int = 0
+    ) -> int:
+        """Free pages that the request needs to be admitted.
+
+        Args:
+            request: it waits.
+            blocks: its prefix hit, by layer group.
+            num_hit: tokens of that.
+            num_back: tokens that it gets back from the swap.
+        """
+        needed: int = self.kv_cache_manager.coordinator.get_num_blocks_to_allocate(
             request_id=request.request_id,
             num_tokens=request.num_tokens,
             new_computed_blocks=blocks,
             num_encoder_tokens=0,
-            total_computed_tokens=num_tokens,
-            num_local_computed_tokens=num_tokens,
+            total_computed_tokens=max(num_hit, num_back),
+            num_local_computed_tokens=num_hit,
             num_tokens_main_model=request.num_tokens,
             apply_admission_cap=True,
         )
-        return needed <= self.kv_cache_manager.block_pool.get_num_free_blocks()
+        return needed
 
     def _clip_chunk(
         self,
@@ -143,17 +234,17 @@ class _PagedMixin(RefusingMixin):
         num_new_local_computed_tokens: int = 0,
         num_external_computed_tokens: int = 0,
     ) -> int:
-        """Tokens of a chunk that may be computed: it ends at the prompt's end.
+        """Tokens of a chunk that may be computed: it ends at the request's start.
 
         Chunks of a prompt that is compressed meanwhile are bounded, and so is what a resumed
-        request recomputes after its prompt. Nothing of a request that can hit more of its prompt
+        request recomputes after its start. Nothing of a request that can hit more of its prompt
         when this step is done.
         """
         if request is self._held_back:
             return 0
         hits = num_new_local_computed_tokens + num_external_computed_tokens
         start = request.num_computed_tokens + hits
-        remaining = request.num_prompt_tokens - start
+        remaining = self.paged_managers[0].start(request.request_id) - start
         if remaining > 0:
             most = min(remaining, self._prompt_chunk or remaining)
         else:
@@ -164,16 +255,17 @@ class _PagedMixin(RefusingMixin):
     _mamba_block_aligned_split = _clip_chunk
 
     def _awaits_pages(self, request: Request, num_tokens: int) -> bool:
-        """Whether to let a running request wait: num_tokens need pages that it will free itself.
+        """Whether to let a running request wait: steps in flight emptied pages that it needs.
 
-        Its steps in flight have emptied them. vLLM would preempt for them; a request that is alone
-        preempts itself, recomputes, and is there again.
+        Its own, or those of requests that shrink. vLLM would preempt for them; a request that is
+        alone preempts itself, recomputes, and is there again.
         """
-        if not (request.num_in_flight_tokens and request.status == RequestStatus.RUNNING):
+        if request.status != RequestStatus.RUNNING:
             return False
         name, computed = request.request_id, request.num_computed_tokens
         processed = computed - request.num_in_flight_tokens
-        if not any(m.pages_between(name, processed, computed) for m in self.paged_managers):
+        frees = any(m.pages_between(name, processed, computed) for m in self.paged_managers)
+        if not frees and not (self.pressure and self.pressure.is_coming(self.requests)):
             return False
         self.kv_cache_manager.remove_skipped_blocks(name, processed, request.num_prompt_tokens)
         needed = self.kv_cache_manager.coordinator.get_num_blocks_to_allocate(
@@ -203,6 +295,9 @@ class _RestoringMixin(SwapMixin, _PagedMixin):
         if restored:  # nothing that it could wait for is longer
             self._held_back = None
         return hit
+
+    def _restored_tokens(self, request: Request) -> int:
+        return self.restorable_tokens(request)
 
 
 class PagedScheduler(_RestoringMixin):

@@ -30,12 +30,14 @@ class PagedSpec(AttentionSpec):
             their queries, which the prefix cache does not hold.
         private_hits: whether a request gets pages of its own for a prefix hit, since the policy
             keeps scores beside them that depend on the request's queries.
+        lead: see Policy.lead.
     """
 
     schedule: Schedule
     max_prompt_len: int | None = None
     observation_window: int = 0
     private_hits: bool = False
+    lead: int = 1
 
     @classmethod
     def from_full(cls, spec: FullAttentionSpec, schedule: Schedule, **more: Any) -> PagedSpec:

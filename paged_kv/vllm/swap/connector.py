@@ -160,12 +160,11 @@ class SwapConnector(KVConnectorBase_V1, SupportsHMA):
     def _evicted(self, manager: Any, request: Any, num_tokens: int) -> int:
         if not isinstance(manager, Compressed):
             return 0
-        evicted: int = manager.schedule.evicted(num_tokens, request.num_prompt_tokens)
-        return evicted
+        return manager.evicted(request.request_id, num_tokens)
 
     def _has_changed(self, request: Any, earlier: int, later: int) -> bool:
         return any(
-            manager.private_hits
+            manager.has_scores(request.request_id)
             or self._evicted(manager, request, earlier) != self._evicted(manager, request, later)
             for manager in self._managers
             if isinstance(manager, Compressed)

@@ -9,21 +9,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from paged_kv.core.schedule import Schedule
 from paged_kv.store.pages import Pages
 
 
 @runtime_checkable
 class Compressed(Protocol):
-    """A manager of a layer group that gives pages back by a schedule.
+    """A manager of a layer group that gives pages back by a schedule."""
 
-    Args:
-        schedule: which slots are free after n tokens.
-        private_hits: whether what lies beside the pages depends on the request's queries.
-    """
+    def evicted(self, request_id: str, num_tokens: int) -> int:
+        """Entries of a request that are dropped after so many tokens."""
 
-    schedule: Schedule
-    private_hits: bool
+    def has_scores(self, request_id: str) -> bool:
+        """Whether what lies beside a request's pages depends on its queries."""
 
     def forget_restored(self, request_id: str) -> None:
         """The request does not get its pages back."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from paged_kv.kernels.index import region_index
@@ -76,10 +77,19 @@ class Observed:
     positions: torch.Tensor | None
 
 
-def query_batches(rows: StepRows, table: torch.Tensor, page_size: int) -> Iterator[QueryBatch]:
-    """Decoding sequences in one batch, prompts in another: little padding."""
+def query_batches(
+    rows: StepRows, wanted: npt.NDArray[np.bool_], table: torch.Tensor, page_size: int
+) -> Iterator[QueryBatch]:
+    """Decoding sequences in one batch, prompts in another: little padding.
+
+    Args:
+        rows: the sequences.
+        wanted: bool [rows], which of them.
+        table: [rows, pages], page ids.
+        page_size: entries per page.
+    """
     single = rows.num_new == 1
-    for chosen in (np.flatnonzero(single), np.flatnonzero(~single)):
+    for chosen in (np.flatnonzero(wanted & single), np.flatnonzero(wanted & ~single)):
         if not chosen.size:
             continue
         count, after, evicted = rows.num_new[chosen], rows.after[chosen], rows.evicted[chosen]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
@@ -14,7 +15,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from paged_kv.kernels.operands import NO_SIDE, Side
 from paged_kv.kernels.page_layout import PageLayout
 from paged_kv.kernels.rotary import Rotary
-from paged_kv.policies.base import Policy
+from paged_kv.policies.base import Int64s, Policy
 from paged_kv.policies.written import ModelFacts
 from paged_kv.store import query_gathering
 from paged_kv.store.layers import PageStore
@@ -23,7 +24,7 @@ from paged_kv.store.ragged import ragged, to_device
 from paged_kv.vllm.worker import observation
 from paged_kv.vllm.worker.layer_group import SharedSide, make_stores, row_bytes
 from paged_kv.vllm.worker.observation import Observed, StepRows
-from paged_kv.vllm.worker.requests import RequestRows
+from paged_kv.vllm.worker.requests import NOBODY, RequestRows
 from paged_kv.vllm.worker.spilling import RequestStores
 
 Tensor = torch.Tensor
@@ -106,12 +107,34 @@ class Observer:
         metadata: CommonAttentionMetadata,
         step: StepRows,
         hits: dict[int, int],
+        chosen: npt.NDArray[np.bool_],
     ) -> None:
-        """Slots that this step writes know nothing yet, nor do those of a prefix hit."""
-        table = metadata.block_table_tensor
+        """Slots that this step writes know nothing yet, nor do those of a prefix hit.
+
+        Args:
+            names: of the layers.
+            metadata: of the batch.
+            step: its sequences.
+            hits: slots from the first on of which nothing is known either, by batch index.
+            chosen: bool [rows], sequences that can compact some time: nobody asks of the others.
+        """
+        table, rows = metadata.block_table_tensor, np.flatnonzero(chosen)
+        if rows.size:
+            self._reset(names, table, step, rows, {r: n for r, n in hits.items() if chosen[r]})
+        if self.looks_at_queries or "scores" in self.policy.reads:
+            self._note_queries(names, table, step, chosen)
+
+    def _reset(
+        self,
+        names: tuple[str, ...],
+        table: torch.Tensor,
+        step: StepRows,
+        rows: Int64s,
+        hits: dict[int, int],
+    ) -> None:
         stores = self.stores_of(names)
         size = stores[0].pages.page_size
-        rows, firsts, counts = np.arange(len(step.start)), step.after - step.num_new, step.num_new
+        firsts, counts = (step.after - step.num_new)[rows], step.num_new[rows]
         if hits:  # once per request
             rows = np.append(rows, list(hits))
             counts = np.append(counts, list(hits.values()))
@@ -121,8 +144,6 @@ class Observer:
         page = table[torch.from_numpy(rows[sequence]).to(table.device), positions // size].long()
         for store in stores:
             store.side.reset(page, positions % size, positions)
-        if self.looks_at_queries or "scores" in self.policy.reads:
-            self._note_queries(names, table, step)
 
     def observe(self, layer_name: str, query: torch.Tensor, key: torch.Tensor) -> None:
         """After a layer's attention: notes its queries and keys [tokens, heads, head_dim].
@@ -153,22 +174,31 @@ class Observer:
         store, layer = self._observed[layer_name].stores[layer_name]
         return Side(scores=store.side.tensors["scores"][layer], decay=decay)
 
-    def _note_queries(self, names: tuple[str, ...], table: torch.Tensor, step: StepRows) -> None:
+    def _note_queries(
+        self,
+        names: tuple[str, ...],
+        table: torch.Tensor,
+        step: StepRows,
+        chosen: npt.NDArray[np.bool_],
+    ) -> None:
         stores = self.stores_of(names)
         rings = [store.ring for store in stores if store.ring is not None]
         for ring in rings:
             ring.add_rows(self.requests.num_rows - ring.num_rows)
         write = None
-        if rings:  # all of them have the same rows
+        if rings and (step.ring != NOBODY).any():  # all of them have the same rows
             write = rings[0].plan(step.ring, step.start, step.num_new, step.after, table.device)
         batches: list[observation.QueryBatch] = []
-        if "scores" in self.policy.reads and self._kernel_decay(names[0]) is None:
-            batches += observation.query_batches(step, table, stores[0].pages.page_size)
+        has_scores = "scores" in self.policy.reads and bool(chosen.any())
+        if has_scores and self._kernel_decay(names[0]) is None:
+            batches += observation.query_batches(step, chosen, table, stores[0].pages.page_size)
         places = [(store, layer) for store in stores for layer in range(store.pages.num_layers)]
         positions = None
         if self._gathers:
             row, offset = ragged(step.num_new)
             positions = to_device((step.after - step.num_new)[row] + offset, table.device)
+        if write is None and positions is None and not has_scores:
+            return
         observed = Observed(dict(zip(names, places, strict=True)), write, batches, positions)
         self._observed |= dict.fromkeys(names, observed)
 

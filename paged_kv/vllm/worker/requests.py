@@ -104,29 +104,12 @@ class RequestRows:
         batch = np.asarray(metadata.req_idx)
         return {request: int(np.flatnonzero(batch == index[request])[0]) for request in self._fresh}
 
-    def prompt_lens(self, metadata: CommonAttentionMetadata) -> Int64s:
-        """Tokens of each request's prompt, by batch index."""
-        if metadata.req_idx is not None:  # V2 runner: rows are indices into its request table
-            lens = self.runner.req_states.prompt_len.np[metadata.req_idx]
-        else:
-            lens = self.runner.input_batch.num_prompt_tokens[: metadata.num_reqs]
-        lengths: Int64s = lens.astype(np.int64)
-        return lengths
-
-    def names(self, metadata: CommonAttentionMetadata, rows: Int64s) -> list[str]:
-        """Requests in some rows of the batch."""
-        if metadata.req_idx is None:
-            ids: list[str] = self.runner.input_batch.req_ids
-            return [ids[row] for row in rows]
-        names = self.runner.req_states.index_to_req_id
-        return [names[int(metadata.req_idx[row])] for row in rows]
-
     def of_batch(
         self,
         metadata: CommonAttentionMetadata,
         schedule: Schedule,
-        prompt_lens: Int64s,
-        start: Int64s,
+        starts: Int64s,
+        before: Int64s,
         after: Int64s,
     ) -> Int64s:
         """Row of each batch index; requests get one in the step that begins their first window.
@@ -134,22 +117,22 @@ class RequestRows:
         Args:
             metadata: of the batch.
             schedule: when the layer group compacts.
-            prompt_lens: of each request.
-            start: its length before this step.
+            starts: of each request.
+            before: its length before this step.
             after: its length after this step.
         """
-        soon = schedule.evicted(after + self.window - 1, prompt_lens) > 0
-        return self.rows(metadata, soon & (self.window > 0), start)
+        soon = schedule.evicted(after + self.window - 1, starts) > 0
+        return self.rows(metadata, soon & (self.window > 0), before)
 
     def rows(
-        self, metadata: CommonAttentionMetadata, wanted: npt.NDArray[np.bool_], start: Int64s
+        self, metadata: CommonAttentionMetadata, wanted: npt.NDArray[np.bool_], before: Int64s
     ) -> Int64s:
         """Row of each batch index; requests get one, if they have none, where it is wanted.
 
         Args:
             metadata: of the batch.
             wanted: bool [requests].
-            start: see of_batch.
+            before: see of_batch.
         """
         if metadata.req_idx is None:
             keys: list[Any] = self.runner.input_batch.req_ids[: metadata.num_reqs]
@@ -157,7 +140,7 @@ class RequestRows:
             keys = np.asarray(metadata.req_idx).tolist()
         rows = np.fromiter(map(self._rows.get, keys, repeat(NOBODY)), np.int64, len(keys))
         for index in np.flatnonzero((rows == NOBODY) & wanted):  # once per request
-            rows[index] = self._take(keys[index], int(start[index]))
+            rows[index] = self._take(keys[index], int(before[index]))
         return rows
 
     def _take(self, key: Any, first_token: int) -> int:

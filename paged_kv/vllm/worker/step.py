@@ -20,6 +20,7 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
 
+from paged_kv.core.schedule import NEVER
 from paged_kv.kernels.page_layout import PageLayout
 from paged_kv.policies.base import Events, Int64s, Policy
 from paged_kv.policies.region import Compaction, Region
@@ -34,6 +35,7 @@ from paged_kv.vllm.worker.requests import RequestRows
 from paged_kv.vllm.worker.rope import find_rotary
 from paged_kv.vllm.worker.slot_movers import SlotMovers
 from paged_kv.vllm.worker.spilling import RequestStores, SpillStats
+from paged_kv.vllm.worker.starts import Starts
 
 
 @dataclass
@@ -59,6 +61,7 @@ class Compactor:
         layers: Attention layers by name (vLLM's static forward context).
         layouts: of those whose pages are packed.
         spilled: where a policy that spills has its entries.
+        waits_for_pressure: as in CompressionConfig.
 
     Raises:
         ValueError: the policy needs the model's RoPE, and the model has no plain one.
@@ -71,6 +74,7 @@ class Compactor:
         layers: dict[str, Any],
         layouts: Mapping[str, PageLayout] | None = None,
         spilled: RequestStores | None = None,
+        waits_for_pressure: bool = False,
     ) -> None:
         self.runner = runner
         self.policy = policy
@@ -80,6 +84,7 @@ class Compactor:
         self.num_events = 0
         self.positional = policy.is_positional
         self.requests = RequestRows(runner, policy.observation_window)
+        self.starts = Starts(runner, waits_for_pressure)
         rotary = None
         if "rotary" in policy.reads:
             rotary = find_rotary(runner.get_model(), list(layers))
@@ -109,6 +114,7 @@ class Compactor:
         self._in_step = True
         self._pending.clear()
         self.observer.forget_step()
+        self.starts.begin_step(scheduler_output)
         if not self.positional:
             self.requests.begin_step(scheduler_output)
         try:
@@ -138,23 +144,23 @@ class Compactor:
             return metadata
         # Lengths that vLLM keeps on the host: nothing waits for the GPU.
         after = metadata.seq_lens_cpu_upper_bound.numpy()[: metadata.num_reqs].astype(np.int64)
-        starts = metadata.query_start_loc_cpu.numpy()[: metadata.num_reqs + 1].astype(np.int64)
-        before = after - np.diff(starts)
+        first = metadata.query_start_loc_cpu.numpy()[: metadata.num_reqs + 1].astype(np.int64)
+        before = after - np.diff(first)
         # What earlier steps have freed is skipped now; what this one frees, its compaction empties:
         #
         #     slots   0      evicted       evicted_after         before      after
         #             | freed | freed soon  | stays ............. | new tokens |
-        prompt_lens = self.requests.prompt_lens(metadata)
-        evicted = spec.schedule.evicted(before, prompt_lens)
-        evicted_after = spec.schedule.evicted(after, prompt_lens)
+        starts, fresh = self.starts.of_batch(metadata)
+        evicted = spec.schedule.evicted(before, starts)
+        evicted_after = spec.schedule.evicted(after, starts)
         names, ring = tuple(layer_names), None
         if not self.positional:
             # Rows of the query ring are granted before anything is noted in them.
             hits = self.requests.begin_batch(metadata)
-            lens = (prompt_lens, before, after)
-            ring = self.requests.of_batch(metadata, spec.schedule, *lens)
-            step = StepRows(starts[:-1], after - before, after, evicted, ring)
-            self.observer.note_tokens(names, metadata, step, hits)
+            hits |= {int(row): int(before[row]) for row in fresh}  # nothing was noted so far
+            ring = self.requests.of_batch(metadata, spec.schedule, starts, before, after)
+            step = StepRows(first[:-1], after - before, after, evicted, ring)
+            self.observer.note_tokens(names, metadata, step, hits, starts != NEVER)
         rows = np.flatnonzero(evicted_after > evicted)
         if rows.size:
             events = Events(evicted[rows], evicted_after[rows], after[rows])
@@ -173,7 +179,8 @@ class Compactor:
         """What is left to do after the step for some rows of the batch."""
         owners: list[Any] = rows.tolist()
         if self.spilled is not None:
-            owners = self.requests.names(metadata, rows)
+            requests = self.starts.names(metadata)
+            owners = [requests[row] for row in rows]
         table, ring_rows = metadata.block_table_tensor, None if ring is None else ring[rows]
         rated = spec.schedule.reached(events.evicted_before)
         return _Pending(names, table, spec.block_size, rows, events, rated, ring_rows, owners)

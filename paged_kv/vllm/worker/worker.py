@@ -95,6 +95,7 @@ class PagedWorkerMixin:
                 schedule,
                 observation_window=self._policy.observation_window,
                 private_hits="scores" in self._policy.reads,
+                lead=self._policy.lead,
             )
         return self._limit_prompts(specs)
 
@@ -139,7 +140,8 @@ class PagedWorkerMixin:
     def _compactor(self, layers: dict[str, Any], layouts: dict[str, PageLayout]) -> Compactor:
         num_requests = self.vllm_config.scheduler_config.max_num_seqs
         spilled = make_request_stores(self._config, list(layers.values()), num_requests)
-        return Compactor(self.model_runner, self._policy, layers, layouts, spilled)
+        waits = self._plan.waits_for_pressure
+        return Compactor(self.model_runner, self._policy, layers, layouts, spilled, waits)
 
     def _copier(self, kv_cache_config: Any) -> Copier:
         compactor, residual = self.compactor, self.residual
