@@ -17,6 +17,7 @@ import torch
 from engines import Tokens
 from policy_definitions import DEFINITIONS, Head
 from policy_heads import selector, with_defaults
+from pressure_starts import recorded_starts
 from reference_loop import Chunk, Rule, Sequence_, check_output
 
 from paged_kv import registry
@@ -32,20 +33,29 @@ class PolicySequence(Sequence_):
     Args:
         model: see Sequence_.
         rule: see Sequence_.
-        prompt_len: see Sequence_.
+        start: see Sequence_.
         config: the engine's options, the policy's name among them.
         dropped: what the engine dropped.
+        scored: in which run (the first is 0, and each restart begins another) scores begin, and
+            with which token.
     """
 
     def __init__(
-        self, model: Any, rule: Rule, prompt_len: int, config: dict[str, Any], dropped: Losers
+        self,
+        model: Any,
+        rule: Rule,
+        start: int,
+        config: dict[str, Any],
+        dropped: Losers,
+        scored: tuple[int, int] = (0, 0),
     ) -> None:
         self.num_heads = model.config.num_key_value_heads
         self.name = config["policy"].rpartition("+")[2]
         self.config = config
         self.dropped = dropped
-        self.num_ties = self.num_drops = 0
-        super().__init__(model, rule, prompt_len)
+        self.num_ties = self.num_drops = self.run = 0
+        self.scored = scored
+        super().__init__(model, rule, start)
 
     def clear(self) -> None:
         super().clear()
@@ -58,6 +68,7 @@ class PolicySequence(Sequence_):
 
     def restart(self, tokens: Tokens) -> None:
         """The queries of a prefix hit are not known, nor what they would have given."""
+        self.run += self.num_tokens > 0
         super().restart(tokens)
         self.first_query = len(tokens)
         self.queries = [[] for _ in self.queries]
@@ -82,6 +93,8 @@ class PolicySequence(Sequence_):
         for head, scores in enumerate(old):
             result = scores.double().numpy()
             for query in range(num_new):
+                if (self.run, self.num_tokens + query) < self.scored:
+                    continue
                 shares = given[head, :, query].double().numpy()
                 result = accumulate(result, shares, self.num_tokens + query, options)
             old[head] = torch.from_numpy(result)
@@ -89,7 +102,7 @@ class PolicySequence(Sequence_):
 
     def drop(self) -> None:
         for layer in range(len(self.held)):
-            evicted = self.rule.num_evicted(layer, self.num_tokens, self.prompt_len)
+            evicted = self.rule.num_evicted(layer, self.num_tokens, self.start)
             surplus = self.held[layer].shape[1] - (self.num_tokens - evicted)
             if surplus:
                 self._compact(layer, surplus)
@@ -202,11 +215,16 @@ def complete_and_check(
     tolerance: float = 2e-4,
 ) -> tuple[list[list[Chunk]], list[PolicySequence]]:
     """All prompts in one batch, each token compared with the loop. Returns chunks and loops."""
-    with engines.recorded_chunks(llm) as recorded, recorded_losers(llm) as dropped:
+    with (
+        engines.recorded_chunks(llm) as recorded,
+        recorded_losers(llm) as dropped,
+        recorded_starts(llm) as starts,
+    ):
         outputs = engines.complete(llm, prompts, max_tokens, logprobs=0)
     differences, sequences = {}, []
     for prompt, output, (name, chunks) in zip(prompts, outputs, recorded.items(), strict=True):
-        sequence = PolicySequence(model, rule, len(prompt), config, dropped[name])
+        start, *scored = starts[name] if starts is not None else (len(prompt), 0, 0)
+        sequence = PolicySequence(model, rule, start, config, dropped[name], (*scored,))
         sequences.append(sequence)
         if difference := check_output(sequence, prompt, output, chunks, tolerance):
             differences[f"prompt of {len(prompt)}"] = difference

@@ -41,30 +41,36 @@ class Rule:
     min_budget: int = 1
     compress_prefill: bool = False
 
-    def num_evicted(self, layer: int, num_tokens: int, prompt_len: int) -> int:
-        """Entries that are gone after num_tokens tokens."""
+    def num_evicted(self, layer: int, num_tokens: int, start: int) -> int:
+        """Entries that are gone after num_tokens tokens, of which none is before `start`."""
         budget = self.budgets[layer]
-        if budget is None or (num_tokens < prompt_len and not self.compress_prefill):
+        if budget is None or (num_tokens < start and not self.compress_prefill):
             return 0
         if isinstance(budget, Fraction):
             budget = max(self.min_budget, math.ceil(budget * num_tokens))
         return max(0, (num_tokens - budget) // self.page_size * self.page_size)
 
-    def drops_between(self, start: int, end: int, prompt_len: int) -> bool:
-        """Whether any layer drops something on the way from start to end tokens."""
+    def drops_between(self, before: int, after: int, start: int) -> bool:
+        """Whether any layer drops something on the way from before to after tokens."""
         return any(
-            self.num_evicted(layer, end, prompt_len) > self.num_evicted(layer, start, prompt_len)
+            self.num_evicted(layer, after, start) > self.num_evicted(layer, before, start)
             for layer in range(len(self.budgets))
         )
 
 
 class Sequence_:
-    """The cache of one sequence, and the model's forward pass over it."""
+    """The cache of one sequence, and the model's forward pass over it.
 
-    def __init__(self, model: Any, rule: Rule, prompt_len: int) -> None:
+    Args:
+        model: of transformers.
+        rule: what each layer drops.
+        start: tokens before which nothing is dropped.
+    """
+
+    def __init__(self, model: Any, rule: Rule, start: int) -> None:
         self.model = model
         self.rule = rule
-        self.prompt_len = prompt_len
+        self.start = start
         self.clear()
 
     def clear(self) -> None:
@@ -109,7 +115,7 @@ class Sequence_:
     def drop(self) -> None:
         """Drops what the rule says must be gone after the tokens so far."""
         for layer, kept in enumerate(self.positions):
-            evicted = self.rule.num_evicted(layer, self.num_tokens, self.prompt_len)
+            evicted = self.rule.num_evicted(layer, self.num_tokens, self.start)
             surplus = len(kept) - (self.num_tokens - evicted)
             if surplus == 0:
                 continue
@@ -122,7 +128,7 @@ class Sequence_:
 
     def restart(self, tokens: Tokens) -> None:
         """Begins anew with a prefix hit of these tokens: raw entries, nothing dropped."""
-        assert len(tokens) < self.prompt_len
+        assert len(tokens) < self.start
         self.clear()
         if tokens:
             self.process(tokens)
@@ -202,13 +208,23 @@ class Run:
     sampled: list[int] = field(default_factory=list)
 
 
-def merge(chunks: list[Chunk], rule: Rule, prompt_len: int, num_tokens: int) -> Iterator[Run]:
-    """The chunks up to the one that samples the last token, in as few runs as possible."""
+def merge(
+    chunks: list[Chunk], rule: Rule, prompt_len: int, num_tokens: int, held_from: int
+) -> Iterator[Run]:
+    """The chunks up to the one that samples the last token, in as few runs as possible.
+
+    Args:
+        chunks: of a request.
+        rule: what each layer drops.
+        prompt_len: tokens of its prompt.
+        num_tokens: that it samples.
+        held_from: tokens before which nothing is dropped.
+    """
     num_known, run = prompt_len, None
     for start, end in chunks:
         if num_known == prompt_len + num_tokens:
             break  # an asynchronous scheduler was one step ahead
-        if run and (start != run.end or rule.drops_between(run.start, run.end, prompt_len)):
+        if run and (start != run.end or rule.drops_between(run.start, run.end, held_from)):
             yield run
             run = None
         run = run or Run(start, end)
@@ -238,7 +254,8 @@ def check_output(
             would hide a lost entry from a look at the tokens alone.
     """
     known = [*prompt, *output.token_ids]
-    for run in merge(chunks, sequence.rule, len(prompt), len(output.token_ids)):
+    lengths = len(prompt), len(output.token_ids)
+    for run in merge(chunks, sequence.rule, *lengths, sequence.start):
         if run.start != sequence.num_tokens:
             sequence.restart(known[: run.start])
         hidden = sequence.process(known[run.start : run.end])

@@ -5,7 +5,7 @@ Pages come and go with the schedule; which of them the prefix cache may show is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ class _Sequence:
         frozen: pages kept in the prefix cache once compactions began; None before.
         raw_pages: full pages at the first compaction, to be copied for the prefix cache.
         copies: shared pages that must become private ones.
+        num_hit: pages of its prefix hit.
         is_running: whether the workers know its pages: they must be told of copies.
     """
 
@@ -38,6 +39,7 @@ class _Sequence:
     frozen: int | None = None
     raw_pages: int = 0
     copies: list[int] = field(default_factory=list)
+    num_hit: int = 0
     is_running: bool = False
 
 
@@ -71,6 +73,13 @@ class PagedManager(SingleTypeKVCacheManager):
         sequence.start, sequence.first_write = start, self._first_write(start)
         self.cached_pages.will_write(blocks, sequence.first_write)
         sequence.copies = [i for i, _ in self._shared(blocks, sequence.first_write)]
+
+    def num_to_copy(self, request_ids: Iterable[str]) -> int:
+        """Pages for the copies without which none of these can shrink, because of scores."""
+        if not self.private_hits:
+            return 0
+        sequences = (self._sequences[name] for name in request_ids)
+        return max((s.num_hit for s in sequences if s.start == NEVER), default=0)
 
     def shrinking(self, request_id: str, start: int) -> tuple[list[KVCacheBlock], int, int]:
         """What shrink_from would come to: nothing is changed.
@@ -173,6 +182,7 @@ class PagedManager(SingleTypeKVCacheManager):
         """Takes a prefix hit; notes which of its pages allocate_new_blocks has to copy."""
         super().add_local_computed_blocks(request_id, new_computed_blocks, *args)
         sequence = self._sequences[request_id]
+        sequence.num_hit = len(new_computed_blocks)
         sequence.copies = self.cached_pages.to_copy(new_computed_blocks, sequence.first_write)
 
     def allocate_new_blocks(

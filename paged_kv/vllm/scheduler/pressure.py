@@ -129,8 +129,16 @@ class Pressure:
             self.counts["avoided_preemptions"] += growth > 0 and num_shrunk > 0
 
     def reserved(self, running: Sequence[Request]) -> int:
-        """Pages that running requests need in the next steps, more than they hold."""
-        return sum(self._growth(request, self.horizon) for request in running)
+        """Pages that running requests need in the next steps, more than they hold.
+
+        And those for copies, so that whoever shares a prefix can shrink.
+        """
+        growth = sum(self._growth(request, self.horizon) for request in running)
+        return growth + self._num_to_copy(running)
+
+    def _num_to_copy(self, running: Sequence[Request]) -> int:
+        names = [request.request_id for request in running]
+        return sum(manager.num_to_copy(names) for manager in self.paged)
 
     def is_coming(self, requests: Mapping[str, Request]) -> bool:
         """Whether steps in flight will give pages back."""
@@ -147,7 +155,8 @@ class Pressure:
             for request in running
             if request.num_computed_tokens < request.num_tokens - 1
         )
-        return len(self.managers) * prompts + self.pages_each * len(running)
+        growth = len(self.managers) * prompts + self.pages_each * len(running)
+        return growth + self._num_to_copy(running)
 
     def _growth(self, request: Request, num_steps: int) -> int:
         """Pages that a request needs in its next steps; of a prompt that has begun, for all of it.
