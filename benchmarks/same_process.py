@@ -29,7 +29,11 @@ def main(args: argparse.Namespace) -> None:
     # A query ring and side data take their part of it.
     pool_bytes = 2 * (args.requests + 1) * max_len * kv_bytes_per_token(args.model)
     engines = {
-        name: Engine(EngineSettings(str(args.model), pool_bytes, max_len, policy_of(name, budget)))
+        name: Engine(
+            EngineSettings(
+                str(args.model), pool_bytes, max_len, policy_of(name, budget, args.start)
+            )
+        )
         for name in dict.fromkeys((args.against, *args.cases))
     }
     prompts = random_prompts(args.model, args.requests, args.prompt_len, args.seed)
@@ -47,9 +51,9 @@ def main(args: argparse.Namespace) -> None:
         script.emit("same_process", args, {**case, "ratios": rounded})
 
 
-def policy_of(name: str, budget: int) -> dict[str, Any]:
+def policy_of(name: str, budget: int, start: str) -> dict[str, Any]:
     """An engine's options."""
-    return {} if name == PLAIN else {"policy": name, "budget": budget}
+    return {} if name == PLAIN else {"policy": name, "budget": budget, "start": start}
 
 
 def run(engine: Engine, workload: Workload) -> float:
@@ -66,4 +70,5 @@ if __name__ == "__main__":
     add("--cases", nargs="+", default=["streaming"], metavar="POLICY", help="default streaming")
     add("--against", default=PLAIN, metavar="POLICY", help=f"default {PLAIN}: plain vLLM")
     add("--budget", type=script.positive, metavar="N", help="default: nobody reaches it")
+    script.add_start(parser)
     raise SystemExit(script.run(main, parser))

@@ -53,4 +53,5 @@ if __name__ == "__main__":
         budget=256,
     )
     script.add_cases(parser, "streaming", "pyramidal+streaming")
+    script.add_start(parser)
     raise SystemExit(script.run(main, parser))

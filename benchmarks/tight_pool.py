@@ -28,4 +28,5 @@ if __name__ == "__main__":
         budget=256,
     )
     script.add_cases(parser, "streaming", "pyramidal+streaming", "pyramidal+snapkv", "pyramidal")
+    script.add_start(parser)
     raise SystemExit(script.run(main, parser))

@@ -25,6 +25,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "gathered": {"policy": "calibrated_attention", "budget": 96},  # by each rank for its heads
     "int4 pages": {"page_format": "int4", "residual_pages": 1},
     "spill": {"policy": "snapkv", "budget": 96, "observation_window": 8, "spill": True},
+    "pressure": {"policy": "h2o", "budget": 96, "start": "pressure"},
     "swap": {"policy": "snapkv", "budget": "0.9", "observation_window": 8, "swap_space": 0.05},
 }
 SETTINGS: dict[str, Any] = {
@@ -39,7 +40,7 @@ SMALL_POOL = {"num_gpu_blocks_override": 16, "max_model_len": 448}
 
 
 def settings_of(policy: str) -> dict[str, Any]:
-    return SETTINGS | (SMALL_POOL if policy == "swap" else {})
+    return SETTINGS | (SMALL_POOL if policy in ("swap", "pressure") else {})
 
 
 # Multi-process, one core for each rank. vLLM spawns ranks, each of which imports vLLM for 10 s:

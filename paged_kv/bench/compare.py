@@ -128,6 +128,7 @@ def _joined(parts: Sequence[RunResult]) -> RunResult:
         [step for part in parts for step in part.steps],
         sum(part.prefix_queries for part in parts),
         sum(part.prefix_hits for part in parts),
+        None if parts[0].shrunk is None else sum(part.shrunk or 0 for part in parts),
     )
 
 

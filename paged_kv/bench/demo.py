@@ -20,7 +20,7 @@ from paged_kv import models
 from paged_kv.bench import prompts
 from paged_kv.bench.compare import advance, equal_prefix
 from paged_kv.bench.process import EngineProcess
-from paged_kv.bench.script import as_json, positive
+from paged_kv.bench.script import add_start, as_json, positive
 from paged_kv.bench.settings import kv_bytes_per_token, model_config
 from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig
 from paged_kv.vllm.driver.workload import EngineInfo, EngineSettings, RunResult, Tokens, Workload
@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to compare plain vLLM with (default pyramidal)",
     )
     add("--budget", default="256", help="entries kept per sequence and layer (default 256)")
+    add_start(parser)
     add("--requests", type=positive, default=40, metavar="N", help="default 40")
     add("--max-tokens", type=positive, default=640, metavar="N", help="output length, default 640")
     add(
@@ -61,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
         if args.prompts is None
         else prompts.from_file(args.prompts, args.requests)
     )
-    policy = {"policy": args.policy, "budget": args.budget}
+    policy = {"policy": args.policy, "budget": args.budget, "start": args.start}
     CompressionConfig.from_dict(policy)
     model = models.resolve(args.model)
     args.out.mkdir(parents=True, exist_ok=True)

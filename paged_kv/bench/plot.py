@@ -79,6 +79,30 @@ def ratios(path: Path, title: str, lines: Mapping[str, Sequence[tuple[float, flo
         plt.close(figure)
 
 
+def elastic(
+    path: Path,
+    title: str,
+    speed: Mapping[str, Sequence[tuple[float, float]]],
+    lost: Mapping[str, Sequence[tuple[float, float]]],
+) -> None:
+    """Speed relative to plain vLLM, and requests that lost entries, by the size of the pool (x)."""
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+        figure.suptitle(title, fontsize=12)
+        for axes, lines in ((left, speed), (right, lost)):
+            for color, (name, points) in zip(COLORS[1:], lines.items(), strict=False):
+                axes.plot(*zip(*sorted(points), strict=True), "o-", color=color, label=name)
+            axes.invert_xaxis()
+            axes.set(xlabel="pool / what all requests need uncompressed  (ample → tight)")
+            axes.set_ylim(bottom=0)
+        _line(left, 1, "plain vLLM", COLORS[0])
+        left.set(title="Output tokens/s, relative to plain vLLM")
+        right.set(title="Share of the requests that lost entries")
+        right.legend()
+        figure.savefig(path, dpi=130)
+        plt.close(figure)
+
+
 def per_token(path: Path, title: str, times: Mapping[str, Sequence[tuple[float, float]]]) -> None:
     """Milliseconds (y) by tokens of context (x); how often the last line is faster than the first.
 

@@ -12,11 +12,13 @@ from typing import Any
 from paged_kv import models
 from paged_kv.bench import compare
 from paged_kv.bench.settings import kv_bytes_per_token, random_prompts
-from paged_kv.config import DEFAULT_PAGE_SIZE
+from paged_kv.config import DEFAULT_PAGE_SIZE, PRESSURE
+from paged_kv.option_table import OPTIONS
 from paged_kv.vllm.driver.workload import EngineSettings, Workload
 
 Json = dict[str, Any]
 PLAIN = "plain"
+ALWAYS = OPTIONS["start"].default
 
 _HELP = {
     "rounds": "times that every engine runs the workload; medians are over these",
@@ -62,6 +64,14 @@ def add_cases(
         default=chosen,
         metavar="CASE",
         help=f"of {', '.join(cases)} (default {' '.join(chosen)})",
+    )
+
+
+def add_start(parser: argparse.ArgumentParser) -> None:
+    """--start: when the policies' sequences are held to their budgets."""
+    choices = (ALWAYS, PRESSURE)
+    parser.add_argument(
+        "--start", choices=choices, default=ALWAYS, help=f"{OPTIONS['start'].help} (default always)"
     )
 
 
@@ -136,8 +146,9 @@ def against_plain(
     args: argparse.Namespace, pool_tokens: int, rounds: Sequence[Sequence[Workload]]
 ) -> dict[str, compare.Series]:
     """Runs plain vLLM and the policies in args.cases, with args.budget, in pools of one size."""
+    start = getattr(args, "start", ALWAYS)
     policies: dict[str, Json] = {
-        name: {"policy": name, "budget": args.budget} for name in args.cases
+        name: {"policy": name, "budget": args.budget, "start": start} for name in args.cases
     }
     settings = {
         name: engine_settings(args, pool_tokens, policy)

@@ -202,7 +202,7 @@ class Engine:
 
     def run(self, workload: Workload) -> Iterator[int | RunResult]:
         """Runs a workload: yields output tokens so far after each step, then the result."""
-        num_tokens = 0
+        num_tokens, shrunk = 0, self._num_shrunk()
         cpu = time.process_time()
         for step in self.steps(workload):
             num_tokens += step.generated
@@ -214,4 +214,10 @@ class Engine:
             self.recorder.steps,
             self.recorder.prefix_queries,
             self.recorder.prefix_hits,
+            None if shrunk is None else (self._num_shrunk() or 0) - shrunk,
         )
+
+    def _num_shrunk(self) -> int | None:
+        """Requests that have shrunk under pressure so far; None: none can."""
+        pressure = getattr(self.core.scheduler, "pressure", None)
+        return None if pressure is None else int(pressure.counts["shrunk_requests"])

@@ -89,6 +89,7 @@ class RunResult:
         steps: what happened.
         prefix_queries: prompt tokens that were looked up in the prefix cache.
         prefix_hits: those that were found.
+        shrunk: requests that shrank to their budgets under pressure; None: there is no such thing.
     """
 
     seconds: float
@@ -97,6 +98,7 @@ class RunResult:
     steps: list[Step]
     prefix_queries: int
     prefix_hits: int
+    shrunk: int | None = None
 
     @property
     def output_tokens(self) -> int:

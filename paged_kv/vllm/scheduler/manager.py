@@ -5,7 +5,7 @@ Pages come and go with the schedule; which of them the prefix cache may show is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,44 +65,6 @@ class PagedManager(SingleTypeKVCacheManager):
         if self.schedule.evicted(max_len, start) > 0:
             first_write = self._first_write(start)
         self._sequences[request_id] = _Sequence(start, first_write)
-
-    def shrink_from(self, request_id: str, start: int) -> None:
-        """A running request will be held to its budget: its pages are not for others any more."""
-        sequence, blocks = self._sequences[request_id], self.req_to_blocks[request_id]
-        assert sequence.start == NEVER, "a start never changes"
-        sequence.start, sequence.first_write = start, self._first_write(start)
-        self.cached_pages.will_write(blocks, sequence.first_write)
-        sequence.copies = [i for i, _ in self._shared(blocks, sequence.first_write)]
-
-    def num_to_copy(self, request_ids: Iterable[str]) -> int:
-        """Pages for the copies without which none of these can shrink, because of scores."""
-        if not self.private_hits:
-            return 0
-        sequences = (self._sequences[name] for name in request_ids)
-        return max((s.num_hit for s in sequences if s.start == NEVER), default=0)
-
-    def shrinking(self, request_id: str, start: int) -> tuple[list[KVCacheBlock], int, int]:
-        """What shrink_from would come to: nothing is changed.
-
-        Returns:
-            pages that the request would leave (free, if nobody else has them), pages that must be
-            copied before, and how many of the copies it would keep.
-        """
-        blocks = self.req_to_blocks[request_id]
-        evicted = self.schedule.evicted(start, start) // self.block_size
-        shared = list(self._shared(blocks, self._first_write(start)))
-        kept = [block for index, block in shared if index >= evicted]
-        return blocks[:evicted] + kept, len(shared), len(kept)
-
-    def _first_write(self, start: int) -> int:
-        """First page that a compaction at start may write; scores are written from page 0 on."""
-        return 0 if self.private_hits else self.schedule.first_evicted(start) // self.block_size
-
-    def _shared(
-        self, blocks: Sequence[KVCacheBlock], first: int
-    ) -> Iterator[tuple[int, KVCacheBlock]]:
-        """Pages from `first` on that others hold, too, with their indices."""
-        return ((i, block) for i, block in enumerate(blocks) if i >= first and block.ref_cnt > 1)
 
     def end(self, request_id: str) -> None:
         """The request is over; its pages are free."""
@@ -257,6 +219,10 @@ class PagedManager(SingleTypeKVCacheManager):
         return longest_hit(
             block_hashes, max_length, kv_cache_group_ids, block_pool, page_size, alignment_tokens
         )
+
+    def _first_write(self, start: int) -> int:
+        """First page that a compaction at start may write; scores are written from page 0 on."""
+        return 0 if self.private_hits else self.schedule.first_evicted(start) // self.block_size
 
     def _max_hit_pages(self, start: int) -> int:
         return max(0, start - self._to_compute) // self.block_size

@@ -16,25 +16,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request, RequestStatus
 
 from paged_kv.core.schedule import NEVER, cdiv
-from paged_kv.vllm.scheduler.manager import PagedManager
-
-
-class _Candidate(NamedTuple):
-    """A running request that can shrink.
-
-    Args:
-        request: vLLM's.
-        start: tokens from which it would be held to its budget.
-        surplus: pages that it would leave, in all layer groups; others may hold some of them.
-    """
-
-    request: Request
-    start: int
-    surplus: int
+from paged_kv.vllm.scheduler.choice import Candidate, choose
+from paged_kv.vllm.scheduler.shrinking import ShrinkingManager
 
 
 class _Coming(NamedTuple):
@@ -48,11 +34,12 @@ class Pressure:
     """The starts of one scheduler's requests.
 
     Args:
-        managers: of all layer groups; those of compressed layers are PagedManagers.
+        managers: of all layer groups; those of compressed layers are ShrinkingManagers.
         num_batches: steps that are in flight at once, at most.
         max_len: tokens of the longest sequence.
         longest: tokens that a sequence may hold whole for sure; None: any number.
         by_priority: whether requests of lower priority shrink first.
+        num_layers: of each layer group.
     """
 
     def __init__(
@@ -62,9 +49,10 @@ class Pressure:
         max_len: int,
         longest: int | None,
         by_priority: bool,
+        num_layers: Sequence[int],
     ) -> None:
         self.managers = managers
-        self.paged = [m for m in managers if isinstance(m, PagedManager)]
+        self.paged = [m for m in managers if isinstance(m, ShrinkingManager)]
         self.pool = managers[0].block_pool
         self.page_size = self.paged[0].block_size
         self.lead = max(manager.lead for manager in self.paged)
@@ -72,7 +60,8 @@ class Pressure:
         self.max_len, self.longest, self.by_priority = max_len, longest, by_priority
         self.pages_each = len(managers) * (self.horizon // self.page_size + 1)  # in these steps
         self.num_awaited = 0  # pages that waiting requests shall get
-        self.counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()  # requests, entries, preemptions that were avoided
+        self._num_layers = num_layers
         self._starts: dict[str, int] = {}  # that the workers have not been told
         self._coming: dict[str, _Coming] = {}
 
@@ -140,6 +129,10 @@ class Pressure:
         names = [request.request_id for request in running]
         return sum(manager.num_to_copy(names) for manager in self.paged)
 
+    def num_held(self, running: Sequence[Request]) -> int:
+        """Running requests that are held to their budgets."""
+        return sum(self.paged[0].start(r.request_id) <= r.num_computed_tokens for r in running)
+
     def is_coming(self, requests: Mapping[str, Request]) -> bool:
         """Whether steps in flight will give pages back."""
         return any(
@@ -168,7 +161,7 @@ class Pressure:
         total = 0
         for manager in self.managers:
             pages = cdiv(end, self.page_size) - len(manager.req_to_blocks.get(name, ()))
-            is_held = isinstance(manager, PagedManager) and manager.start(name) <= computed
+            is_held = isinstance(manager, ShrinkingManager) and manager.start(name) <= computed
             total += max(0, min(pages, 1) if is_held else pages)
         return total
 
@@ -186,7 +179,7 @@ class Pressure:
                     manager.remove_skipped_blocks(name, processed)
                 del self._coming[name]
 
-    def _candidate(self, request: Request) -> _Candidate | None:
+    def _candidate(self, request: Request) -> Candidate | None:
         """The request, if it can shrink: past its prompt, above its budget, not about to end."""
         computed = request.num_computed_tokens
         start = computed + self.lead
@@ -195,13 +188,13 @@ class Pressure:
         if self.paged[0].start(request.request_id) != NEVER:
             return None
         surplus = sum(m.schedule.evicted(start, start) // self.page_size for m in self.paged)
-        return _Candidate(request, start, surplus) if surplus else None
+        return Candidate(request, start, surplus) if surplus else None
 
-    def _candidates(self, running: Sequence[Request]) -> list[_Candidate]:
+    def _candidates(self, running: Sequence[Request]) -> list[Candidate]:
         """Who can shrink, in the order in which it is asked for: the largest surplus first."""
         found = [each for each in map(self._candidate, running) if each is not None]
 
-        def key(candidate: _Candidate) -> tuple[float, ...]:
+        def key(candidate: Candidate) -> tuple[float, ...]:
             request = candidate.request
             priority = -request.priority if self.by_priority else 0
             return priority, -candidate.surplus, request.arrival_time
@@ -219,58 +212,18 @@ class Pressure:
                     self._start(candidate, 0)
 
     def _shrink(
-        self, running: Sequence[Request], candidates: Sequence[_Candidate], short: int
+        self, running: Sequence[Request], candidates: Sequence[Candidate], short: int
     ) -> int:
-        """Starts requests until so many pages are coming; returns how many.
-
-        Pages that others hold, too, come back with their last holder: if it takes all of the
-        candidates to win pages, all of them shrink.
-        """
+        """Starts requests until so many pages are coming; returns how many."""
         # Copies are made now, pages come back when all but the last of these steps are scheduled.
         meanwhile = sum(self._growth(request, self.horizon - 1) for request in running)
         spare = self.pool.get_num_free_blocks() - meanwhile
-        released: Counter[int] = Counter()
-        together: list[tuple[_Candidate, int]] = []
-        num_shrunk = 0
-        for candidate in candidates:
-            if short <= 0:
-                return num_shrunk
-            gained, copies = self._gain(candidate, released, commit=False)
-            if gained > 0 and copies <= max(0, spare):
-                self._gain(candidate, released)
-                self._start(candidate, gained)
-                short, spare, num_shrunk = short - gained, spare - copies, num_shrunk + 1
-            else:
-                together.append((candidate, copies))
-        gains = [self._gain(candidate, released)[0] for candidate, _ in together]
-        if short > 0 and sum(gains) > 0 and sum(copies for _, copies in together) <= max(0, spare):
-            for (candidate, _), gained in zip(together, gains, strict=True):
-                self._start(candidate, gained)
-            num_shrunk += len(together)
-        return num_shrunk
+        chosen = choose(self.paged, candidates, short, max(0, spare))
+        for candidate, num_pages in chosen:
+            self._start(candidate, num_pages)
+        return len(chosen)
 
-    def _gain(
-        self, candidate: _Candidate, released: Counter[int], commit: bool = True
-    ) -> tuple[int, int]:
-        """(pages that come back, net; pages for copies before that).
-
-        Args:
-            candidate: who would shrink.
-            released: how many of those that shrink before it leave each page.
-            commit: whether what it leaves is added to released.
-        """
-        left: list[KVCacheBlock] = []
-        num_copies = num_kept = 0
-        for manager in self.paged:
-            pages, copies, kept = manager.shrinking(candidate.request.request_id, candidate.start)
-            left += pages
-            num_copies, num_kept = num_copies + copies, num_kept + kept
-        freed = sum(block.ref_cnt - released[block.block_id] == 1 for block in left)
-        if commit:
-            released.update(block.block_id for block in left)
-        return freed - num_kept, num_copies
-
-    def _start(self, candidate: _Candidate, num_pages: int) -> None:
+    def _start(self, candidate: Candidate, num_pages: int) -> None:
         request, start = candidate.request, candidate.start
         assert request.status == RequestStatus.RUNNING
         for manager in self.paged:
@@ -278,4 +231,7 @@ class Pressure:
         self.tell(request.request_id, start)
         self._coming[request.request_id] = _Coming(start, num_pages)
         self.counts["shrunk_requests"] += 1
-        self.counts["shrunk_entries"] += sum(m.schedule.evicted(start, start) for m in self.paged)
+        self.counts["shrunk_entries"] += sum(
+            manager.schedule.evicted(start, start) * self._num_layers[manager.kv_cache_group_id]
+            for manager in self.paged
+        )

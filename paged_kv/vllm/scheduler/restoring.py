@@ -17,10 +17,10 @@ from typing import Any
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from paged_kv.core.schedule import cdiv
-from paged_kv.vllm.scheduler.manager import PagedManager
+from paged_kv.vllm.scheduler.shrinking import ShrinkingManager
 
 
-class RestoringManager(PagedManager):
+class RestoringManager(ShrinkingManager):
     """A PagedManager that knows which requests come back, and with how many tokens."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -7,38 +7,34 @@ past its start in one chunk, which needs those pages at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.request import Request, RequestStatus
+from vllm.v1.request import Request
 
 from paged_kv.core.schedule import NEVER, cdiv
 from paged_kv.vllm.plan import get_plan
 from paged_kv.vllm.scheduler import limits
+from paged_kv.vllm.scheduler.admission import AdmittingMixin
 from paged_kv.vllm.scheduler.capacity import PoolCapacity
+from paged_kv.vllm.scheduler.chunks import ClippingMixin
 from paged_kv.vllm.scheduler.manager import PagedManager
 from paged_kv.vllm.scheduler.pressure import Pressure
+from paged_kv.vllm.scheduler.pressure_log import PressureLog
 from paged_kv.vllm.scheduler.refusing import RefusingMixin
 from paged_kv.vllm.scheduler.restoring import RestoringManager
 from paged_kv.vllm.swap.scheduler import SwapMixin
 
-PAGES_WORTH_A_STEP = 2
-"""Computing as much again takes longer than waiting for the step that is being scheduled."""
-MOST_AWAITED = 8
-"""Waiting requests for which others shrink at once: looking for their prefixes takes time."""
 
-
-class _PagedMixin(RefusingMixin):
+class _PagedMixin(AdmittingMixin, ClippingMixin, RefusingMixin):
     """Overrides shared by the synchronous and the asynchronous scheduler."""
 
     need_mamba_block_aligned_split: bool
     paged_managers: Sequence[PagedManager]  # of the layer groups under a schedule
     pressure: Pressure | None = None  # sets the starts; None: they are where prompts end
-    _prompt_chunk: int | None  # most tokens of a prompt in a step; None: as many as vLLM likes
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -61,9 +57,12 @@ class _PagedMixin(RefusingMixin):
             manager.snapshot_reserve = self._snapshot_reserve
         if plan.waits_for_pressure:
             longest, by_priority = self.capacity.longest_prompt, self.policy.value == "priority"
-            self.pressure = Pressure(managers, batches, self.max_model_len, longest, by_priority)
+            layers = [len(group.layer_names) for group in self.kv_cache_config.kv_cache_groups]
+            self.pressure = Pressure(
+                managers, batches, self.max_model_len, longest, by_priority, layers
+            )
+            self._pressure_log = PressureLog(self.pressure.counts)
             self.paged_managers[0].reserve = self._reserved  # of all groups together
-        self._held_back: Request | None = None
         self.capacity.log(self._prompt_chunk, chunk * batches)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
@@ -77,6 +76,8 @@ class _PagedMixin(RefusingMixin):
         if self.pressure is not None and output.total_num_scheduled_tokens:
             output.paged_kv_starts = self.pressure.drain()
             output.paged_kv_pages = self._replaced_pages(output)
+            if self._pressure_log.is_due:
+                self._pressure_log.write(self.pressure.num_held(self.running), len(self.running))
         for manager in self.paged_managers:
             manager.cached_pages.end_step()
         copies = [copy for m in self.paged_managers for copy in m.cached_pages.snapshots.drain()]
@@ -122,34 +123,11 @@ class _PagedMixin(RefusingMixin):
         if self.pressure is not None:
             self.pressure.forget(request.request_id)
 
-    def _reserved(self) -> int:
-        """Pages that an admission leaves to requests that run, and to its own next steps."""
-        assert self.pressure is not None
-        if not self.running:
-            return 0
-        return self.pressure.reserved(self.running) + self.pressure.pages_each
-
     def _snapshot_reserve(self) -> int:
         """Pages that copies for the prefix cache leave: what running requests may need soon."""
         if self.pressure is not None:
             return self.pressure.reserved(self.running) + self.pressure.num_awaited
         return 2 * len(self.paged_managers) * len(self.paged_managers[0].req_to_blocks)
-
-    def _awaited(self) -> Iterator[int]:
-        """Pages that each of the first waiting requests needs to be admitted."""
-        seats = self.max_num_active_reqs - len(self.running)
-        for request in islice(self.waiting, max(0, min(seats, MOST_AWAITED))):
-            if request.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
-                return
-            blocks, num_tokens, *_ = self._get_local_prefix_cache_hit(request)
-            if request is not self._held_back:
-                back = self._restored_tokens(request)
-                pages = self._pages_to_admit(request, blocks.blocks, num_tokens, back)
-                yield pages - self._reserved()
-
-    def _restored_tokens(self, request: Request) -> int:
-        """Tokens that a waiting request gets back."""
-        return 0
 
     def _replaced_pages(self, output: SchedulerOutput) -> dict[str, tuple[list[int], ...]]:
         """All pages that running requests had before this step, of those of which some are copied.
@@ -166,118 +144,6 @@ class _PagedMixin(RefusingMixin):
             ids = zip(managers, self.kv_cache_manager.get_block_ids(name), strict=True)
             pages[name] = tuple(row[: cdiv(before, m.block_size)] for m, row in ids)
         return pages
-
-    def _get_local_prefix_cache_hit(self, request: Request, *longest: int | None) -> Any:
-        # longest: nothing up to vLLM 0.32; the most tokens that may be hit, or None, from 0.33 on.
-        self._held_back = None
-        blocks, num_tokens, boundary, diverged = super()._get_local_prefix_cache_hit(
-            request, *longest
-        )
-        while num_tokens > (limit := self._usable_hit(request, blocks)):
-            shorter, num_tokens, _ = self.kv_cache_manager.coordinator.find_longest_cache_hit(
-                request.block_hashes, limit
-            )
-            blocks = self.kv_cache_manager.create_kv_cache_blocks(shorter)
-            boundary = 0
-        pages = num_tokens // self.paged_managers[0].block_size
-        soon = min(manager.pages_soon(request, pages) for manager in self.paged_managers)
-        for most in longest:
-            if most is not None:
-                soon = min(soon, most // self.paged_managers[0].block_size - pages)
-        if soon >= PAGES_WORTH_A_STEP:
-            self._held_back = request
-        return blocks, num_tokens, boundary, diverged
-
-    def _usable_hit(self, request: Request, blocks: Any) -> int:
-        copy = self._fits(request, blocks.blocks)
-        return min(
-            manager.usable_hit(request.request_id, blocks.blocks[manager.kv_cache_group_id], copy)
-            for manager in self.paged_managers
-        )
-
-    def _fits(self, request: Request, blocks: Any) -> bool:
-        """Whether the request could be admitted with this prefix hit.
-
-        A page to be copied takes two pages: of a prompt as long as the pool, copies never fit.
-        """
-        num_tokens = len(blocks[0]) * self.paged_managers[0].block_size
-        needed = self._pages_to_admit(request, blocks, num_tokens)
-        return needed <= self.kv_cache_manager.block_pool.get_num_free_blocks()
-
-    def _pages_to_admit(
-        self, request: Request, blocks: Any, num_hit: int, num_back: int = 0
-    ) -> int:
-        """Free pages that the request needs to be admitted.
-
-        Args:
-            request: it waits.
-            blocks: its prefix hit, by layer group.
-            num_hit: tokens of that.
-            num_back: tokens that it gets back from the swap.
-        """
-        needed: int = self.kv_cache_manager.coordinator.get_num_blocks_to_allocate(
-            request_id=request.request_id,
-            num_tokens=request.num_tokens,
-            new_computed_blocks=blocks,
-            num_encoder_tokens=0,
-            total_computed_tokens=max(num_hit, num_back),
-            num_local_computed_tokens=num_hit,
-            num_tokens_main_model=request.num_tokens,
-            apply_admission_cap=True,
-        )
-        return needed
-
-    def _clip_chunk(
-        self,
-        request: Request,
-        num_new_tokens: int,
-        num_new_local_computed_tokens: int = 0,
-        num_external_computed_tokens: int = 0,
-    ) -> int:
-        """Tokens of a chunk that may be computed: it ends at the request's start.
-
-        Chunks of a prompt that is compressed meanwhile are bounded, and so is what a resumed
-        request recomputes after its start. Nothing of a request that can hit more of its prompt
-        when this step is done.
-        """
-        if request is self._held_back:
-            return 0
-        hits = num_new_local_computed_tokens + num_external_computed_tokens
-        start = request.num_computed_tokens + hits
-        remaining = self.paged_managers[0].start(request.request_id) - start
-        if remaining > 0:
-            most = min(remaining, self._prompt_chunk or remaining)
-        else:
-            most = self._resume_chunk
-        num_tokens = min(num_new_tokens, most)
-        return 0 if self._awaits_pages(request, start + num_tokens) else num_tokens
-
-    _mamba_block_aligned_split = _clip_chunk
-
-    def _awaits_pages(self, request: Request, num_tokens: int) -> bool:
-        """Whether to let a running request wait: steps in flight emptied pages that it needs.
-
-        Its own, or those of requests that shrink. vLLM would preempt for them; a request that is
-        alone preempts itself, recomputes, and is there again.
-        """
-        if request.status != RequestStatus.RUNNING:
-            return False
-        name, computed = request.request_id, request.num_computed_tokens
-        processed = computed - request.num_in_flight_tokens
-        frees = any(m.pages_between(name, processed, computed) for m in self.paged_managers)
-        if not frees and not (self.pressure and self.pressure.is_coming(self.requests)):
-            return False
-        self.kv_cache_manager.remove_skipped_blocks(name, processed, request.num_prompt_tokens)
-        needed = self.kv_cache_manager.coordinator.get_num_blocks_to_allocate(
-            request_id=name,
-            num_tokens=num_tokens,
-            new_computed_blocks=self.kv_cache_manager.empty_kv_cache_blocks.blocks,
-            num_encoder_tokens=0,
-            total_computed_tokens=computed,
-            num_local_computed_tokens=computed,
-            num_tokens_main_model=num_tokens,
-        )
-        return needed > self.kv_cache_manager.block_pool.get_num_free_blocks()
 
 
 class _RestoringMixin(SwapMixin, _PagedMixin):
