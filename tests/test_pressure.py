@@ -11,7 +11,7 @@ import pytest
 import tiny_models
 from policy_cases import CALIBRATED, WINDOW
 from policy_loop import PolicySequence, recorded_losers
-from pressure_starts import recorded_starts
+from pressure_starts import loop_arguments, recorded_starts
 from reference_loop import Rule, check_output, load_model
 
 pytestmark = pytest.mark.vllm
@@ -108,9 +108,9 @@ def test_siblings_share_their_prompt_until_they_shrink(name, tiny):
     assert sum(own[0][0] > 0 for own in chunks.values()) == 3
     model, rule = load_model(tiny), Rule([BUDGET] * 6)
     for request_id, own in chunks.items():
-        start, *scored = starts[request_id]
-        config = options(name)
-        loop = PolicySequence(model, rule, start, config, dropped[request_id], (*scored,))
+        start, scored = loop_arguments(starts, request_id, len(prompt))
+        given = options(name), dropped[request_id], scored
+        loop = PolicySequence(model, rule, start, *given)
         output = outputs[int(request_id.partition("_")[0])]
         assert not check_output(loop, prompt, output, own, 3e-4)
 

@@ -127,6 +127,23 @@ def test_tokens_under_a_policy(case, tiny, model, mixed):
         assert engines.block_pool(llm).get_num_free_blocks() == total
 
 
+@pytest.mark.parametrize("case", UNDER_A_POLICY)
+def test_tokens_under_pressure(case, tiny, model, mixed):
+    """They shrink when the pool is full; with a residual, whose pages stay as they are."""
+    config, arguments, name = UNDER_A_POLICY[case]
+    config = {**config, "budget": BUDGET, "start": "pressure"}
+    if config.get("page_format") == "mixed":
+        config["page_format"] = mixed
+    formats = [name] * LAYERS if name else MIXED
+    rule = (EveryChunk if "residual_pages" in config else Rule)([BUDGET] * LAYERS)
+    few = {"num_gpu_blocks_override": 20, "max_model_len": 512}
+    with engines.engine(tiny, config, **SETTINGS, **arguments, **few) as llm:
+        waves = [prompts_of(20, 101, 150)]
+        complete_and_check(llm, model, waves, rule, formats, config, 130)
+        assert engines.scheduler(llm).pressure.counts["shrunk_requests"] > 0
+        assert engines.worker(llm).compactor.num_events > 0
+
+
 @pytest.mark.parametrize("policy", [{}, {"policy": "streaming", "budget": BUDGET}], ids=str)
 def test_preempted_requests(policy, tiny, model):
     """What was in the ring of native pages is computed anew, in other chunks."""

@@ -108,6 +108,17 @@ def test_preempted_requests_spill_anew(config, tiny, model):
     assert [b for own in chunks for (_, end), (b, _) in pairwise(own) if b != end], "no preemption"
 
 
+@pytest.mark.parametrize("config", [{**SPILL, "policy": "streaming"}, SNAPKV], ids=str)
+def test_who_shrinks_under_pressure_spills(config, tiny, model):
+    config = {**config, "start": "pressure"}
+    with engines.engine(tiny, config, **SETTINGS, num_gpu_blocks_override=20) as llm:
+        prompts, rule = prompts_of(64, 175, 40, 150), Rule([BUDGET] * 6)
+        _, loops = complete_and_check(llm, model, prompts, rule, config, 150)
+        assert engines.scheduler(llm).pressure.counts["shrunk_requests"] > 0
+        assert_nothing_is_left(llm)
+    assert sum(loop.num_fetched for loop in loops) > 0
+
+
 def test_what_ends_leaves_nothing(tiny):
     """Requests that are aborted, and that end while others run; the counters add up."""
     with engines.engine(tiny, {**SNAPKV, "spill_budget": 200}, **SETTINGS) as llm:

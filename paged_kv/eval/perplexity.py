@@ -54,6 +54,7 @@ FIXED = {  # options that the command line or the protocol decides on -> what to
     "policy": "--policy",
     "budget": "--budget",
     "compress_prefill": "--protocol",
+    "start": "--protocol",
     "page_format": "--page-format",
     "residual_pages": "--residual-pages",
 }

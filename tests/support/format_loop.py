@@ -20,6 +20,7 @@ import engines
 import torch
 from engines import Tokens
 from policy_loop import Losers, PolicySequence, recorded_losers
+from pressure_starts import loop_arguments, recorded_starts
 from reference_loop import Chunk, Rule, Sequence_, check_output
 
 from paged_kv.quant import make_layout
@@ -160,26 +161,27 @@ class StoredPolicySequence(Stored, PolicySequence):
 class EveryChunk(Rule):
     """For residual pages: what a token reads depends on where its chunk ends."""
 
-    def drops_between(self, start: int, end: int, prompt_len: int) -> bool:
+    def drops_between(self, before: int, after: int, start: int) -> bool:
         return True
 
 
 def make(
     model: Any,
     rule: Rule,
-    prompt_len: int,
+    begins: tuple[Any, ...],
     formats: Any,
     config: dict[str, Any],
     dropped: Losers,
     written: tuple[str, Written],
 ) -> Stored:
-    """The loop of one request."""
+    """The loop of one request; begins: see pressure_starts.loop_arguments."""
+    start, scored = begins
     policy = config.get("policy", "full") not in ("full", "streaming")
     base = StoredPolicySequence if policy else StoredSequence
     fixed = {"formats": tuple(formats), "residual_pages": config.get("residual_pages", 0)}
     fixed |= dict(zip(("request", "written"), written, strict=True))
-    more = (config, dropped) if policy else ()
-    return type(base.__name__, (base,), fixed)(model, rule, prompt_len, *more)
+    more = (config, dropped, scored) if policy else ()
+    return type(base.__name__, (base,), fixed)(model, rule, start, *more)
 
 
 def complete_and_check(
@@ -196,11 +198,16 @@ def complete_and_check(
     tolerance = MERGING if config.get("policy") == "value_merge" else TOLERANCE
     with recorded_writes(llm) as written:
         for wave in waves:
-            with engines.recorded_chunks(llm) as recorded, recorded_losers(llm) as dropped:
+            with (
+                engines.recorded_chunks(llm) as recorded,
+                recorded_losers(llm) as dropped,
+                recorded_starts(llm) as starts,
+            ):
                 outputs = engines.complete(llm, wave, max_tokens, logprobs=0)
             for prompt, output, (name, chunks) in zip(wave, outputs, recorded.items(), strict=True):
+                begins = loop_arguments(starts, name, len(prompt))
                 given = formats, config, dropped[name], (name, written)
-                sequence = make(model, rule, len(prompt), *given)
+                sequence = make(model, rule, begins, *given)
                 if differs := check_output(sequence, prompt, output, chunks, tolerance):
                     differences[f"{name}, prompt of {len(prompt)}"] = differs
                 found.append(chunks)

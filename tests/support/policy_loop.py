@@ -17,7 +17,7 @@ import torch
 from engines import Tokens
 from policy_definitions import DEFINITIONS, Head
 from policy_heads import selector, with_defaults
-from pressure_starts import recorded_starts
+from pressure_starts import loop_arguments, recorded_starts
 from reference_loop import Chunk, Rule, Sequence_, check_output
 
 from paged_kv import registry
@@ -223,8 +223,8 @@ def complete_and_check(
         outputs = engines.complete(llm, prompts, max_tokens, logprobs=0)
     differences, sequences = {}, []
     for prompt, output, (name, chunks) in zip(prompts, outputs, recorded.items(), strict=True):
-        start, *scored = starts[name] if starts is not None else (len(prompt), 0, 0)
-        sequence = PolicySequence(model, rule, start, config, dropped[name], (*scored,))
+        start, scored = loop_arguments(starts, name, len(prompt))
+        sequence = PolicySequence(model, rule, start, config, dropped[name], scored)
         sequences.append(sequence)
         if difference := check_output(sequence, prompt, output, chunks, tolerance):
             differences[f"prompt of {len(prompt)}"] = difference

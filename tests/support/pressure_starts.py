@@ -26,8 +26,19 @@ class Told(NamedTuple):
     token: int = 0
 
 
+Starts = dict[str, Told]
+
+
+def loop_arguments(starts: Starts | None, name: str, prompt_len: int) -> tuple[Any, ...]:
+    """(start, scored) of the loop of a request; see policy_loop."""
+    if starts is None:
+        return prompt_len, (0, 0)
+    start, *scored = starts[name]
+    return start, tuple(scored)
+
+
 @contextmanager
-def recorded_starts(llm: Any) -> Iterator[dict[str, Told] | None]:
+def recorded_starts(llm: Any) -> Iterator[Starts | None]:
     """What is told of each request; None where starts are the ends of prompts."""
     target = scheduler(llm)
     if getattr(target, "pressure", None) is None:

@@ -19,6 +19,7 @@ import torch
 from engines import Tokens
 from policy_heads import Head, is_free
 from policy_loop import PolicySequence, recorded_losers
+from pressure_starts import loop_arguments, recorded_starts
 from reference_loop import Chunk, Rule, check_output
 
 TIE = 1e-4  # relative, of attention summed over a window: logits are 3e-5 off
@@ -249,11 +250,13 @@ def complete_and_check(
         engines.recorded_chunks(llm) as recorded,
         recorded_losers(llm) as dropped,
         recorded_exchanges(llm) as exchanges,
+        recorded_starts(llm) as starts,
     ):
         outputs = engines.complete(llm, prompts, max_tokens, logprobs=0)
     differences, sequences = {}, []
     for prompt, output, (name, chunks) in zip(prompts, outputs, recorded.items(), strict=True):
-        given = model, rule, len(prompt), config, dropped[name]
+        start, scored = loop_arguments(starts, name, len(prompt))
+        given = model, rule, start, config, dropped[name], scored
         sequences.append(RecordedSpill(exchanges[name], *given))
         if difference := check_output(sequences[-1], prompt, output, chunks, 2e-4):
             differences[f"prompt of {len(prompt)}"] = difference

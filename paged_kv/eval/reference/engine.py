@@ -50,7 +50,8 @@ class ReferenceEngine(seams.Attends):
             and to calibrate.
 
     Raises:
-        ValueError: the budgets do not fit the model or the page size; the model is unsupported.
+        ValueError: the budgets do not fit the model or the page size; the model is unsupported; or
+            entries would be dropped under pressure only.
     """
 
     def __init__(
@@ -98,6 +99,8 @@ class ReferenceEngine(seams.Attends):
             budgets = config.spill_budget, config.spill_host_budget
             self._space = SpillSpace(*budgets, config.spill_dir)
         self.schedules: list[Schedule | None] = [None] * self._num_layers
+        if config.waits_for_pressure:
+            raise ValueError("start pressure needs a pool of pages; the reference engine has none")
         if config.enabled:
             decoder = self.model.config.get_text_config()
             config = config.settled(self.model.name_or_path, False, decoder)

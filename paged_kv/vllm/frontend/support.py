@@ -74,7 +74,8 @@ def check(vllm_config: Any, config: CompressionConfig) -> GroupedPlan:
         _check_cache_dtype(vllm_config.cache_config.cache_dtype, config)
         budgets = make_plan(config, page_size, num_layers, full_layers)
         plan = group_layers(budgets, config, num_layers - len(full_layers))
-        logger.info("paged_kv %s keeps: %s", config.policy, plan.describe())
+        when = ", once pages run out" if config.waits_for_pressure else ""
+        logger.info("paged_kv %s keeps%s: %s", config.policy, when, plan.describe())
     plan = with_formats(plan, vllm_config, config, full_layers)
     names = Counter(name or "as vLLM has them" for name in plan.formats)
     logger.info(
