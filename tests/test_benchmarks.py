@@ -58,6 +58,18 @@ SCRIPTS = {
         ["streaming"],
         COMPARED | PRESSURE | {"share", "output_len", "pool_tokens"},
     ),
+    "elastic": (
+        "--requests 4 --prompt-len 32 --output-len 160 --shares 0.8 --budget 128 "
+        "--policy streaming --swap-space 0.05",
+        ["always", "pressure", "swap"],
+        COMPARED | PRESSURE | {"share", "pool_tokens", "lost", "divergence"},
+    ),
+    "divergence": (
+        "--requests 3 --output-len 40 --budget 128 --max-len 512 --pool-tokens 1024 "
+        "--policy streaming",
+        ["full", "always", "pressure"],
+        {"divergence", "standard_error", "shrunk"},
+    ),
     "shared_prefix": (
         "--rounds 1 --requests 2 --prefix-len 256 --output-len 4 --budget 128 --cases streaming",
         ["streaming"],

@@ -27,6 +27,7 @@ _HELP = {
     "output_len": "tokens generated for each request",
     "pool_tokens": "tokens whose keys and values fit into the pool, uncompressed",
     "budget": "entries kept per sequence and layer",
+    "max_len": "tokens of the longest sequence",
     "waves": "batches of requests in a round",
     "prefix_len": "tokens that all prompts of a round begin with",
     "suffix_len": "tokens of a prompt after that",

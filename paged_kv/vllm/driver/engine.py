@@ -100,9 +100,14 @@ class _Recorder:
 
 
 class Engine:
-    """A running engine."""
+    """A running engine.
 
-    def __init__(self, settings: EngineSettings) -> None:
+    Args:
+        settings: see EngineSettings.
+        more: arguments of vLLM's LLM.
+    """
+
+    def __init__(self, settings: EngineSettings, **more: Any) -> None:
         from vllm import LLM
 
         start = time.perf_counter()
@@ -120,6 +125,7 @@ class Engine:
             disable_log_stats=False,
             additional_config={"paged_kv": dict(settings.policy)} if settings.policy else {},
             **block_size,
+            **more,
         )
         self.seconds = time.perf_counter() - start
         self.core = self.llm.llm_engine.engine_core.engine_core
