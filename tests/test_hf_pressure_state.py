@@ -144,6 +144,59 @@ def test_full_and_then_again(model):
     assert pool.num_held == 0
 
 
+def test_a_crop_lets_no_row_of_its_own_shrink(model):
+    """It needs copies of what the first row shares; the second one could make room for them."""
+    pool, options = PagePool(LAYERS * 31, PAGE), POLICIES["h2o"]
+    with waiting(model, pool, **options) as cache:
+        feed(model, cache, PROMPT, PROMPT[::-1])
+        one_by_one(model, cache, MORE[:30], MORE[:30])
+        feed(model, cache, [5, 6], [5, 6])
+        with copy.deepcopy(cache) as shared, PagedCache(model.config, "full", pool=pool) as full:
+            shared.batch_select_indices(torch.tensor([True, False]))
+            feed(model, full, prompt(80))
+            before = cache.stats()
+            with pytest.raises(PoolFull):
+                cache.crop(-2)
+            assert cache.stats() == before
+            assert not any(has_shrunk(cache))
+            full.reset()
+            cache.crop(-2)
+        assert cache.get_seq_length() == 150
+
+
+def test_tokens_that_a_crop_may_take_do_not_shrink(model):
+    """Assisted decoding: what others need comes after the crop."""
+    pool = PagePool(LAYERS * 12, PAGE)
+    with waiting(model, pool, **POLICIES["snapkv"]) as cache:
+        cache.activate_past_recording()
+        feed(model, cache, PROMPT)
+        cache.crop(0)
+        one_by_one(model, cache, MORE[:40])
+        with PagedCache(model.config, "full", pool=pool) as full:
+            with pytest.raises(PoolFull):
+                feed(model, full, prompt(40))
+            cache.crop(-3)
+            feed(model, full, prompt(40))
+        assert start_of(cache) == 157
+
+
+def test_a_file_whose_model_has_not_come_keeps_what_it_has(model, tmp_path):
+    """Its policy reads the model's RoPE."""
+    options = {"policy": "expected_attention", "budget": 80, "n_future": 8}
+    with waiting(model, PagePool(None, PAGE), **options) as cache:
+        feed(model, cache, PROMPT)
+        one_by_one(model, cache, MORE[:30])
+        cache.save(tmp_path / "cache.safetensors")
+    pool = PagePool(LAYERS * 12, PAGE)
+    loaded = PagedCache.load(tmp_path / "cache.safetensors", model.config, pool=pool)
+    with loaded, PagedCache(model.config, "full", pool=pool) as full:
+        with pytest.raises(PoolFull):
+            feed(model, full, prompt(40))
+        one_by_one(model, loaded, [MORE[30]])
+        feed(model, full, prompt(40))
+        assert start_of(loaded) == 151
+
+
 def test_rows_that_move(model):
     pool, rows = PagePool(LAYERS * 14, PAGE), [prompt(120), prompt(70, seed=1)]
     inputs = padded(rows)
