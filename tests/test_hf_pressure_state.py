@@ -217,20 +217,23 @@ def test_rows_that_move(model):
 
 
 @pytest.mark.parametrize(
-    ("options", "tight"), [({"num_beams": 3}, 30), ({"prompt_lookup_num_tokens": 3}, 10)]
+    ("options", "num_pages", "is_ample"),
+    [
+        ({"num_beams": 3}, 30, True),
+        ({"prompt_lookup_num_tokens": 3}, 40, True),
+        ({"prompt_lookup_num_tokens": 3}, 10, False),
+    ],
 )
-def test_generate(options, tight, model):
+def test_generate(options, num_pages, is_ample, model):
     """Ample: the tokens of full. Tight: to the end, in the pool."""
     settings = {"do_sample": False, "max_new_tokens": 2 * NEW, **options}
     ids = torch.tensor([[*PROMPT, *PROMPT[:20]]])
-    expected = model.generate(ids, **settings)
-    for num_pages, same in [(40, True), (tight, False)]:
-        pool = PagePool(LAYERS * num_pages, PAGE)
-        with waiting(model, pool, policy="streaming", budget=64, recent_window=16) as cache:
-            found = model.generate(ids, past_key_values=cache, **settings)
-            assert torch.equal(found, expected) or not same
-            assert (cache.stats().shrunk == 0) == same
-            pool.check_integrity()
+    pool = PagePool(LAYERS * num_pages, PAGE)
+    with waiting(model, pool, policy="streaming", budget=64, recent_window=16) as cache:
+        found = model.generate(ids, past_key_values=cache, **settings)
+        assert torch.equal(found, model.generate(ids, **settings)) or not is_ample
+        assert (cache.stats().shrunk == 0) == is_ample
+        pool.check_integrity()
 
 
 def test_enable(model):
@@ -247,7 +250,6 @@ def test_a_pool_keeps_no_cache_alive(model):
     del cache
     gc.collect()
     assert pool.num_held == 0
-    with PagedCache(model.config, "full", pool=pool) as full:
-        with pytest.raises(PoolFull) as found:
-            feed(model, full, prompt(200))
-        assert "start=pressure" not in str(found.value)
+    with PagedCache(model.config, "full", pool=pool) as full, pytest.raises(PoolFull) as found:
+        feed(model, full, prompt(200))
+    assert "start=pressure" not in str(found.value)
