@@ -14,10 +14,11 @@ from hf_models import load, prompt
 from hf_questions import OF_LLAMA
 
 from paged_kv.config import CompressionConfig
-from paged_kv.core.schedule import NEVER
+from paged_kv.core.schedule import NEVER, Schedule
 from paged_kv.eval.reference.engine import ReferenceEngine
 from paged_kv.hf import PagePool, PoolFull, generate_batch
 from paged_kv.hf.batch import engine, generate
+from paged_kv.hf.batch.page_counts import PageCounts
 
 LENGTHS = (5, 120, 33, 200, 1, 150)
 PROMPTS = [prompt(length, seed=length) for length in LENGTHS]
@@ -170,6 +171,26 @@ def test_one_that_waits_gets_room(model, seen):
     assert starts[0] < 210, "the first shrank soon after its prompt"
     assert seen["together"] == 2
     assert not seen["preempted"]
+
+
+def test_the_largest_surplus_shrinks_first(model, seen):
+    run(model, "streaming", 32, prompts=[PROMPTS[5], PROMPTS[3]], max_new_tokens=110)
+    assert seen["starts"].of("0") == NEVER
+    assert 200 < seen["starts"].of("1") < 309
+
+
+def test_room_is_made_where_transformers_keeps_some_free(model, seen):
+    """18 of 20 pages are taken, and transformers begins nothing in the last 15 percent."""
+    run(model, "streaming", 20, prompts=[prompt(280), PROMPTS[0]])
+    assert seen["together"] == 2
+    assert 280 <= seen["starts"].of("0") < 288
+
+
+def test_windows_are_counted_as_they_may_be_computed_again():
+    """In steps that are longer than the prompt, if a request has no start."""
+    window = Schedule(8, 16, compress_prefill=True)
+    page_counts = PageCounts([window], 8, None, 64, waits=True)
+    assert page_counts.peak(60, 3) == page_counts.peak(60, NEVER) == 8
 
 
 def test_nobody_shrinks_for_one_that_would_not_fit(model, seen):
