@@ -46,6 +46,11 @@ class PagedCache(Copyable, Saveable, RowOperations):
     Without compress_prefill nothing is dropped from a prompt before its end: while forward passes
     have several tokens; the first pass with a single token compacts.
 
+    With start=pressure nothing is dropped while there are pages. When a PagePool(num_pages=...)
+    runs out, sequences past their prompts shrink to their budgets, of all caches there, those with
+    the largest surplus first and as few as will do, and are held to them from then on. A pool
+    without a limit never runs out.
+
     Args:
         config: the model's, `model.config` itself.
         policy: a name, or a CompressionConfig.
@@ -112,6 +117,8 @@ class PagedCache(Copyable, Saveable, RowOperations):
         )
         dispatch.install()
         given.watch()
+        if compression.waits_for_pressure:
+            pool.join(self.sequences)
         self._close = weakref.finalize(self, self.sequences.release)
 
     def __bool__(self) -> bool:

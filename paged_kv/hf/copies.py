@@ -73,7 +73,7 @@ def copy_rows(source: Sequences, target: Sequences) -> None:
     """
     if source.step is not None:
         raise interrupted()
-    arrays = ("num_tokens", "prompt_lens", "size", "settled")
+    arrays = ("num_tokens", "prompt_lens", "pressed", "size", "settled")
     for name in (*arrays, "tables", "ring", "residual", "spilled", "marks"):
         setattr(target, name, getattr(source, name).copy())
     target.terms, target.counters = list(source.terms), source.counters.copy()

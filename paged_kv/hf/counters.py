@@ -13,6 +13,8 @@ class Counters:
 
     evicted: int = 0
     compactions: int = 0
+    shrunk: int = 0
+    shrunk_entries: int = 0
     peak_bytes: int = 0
     fetched: float = 0.0
     merged: list[torch.Tensor] = field(default_factory=list)  # scalars, read when asked for

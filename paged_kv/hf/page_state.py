@@ -44,6 +44,7 @@ def restore(tables: PageTables, state: Mapping[str, Tensor]) -> None:
     """
     ids = state["ids"].numpy()
     sizes = [int(ids[layers].max(initial=-1)) + 1 for _, layers in tables.parts]
+    tables.pool.make_room(lambda: sum(sizes))
     tables.pool.check(sum(sizes), "a saved cache")
     tables.ids, tables.count = np.full_like(ids, -1), state["count"].numpy().copy()
     for (arena, layers), size in zip(tables.parts, sizes, strict=True):

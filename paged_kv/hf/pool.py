@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from paged_kv.config import DEFAULT_PAGE_SIZE
 from paged_kv.hf.allocator import PoolFull
 from paged_kv.hf.arena import Arena, Geometry, make_arena
+from paged_kv.hf.pressure import Shrinkable, Waiting
 
 
 class PagePool:
@@ -29,6 +31,7 @@ class PagePool:
         self.num_pages = num_pages
         self.page_size = page_size
         self._arenas: dict[Geometry, Arena] = {}
+        self._waiting = Waiting()
 
     @property
     def num_held(self) -> int:
@@ -68,6 +71,20 @@ class PagePool:
             self._arenas[geometry] = make_arena(geometry, self.page_size, capacity)
         return self._arenas[geometry]
 
+    def join(self, cache: Shrinkable) -> None:
+        """A cache with start=pressure: its rows shrink before this pool is full."""
+        self._waiting.add(cache)
+
+    def make_room(self, needed: Callable[[], int]) -> None:
+        """Caches shrink, as many rows as it takes, until there are enough pages; see Waiting.
+
+        Args:
+            needed: how many pages; asked again after each row, which may be one of who asks.
+        """
+        if self.num_pages is not None and self._waiting:
+            while needed() > self.num_free and self._waiting.shrink_one():
+                pass
+
     def check(self, num_pages: int, why: str) -> None:
         """Raises PoolFull unless so many pages can be had.
 
@@ -76,10 +93,12 @@ class PagePool:
             why: what for.
         """
         if num_pages > self.num_free:
+            tried = "; with start=pressure no sequence is left that could shrink and free pages"
             raise PoolFull(
                 f"num_pages {self.num_pages} is too small: {why} needs {num_pages} more pages, "
                 f"{self.num_free} are free: give the PagePool at least "
                 f"{self.num_held + num_pages}, lower the budget, or close other caches"
+                f"{tried if self._waiting else ''}"
             )
 
     def free_memory(self) -> None:

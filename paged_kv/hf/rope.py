@@ -36,6 +36,7 @@ class Rope:
         is_past: whether the held keys were turned by the tables past the switch; None: nothing is
             held.
         is_mixed: whether some were, and some were not.
+        is_known: whether there are tables: not for a cache from a file, before a model uses it.
     """
 
     make: Callable[[bool], Rotary]
@@ -44,6 +45,7 @@ class Rope:
     drops: bool = False
     is_past: bool | None = None
     is_mixed: bool = False
+    is_known: bool = True
 
     def after(self, length: int, reader: str | None = None) -> Rope:
         """What is held after a forward pass.
@@ -104,7 +106,7 @@ def of_file(is_past: bool | None, is_mixed: bool) -> Rope:
     def make(_: bool) -> Rotary:
         raise AssertionError("no model has used this cache")
 
-    return Rope(make, is_past=is_past, is_mixed=is_mixed)
+    return Rope(make, is_past=is_past, is_mixed=is_mixed, is_known=False)
 
 
 def drops_caches(config: Any) -> bool:

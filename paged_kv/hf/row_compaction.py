@@ -13,6 +13,7 @@ import torch
 
 from paged_kv.hf.allocator import Int64s
 from paged_kv.hf.rows import Rows
+from paged_kv.hf.tables import Bools
 from paged_kv.kernels.operands import Terms
 from paged_kv.policies.region import Compaction, Region
 from paged_kv.policies.written import ModelFacts
@@ -52,10 +53,16 @@ def run(rows: Rows, group: int, chosen: Int64s, num_losers: Int64s) -> None:
 
 def own(rows: Rows, layers: Int64s, chosen: Int64s) -> None:
     """No page of these will be anybody else's. Raises PoolFull: nothing has changed."""
-    shared = rows.tables.shared()
-    which = np.zeros_like(shared)
-    which[np.ix_(layers, chosen)] = shared[np.ix_(layers, chosen)]
-    if which.any():
+
+    def find() -> Bools:
+        shared = rows.tables.shared()
+        which = np.zeros_like(shared)
+        which[np.ix_(layers, chosen)] = shared[np.ix_(layers, chosen)]
+        return which
+
+    if find().any():
+        rows.pool.make_room(lambda: int(find().sum()))
+    if (which := find()).any():
         rows.pool.check(int(which.sum()), "a compaction of sequences that share pages")
         rows.tables.own(which)
 
@@ -89,9 +96,7 @@ def _store(rows: Rows, group: int) -> PageStore:
 
 def _facts(rows: Rows) -> ModelFacts:
     """What the policy wants to know of the model."""
-    assert rows.policy is not None
-    reads_rotary = rows.rotary is not None and "rotary" in rows.policy.reads
-    rotary = rows.rotary() if rows.rotary is not None and reads_rotary else None
+    rotary = rows.rotary() if rows.rotary is not None and rows.reads_rotary else None
     if isinstance(rows.query_statistics, QueryGathering):
         rows.query_statistics.freeze()  # entries are rated by the same ones from now on
     return ModelFacts(rotary, rows.query_statistics)

@@ -26,14 +26,16 @@ from paged_kv.hf.tables import PageTables
 from paged_kv.kernels.operands import Terms
 from paged_kv.store import query_gathering
 
-_BY_ROW = ("num_tokens", "prompt_lens", "settled")  # int64 [rows]
+_BY_ROW = ("num_tokens", "prompt_lens", "pressed", "settled")  # int64 [rows]
 
 
 class Rows:
     """Rows of one cache, in the layers that it holds.
 
         num_tokens    int64 [rows], tokens processed
-        prompt_lens   int64 [rows], tokens before which nothing is dropped; NEVER if unknown
+        prompt_lens   int64 [rows], tokens of a prompt; NEVER until its end, if that is not known
+        pressed       int64 [rows], tokens at which pages ran out; NEVER until then, 0 if a row is
+                      held to its budget however many there are
         settled       int64 [rows], tokens that no crop can take back
         size          int64 [layers, rows], entries
         tables        which pages they are in
@@ -80,6 +82,7 @@ class Rows:
         )
         self.rotary: Rope | None = None  # the model's, for what the rows hold
         self.waits_for_crop = False  # tokens of a step are not final before crop
+        self.may_shrink = True  # nothing is under way that a compaction would disturb
         self.num_passes = 0  # since the last crop
         self.clear()
 
@@ -89,6 +92,7 @@ class Rows:
         window = self.policy.observation_window if self.policy else 0
         self.num_tokens = np.zeros(0, dtype=np.int64)
         self.prompt_lens = np.zeros(0, dtype=np.int64)
+        self.pressed = np.zeros(0, dtype=np.int64)
         self.settled = np.zeros(0, dtype=np.int64)
         self.size = np.zeros((num_layers, 0), dtype=np.int64)
         grows = [group.schedule is None or group.schedule.numerator > 0 for group in self.groups]
@@ -110,9 +114,19 @@ class Rows:
         return len(self.num_tokens)
 
     @property
+    def starts(self) -> Int64s:
+        """int64 [rows]: tokens from which each is held to its budget, or NEVER."""
+        return np.maximum(self.prompt_lens, self.pressed)
+
+    @property
     def reads_scores(self) -> bool:
         """Whether each step's attention is added up."""
         return self.policy is not None and "scores" in self.policy.reads
+
+    @property
+    def reads_rotary(self) -> bool:
+        """Whether the policy undoes RoPE."""
+        return self.policy is not None and "rotary" in self.policy.reads
 
     @property
     def geometry(self) -> Geometry:
@@ -126,24 +140,33 @@ class Rows:
 
     def rope_after(self, length: int) -> Rope | None:
         """What rows hold keys of after a forward pass over so many tokens; see Rope.after."""
-        reads = self.policy is not None and "rotary" in self.policy.reads
-        reader = self.compression.policy if reads else None
+        reader = self.compression.policy if self.reads_rotary else None
         return None if self.rotary is None else self.rotary.after(length, reader)
 
     @keeps
-    def add_rows(self, num_rows: int, prompt_lens: Sequence[int] | None = None) -> None:
+    def add_rows(
+        self,
+        num_rows: int,
+        prompt_lens: Sequence[int] | None = None,
+        pressed: Sequence[int] | None = None,
+    ) -> None:
         """Empty rows at the end.
 
         Args:
             num_rows: how many.
-            prompt_lens: tokens before which nothing is dropped (without compress_prefill); None: a
-                prompt is what comes in steps of several tokens.
+            prompt_lens: tokens of each prompt, before which nothing is dropped (without
+                compress_prefill); None: a prompt is what comes in steps of several tokens.
+            pressed: tokens at which pages are going to run out, if that is known: with
+                start=pressure.
         """
         self.knows_prompts = prompt_lens is not None
         lens = [NEVER] * num_rows if prompt_lens is None else list(prompt_lens)
+        waits = self.compression.waits_for_pressure
+        when = list(pressed) if waits and pressed is not None else [NEVER * waits] * num_rows
         self.num_tokens = np.pad(self.num_tokens, (0, num_rows))
         self.settled = np.pad(self.settled, (0, num_rows))
         self.prompt_lens = np.append(self.prompt_lens, np.array(lens, dtype=np.int64))
+        self.pressed = np.append(self.pressed, np.array(when, dtype=np.int64))
         self.size = np.pad(self.size, ((0, 0), (0, num_rows)))
         for rows in (self.tables, self.ring, self.residual, self.spilled):
             rows.add_rows(num_rows)

@@ -69,7 +69,7 @@ class Saveable:
         return load(cls, path, config, device, options)
 
 
-_ROWS = ("num_tokens", "prompt_lens", "size", "settled")
+_ROWS = ("num_tokens", "prompt_lens", "pressed", "size", "settled")
 _FLAGS = ("waits_for_crop", "knows_prompts", "is_late", "num_passes")
 _PLACES = ("spill_dir", "spill_host_budget")  # options that say where something lies
 
@@ -165,6 +165,8 @@ def state_of(sequences: Sequences) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "counters": {
             "evicted": counters.evicted,
             "compactions": counters.compactions,
+            "shrunk": counters.shrunk,
+            "shrunk_entries": counters.shrunk_entries,
             "peak_bytes": counters.peak_bytes,
             "merged": counters.num_merged,
             "fetched": counters.fetched,
@@ -201,7 +203,8 @@ def restore(
     sequences.bind(geometry)
     page_state.restore(sequences.tables, part_of(tensors, "pages."))
     for name in _ROWS:
-        setattr(sequences, name, tensors[name].numpy().copy())
+        if name in tensors:  # older files have no pressed, and start=always
+            setattr(sequences, name, tensors[name].numpy().copy())
     num_tokens = sequences.num_tokens
     sequences.ring.restore(part_of(tensors, "ring."), num_tokens, geometry.device)
     sequences.residual.restore(part_of(tensors, "residual."), geometry.device)

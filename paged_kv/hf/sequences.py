@@ -18,17 +18,17 @@ import numpy as np
 import torch
 
 from paged_kv.core.schedule import NEVER
-from paged_kv.hf import row_compaction
 from paged_kv.hf.allocator import Int64s
 from paged_kv.hf.arena import Geometry, PackedArena
+from paged_kv.hf.compacted_rows import CompactedRows
 from paged_kv.hf.layer_step import LayerStep
-from paged_kv.hf.marks import Marks, check_crop, remove
+from paged_kv.hf.marks import check_crop, remove
 from paged_kv.hf.modes import keeps
 from paged_kv.hf.packed_step import PackedStep
 from paged_kv.hf.paged_attention import Bias
-from paged_kv.hf.rows import Rows
 from paged_kv.hf.stats import CacheStats, snapshot
 from paged_kv.hf.step import Step, interrupted
+from paged_kv.hf.tables import Bools
 from paged_kv.kernels.operands import Terms
 from paged_kv.store.query_gathering import QueryGathering
 
@@ -36,19 +36,8 @@ Tensor = torch.Tensor
 MAX_DRAFT = 256  # passes after which no crop is waited for: nobody guesses so many tokens
 
 
-class Sequences(Rows):
+class Sequences(CompactedRows):
     """Rows, and the steps that change them."""
-
-    def clear(self) -> None:
-        """No rows; nothing is remembered. The pages must have been released."""
-        super().clear()
-        self.marks = Marks()
-
-    @keeps
-    def select_rows(self, indices: Sequence[int]) -> None:
-        """Row i is what row indices[i] was: reorders, repeats and drops rows."""
-        super().select_rows(indices)
-        self.marks.select_rows(np.asarray(indices, dtype=np.int64))
 
     def release(self) -> None:
         """Gives all pages back; the rows are gone."""
@@ -63,7 +52,7 @@ class Sequences(Rows):
         """A forward pass begins; counts [rows]: new tokens of each row.
 
         Raises:
-            PoolFull: nothing has changed.
+            PoolFull: nothing has changed, but that rows may have shrunk.
             ValueError: the last step never ended, or these are keys of another model.
         """
         if self.step is not None:
@@ -74,30 +63,45 @@ class Sequences(Rows):
                 f"this cache holds {self.geometry}, but these keys and values are {geometry}: a "
                 "cache serves one model, on one device, in one dtype; call reset()"
             )
-        self._prompt_ends(counts)
+        is_known = self.knows_prompts or self.compress_prefill
+        is_prompt = not is_known and counts.max(initial=0) > 1
+        if not is_prompt:
+            self._prompt_ends(is_known)
+        need, copies = self._find_room(counts)
+        if is_prompt:
+            self.prompt_lens = np.full_like(self.prompt_lens, NEVER)
         self.marks.note(self, counts)
-        need = -(-(self.size + counts) // self.pool.page_size) - self.tables.count
-        copies = self.written(counts)
-        self.pool.check(
-            int(need.sum() + copies.sum()),
-            f"a step of {counts.sum()} tokens in {len(self.layers)} layers and {self.num_rows} "
-            "sequences",
-        )
         self.tables.own(copies)
         self.tables.extend(need)
         self.step = Step(self.tables, self.size, self.num_tokens, counts)
         self.step.plan_rings(self.ring, self.residual)
         self.counters.note_bytes(self.tables.num_bytes[0] + self.residual.num_bytes)
 
-    def _prompt_ends(self, counts: Int64s) -> None:
+    def _find_room(self, counts: Int64s) -> tuple[Int64s, Bools]:
+        """Of a step: new pages [layers, rows], shared ones [layers, rows, width] to copy.
+
+        Raises:
+            PoolFull: there is no room for them.
+        """
+
+        def find() -> tuple[Int64s, Bools]:
+            need = -(-(self.size + counts) // self.pool.page_size) - self.tables.count
+            return need, self.written(counts)
+
+        self.pool.make_room(lambda: sum(int(part.sum()) for part in find()))
+        need, copies = find()
+        self.pool.check(
+            int(need.sum() + copies.sum()),
+            f"a step of {counts.sum()} tokens in {len(self.layers)} layers and {self.num_rows} "
+            "sequences",
+        )
+        return need, copies
+
+    def _prompt_ends(self, is_known: bool) -> None:
         """A step of several tokens is a prompt's; one of one token ends it: then it compacts."""
-        if self.knows_prompts or self.compress_prefill:
-            late = self.is_late
-        elif counts.max(initial=0) > 1:
-            self.prompt_lens = np.full_like(self.prompt_lens, NEVER)
-            return
-        else:
-            late = self.is_late or bool((self.prompt_lens == NEVER).any())
+        late = self.is_late
+        if not is_known:
+            late = late or bool((self.prompt_lens == NEVER).any())
             self.prompt_lens = np.zeros_like(self.prompt_lens)
         if late and not (self.waits_for_crop and self.num_passes <= MAX_DRAFT):
             self.is_late = True  # until it is done
@@ -225,33 +229,17 @@ class Sequences(Rows):
         check_crop(self, self.marks, count)
         self.num_passes = 0
         if count:
-            remove(self, self.marks, count)
+            self.may_shrink = False
+            try:
+                remove(self, self.marks, count)
+            finally:
+                self.may_shrink = True
         if not self.waits_for_crop:
             return
         self.is_late = False
         if not self.knows_prompts:
             self.prompt_lens = np.zeros_like(self.prompt_lens)
         self.compact()
-
-    @keeps
-    def compact(self, has_begun: bool = False) -> None:
-        """Every layer that holds more of a row than its schedule says gives up the surplus.
-
-        Args:
-            has_begun: whether a next step has begun; without it the rows are not as they were.
-        """
-        for group, (schedule, layers) in enumerate(self.groups):
-            if schedule is None:
-                continue
-            evicted = schedule.evicted(self.num_tokens, self.prompt_lens)
-            surplus = self.size[layers[0]] - (self.num_tokens - evicted)
-            rows = np.flatnonzero(surplus > 0)
-            if rows.size:
-                with torch.autocast(self.device.type, enabled=False):
-                    row_compaction.run(self, group, rows, surplus[rows])
-                self.tables.trim()
-                self.settled[rows] = self.num_tokens[rows] + has_begun
-                self.marks.keep(self.settled, self.num_tokens)
 
     def stats(self) -> CacheStats:
         """What is held, and what was given up."""

@@ -24,6 +24,8 @@ class CacheStats:
         fetched: entries that came back from there, or that a compaction spared for having more
             attention than a survivor, so far (mean over KV heads).
         compactions: times that a layer of a sequence gave up entries.
+        shrunk: sequences that gave up all above their budgets when pages ran out, so far.
+        shrunk_entries: entries that they dropped then; part of evicted.
         page_format: how pages store numbers; see CompressionConfig.
         bytes_by_tier: of the keys and values held, scales and residual included; on host and mmap
             the memory that spilled entries have taken.
@@ -40,6 +42,8 @@ class CacheStats:
     spilled: int
     fetched: float
     compactions: int
+    shrunk: int
+    shrunk_entries: int
     page_format: str
     bytes_by_tier: dict[str, int]
     side_bytes: int
@@ -70,6 +74,8 @@ def snapshot(rows: Rows, marks_bytes: int) -> CacheStats:
         spilled=sum(store.num_entries for store in rows.spilled.stores),
         fetched=counters.fetched,
         compactions=counters.compactions,
+        shrunk=counters.shrunk,
+        shrunk_entries=counters.shrunk_entries,
         page_format=rows.page_format,
         bytes_by_tier={"device": num_bytes + rows.residual.num_bytes, **rows.spilled.num_bytes},
         side_bytes=side_bytes + rows.ring.num_bytes + marks_bytes,

@@ -20,7 +20,9 @@ import numpy as np
 import torch
 
 from paged_kv.hf.arena import Geometry
+from paged_kv.hf.batch.nothing_to_do import NothingToDo
 from paged_kv.hf.batch.page_counts import PageCounts
+from paged_kv.hf.batch.starts import Starts
 from paged_kv.hf.paged_attention import Bias
 from paged_kv.hf.seams import Attends
 from paged_kv.hf.sequences import Sequences
@@ -29,7 +31,7 @@ from paged_kv.kernels.operands import Terms
 Tensor = torch.Tensor
 
 
-class BatchCache(Attends):
+class BatchCache(NothingToDo, Attends):
     """Stands in for transformers' PagedAttentionCache, of which it allocates nothing.
 
     Args:
@@ -38,15 +40,6 @@ class BatchCache(Attends):
         prompt_lens: tokens of each request's prompt.
         max_batch_tokens: most tokens in a step.
     """
-
-    # What transformers reads, as it is without prefix sharing, block tables and swap.
-    use_prefix_sharing = False
-    allow_block_sharing = False
-    max_blocks_per_request = 0
-    max_decode_fast_path_length = 0
-    bytes_per_sector = 1
-    read_cache_limit = 0  # nothing is read through an index
-    max_tokens_read = 1  # so the index needs no room
 
     def __init__(
         self,
@@ -57,6 +50,8 @@ class BatchCache(Attends):
     ) -> None:
         self.parts, self.page_counts = parts, page_counts
         self.prompt_lens = prompt_lens
+        waits = any(part.compression.waits_for_pressure for part in parts)
+        self.starts = Starts(page_counts, prompt_lens, waits)
         self._holder = {layer: part for part in parts for layer in part.index}
         self.max_batch_tokens = max_batch_tokens
         self.rows: list[str] = []  # whose row it is
@@ -73,13 +68,13 @@ class BatchCache(Attends):
         """Tokens of a request, of those wanted, that may be computed at once."""
         if wanted <= 1:
             return wanted
-        prompt_len = self.prompt_lens[state.request_id]
-        return min(wanted, self.page_counts.longest_step(state.position_offset, prompt_len))
+        start = self.starts.of(state.request_id)
+        return min(wanted, self.page_counts.longest_step(state.position_offset, start))
 
     def pages_needed(self, request: str, num_tokens: int, num_new: int) -> int:
         """Pages of a request in its next step."""
         after = num_tokens + num_new
-        needed = self.page_counts.during(num_tokens, after, self.prompt_lens[request])
+        needed = self.page_counts.during(num_tokens, after, self.starts.of(request))
         return max(needed, self._floor.get(request, 0))
 
     def can_store_request_tokens(self, state: Any, request_len: int) -> bool:
@@ -90,15 +85,32 @@ class BatchCache(Attends):
         request = state.request_id
         if request not in self.page_counts.taken and request not in self._floor:
             total = state.position_offset + len(state.remaining_prefill_tokens)
-            self._floor[request] = self.page_counts.peak(total, self.prompt_lens[request])
+            self._floor[request] = self.page_counts.peak(total, self.starts.of(request))
         num_new = self.step_length(state, request_len)
-        needed = self.pages_needed(request, state.position_offset, num_new)
-        return self.page_counts.take(request, needed)
+
+        def needed() -> int:
+            return self.pages_needed(request, state.position_offset, num_new)
+
+        counts = self.page_counts
+        self.starts.make_room(
+            request, lambda: needed() - counts.taken.get(request, 0) - counts.num_free
+        )
+        fits = counts.take(request, needed())
+        if fits:
+            self.starts.plan(request, num_new)
+        return fits
+
+    def keep_free(self, share: float) -> None:
+        """Requests shrink until this share of all pages is free, if there are enough of them."""
+        if (num_pages := self.page_counts.num_pages) is not None:
+            wanted = share * num_pages
+            self.starts.make_room(None, lambda: wanted - self.page_counts.num_free)
 
     def free_blocks(self, request_id: str, no_cache: bool = False) -> None:
         """A request's pages are free; its row goes before the next step."""
         self.page_counts.give_back(request_id)
         self._floor.pop(request_id, None)
+        self.starts.forget(request_id)
         if request_id in self.rows:
             self._gone.add(request_id)
 
@@ -111,44 +123,17 @@ class BatchCache(Attends):
         """Share of the pages that nobody has."""
         return self.page_counts.free_share
 
-    def try_to_free_sectors(self) -> None:
-        """Nothing to do: pages are free at once."""
-
-    def evict_cached_blocks(self) -> bool:
-        """No pages outlive their request."""
-        return False
-
-    # ---- what the preparation of a batch asks
-
-    def count_new_complete_blocks(self, state: Any, request_len: int) -> dict[str, int]:
-        """Only prefix sharing needs it."""
-        return {}
-
-    def mark_complete_blocks(self, state: Any, complete_blocks: dict[str, int]) -> None:
-        """Only prefix sharing needs it."""
-
-    def extend_read_and_write_indices(self, *_: Any) -> None:
-        """Sequences knows where entries are."""
-
-    # ---- what models ask, from transformers 5.24 on
-
-    def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """The new ones as they are: the attention function stores them, see attend."""
-        return key, value
-
-    def get_seq_length(self) -> int:
-        """For models that would count positions themselves: all of them are given."""
-        return 0
-
     # ---- steps
 
     @contextmanager
     def step(self, requests: Sequence[Any]) -> Iterator[None]:
         """The forward pass of these scheduled requests (FutureRequestState)."""
         self._drop_rows()
+        self._shrink_rows()
         new = [r.state.request_id for r in requests if r.state.request_id not in self.rows]
+        known = [self.prompt_lens[each] for each in new], [self.starts.of(each) for each in new]
         for part in self.parts:
-            part.add_rows(len(new), [self.prompt_lens[request] for request in new])
+            part.add_rows(len(new), *known)
         self.rows += new
         index = {request: row for row, request in enumerate(self.rows)}
         self._row_of = [index[request.state.request_id] for request in requests]
@@ -169,6 +154,7 @@ class BatchCache(Attends):
         state = request.state
         if not state.remaining_prefill_tokens:
             self._floor.pop(state.request_id, None)
+            self.starts.note(state.request_id, state.position_offset)
         self.page_counts.taken[state.request_id] = self.pages_needed(
             state.request_id, state.position_offset, 0
         )
@@ -180,6 +166,13 @@ class BatchCache(Attends):
                 part.select_rows(kept)
             self.rows = [self.rows[row] for row in kept]
             self._gone.clear()
+
+    def _shrink_rows(self) -> None:
+        fresh = [row for row, request in enumerate(self.rows) if request in self.starts.fresh]
+        for part in self.parts:
+            if fresh and part.compression.waits_for_pressure:
+                part.shrink(np.array(fresh))
+        self.starts.fresh.clear()
 
     def attend(
         self,

@@ -21,6 +21,7 @@ from transformers.generation.continuous_batching.continuous_api import (
 from transformers.generation.continuous_batching.distributed import DistributedHelper
 
 from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig
+from paged_kv.core.schedule import NEVER
 from paged_kv.hf import compat, dispatch
 from paged_kv.hf.arguments import read_options
 from paged_kv.hf.batch import arguments, layers
@@ -54,7 +55,8 @@ def generate_batch(
         policy: a name or a CompressionConfig; None: from the environment, as PagedCache.
         budget: entries kept per sequence and layer, or the fraction that is kept.
         num_pages: most pages held at once, of page_size entries of one layer; requests without room
-            wait, or make way and are computed again later. None: as many as are needed.
+            wait, or make way and are computed again later. With start=pressure others shrink to
+            their budgets before that. None: as many as are needed.
         page_size: entries per page.
         max_requests: most requests in a step.
         max_batch_tokens: most tokens in a step; a longer prompt takes several steps.
@@ -104,13 +106,15 @@ def _cache(
     parts = layers.make_parts(model, compression, pool)
     schedules = [schedule for part in parts for schedule in layers.schedules(part)]
     chunk, has_residual = limits["max_batch_tokens"], compression.residual_pages > 0
-    page_counts = PageCounts(schedules, pool.page_size, pool.num_pages, chunk, has_residual)
+    waits = compression.waits_for_pressure
+    page_counts = PageCounts(schedules, pool.page_size, pool.num_pages, chunk, has_residual, waits)
     prompt_lens = {request.request_id: len(request.initial_tokens) for request in requests}
     lengths = []
     for index, request in enumerate(requests):
         prompt_len = len(request.initial_tokens)
-        lengths.append((prompt_len + request.max_new_tokens - 1, prompt_len))
-        page_counts.check(index, *lengths[-1])
+        length = prompt_len + request.max_new_tokens - 1
+        lengths.append((length, NEVER if waits else prompt_len))
+        page_counts.check(index, length, prompt_len)
     layers.check_rope(parts[0], max((length for length, _ in lengths), default=1))
     if pool.num_pages is None:  # memory that grows would be copied each time
         pool.num_pages = page_counts.enough(lengths, limits["max_requests"])

@@ -2,8 +2,8 @@
 
 Counts depend on the lengths alone (paged_kv.core.schedule), so they are known ahead:
 
-    held by a request        after a step:  n - evicted(n)               entries of each layer
-    needed for its next step while it runs: n + new - evicted(n)
+    held by a request        after a step:  n - evicted(n, start)        entries of each layer
+    needed for its next step while it runs: n + new - evicted(n, start)
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from paged_kv.core.schedule import Schedule, cdiv
+from paged_kv.core.schedule import NEVER, Schedule, cdiv
 from paged_kv.hf.allocator import PoolFull
 
 
@@ -27,6 +27,8 @@ class PageCounts:
         chunk: most tokens of a prompt that are computed at once.
         has_residual: whether a step ends where a page does. All queries of a step read the same
             native pages, so a longer step would see fewer of them than decoding did.
+        waits: with start=pressure: what is computed again comes in steps that may be longer than
+            the prompt.
     """
 
     def __init__(
@@ -36,8 +38,10 @@ class PageCounts:
         num_pages: int | None,
         chunk: int,
         has_residual: bool = False,
+        waits: bool = False,
     ) -> None:
         self._layers, self._has_residual = Counter(schedules), has_residual
+        self._waits = waits
         self._page_size, self._chunk = page_size, chunk
         self.num_pages = num_pages
         self.taken: dict[str, int] = {}
@@ -52,41 +56,50 @@ class PageCounts:
         """Of all pages."""
         return 1.0 if self.num_pages is None else self.num_free / self.num_pages
 
-    def during(self, before: int, after: int, prompt_len: int) -> int:
+    def during(self, before: int, after: int, start: int) -> int:
         """Pages of a sequence in the step that takes it from `before` to `after` tokens.
 
         Between steps the two are the same.
         """
         total = 0
         for schedule, count in self._layers.items():
-            dropped = schedule.evicted(before, prompt_len) if schedule else 0
+            dropped = schedule.evicted(before, start) if schedule else 0
             total += count * cdiv(after - dropped, self._page_size)
         return total
 
-    def peak(self, num_tokens: int, prompt_len: int) -> int:
+    def surplus(self, num_tokens: int) -> int:
+        """Entries that a sequence drops, in all layers, if it is held to its budget from now on."""
+        return sum(
+            count * (schedule.evicted(num_tokens, num_tokens) - schedule.evicted(num_tokens, NEVER))
+            for schedule, count in self._layers.items()
+            if schedule is not None
+        )
+
+    def peak(self, num_tokens: int, start: int) -> int:
         """Most pages of a sequence on its way to so many tokens."""
         total = 0
         for schedule, count in self._layers.items():
             entries = num_tokens
             if schedule is not None:
-                chunk = min(self._chunk, prompt_len) if schedule.compress_prefill else 1
-                entries = schedule.max_retained(num_tokens, prompt_len, chunk)
+                longest = min(self._chunk, num_tokens if self._waits else start)
+                chunk = longest if schedule.compress_prefill else 1
+                entries = schedule.max_retained(num_tokens, start, chunk)
             total += count * cdiv(entries, self._page_size)
         return total
 
-    def longest_step(self, num_tokens: int, prompt_len: int) -> int:
+    def longest_step(self, num_tokens: int, start: int) -> int:
         """Most tokens that may follow at once and see what they would see one by one.
 
-        What is computed again must see what it saw: a step ends where the prompt does, and from
-        there on where something is dropped.
+        What is computed again must see what it saw: a step ends at the start, and from there on
+        where something is dropped.
         """
         most = self._chunk
         if self._has_residual:
             most = min(most, self._page_size - num_tokens % self._page_size)
-        if num_tokens < prompt_len:
-            return min(most, prompt_len - num_tokens)
+        if num_tokens < start:
+            return min(most, start - num_tokens)
         limits = [
-            _first_eviction(schedule, num_tokens, prompt_len, self._chunk)
+            _first_eviction(schedule, num_tokens, start, self._chunk)
             for schedule in self._layers
             if schedule is not None
         ]
@@ -107,7 +120,7 @@ class PageCounts:
         """Pages that so many requests at once never exceed.
 
         Args:
-            lengths: of each request, its tokens at its end and its prompt's.
+            lengths: of each request, its tokens at its end and its start.
             max_requests: at once.
         """
         peaks = sorted((self.peak(*length) for length in lengths), reverse=True)
@@ -133,8 +146,8 @@ class PageCounts:
             )
 
 
-def _first_eviction(schedule: Schedule, num_tokens: int, prompt_len: int, limit: int) -> int:
+def _first_eviction(schedule: Schedule, num_tokens: int, start: int, limit: int) -> int:
     """Tokens until more is dropped than now; at most `limit`."""
     after = num_tokens + np.arange(1, limit + 1)
-    more = schedule.evicted(after, prompt_len) > schedule.evicted(num_tokens, prompt_len)
+    more = schedule.evicted(after, start) > schedule.evicted(num_tokens, start)
     return int(more.argmax()) + 1 if more.any() else limit

@@ -12,7 +12,17 @@ from paged_kv.hf.seams import ENGINE, Attends
 
 
 class BatchScheduler(FIFOScheduler):
-    """transformers' scheduler; steps end where a request may drop something."""
+    """transformers' scheduler; steps end where a request may drop something.
+
+    Below a share of free pages no request begins: with start=pressure others shrink before that.
+    """
+
+    def schedule_batch(self, *budgets: int) -> Any:
+        """See FIFOScheduler."""
+        has_place = len(self.active_requests) < self.max_requests_per_batch
+        if self.waiting_requests and has_place and not self.block_new_requests:
+            self.cache.keep_free(self.safety_margin)
+        return super().schedule_batch(*budgets)
 
     def _schedule_request(
         self, state: Any, request_tokens: list[int], token_budget: int, removed: set[str]
