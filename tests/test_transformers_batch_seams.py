@@ -95,6 +95,10 @@ def test_what_is_overridden_is_there():
     source = inspect.getsource(scheduler.Scheduler._process_candidates)
     assert "self._schedule_request(state, request_tokens, token_budget" in source
     assert "request_len = len(state.tokens_to_process)" in source, "what was scheduled counts"
+    assert hasattr(scheduler.FIFOScheduler, "schedule_batch")
+    source = inspect.getsource(scheduler)
+    for name in ("safety_margin", "waiting_requests", "active_requests", "block_new_requests"):
+        assert f"self.{name}" in source, f"{name} has another name now"
 
 
 def test_fields_of_requests():

@@ -59,6 +59,24 @@ def test_runners_know_prompt_lengths():
     assert "req_idx=input_batch.idx_mapping_np" in inspect.getsource(default)
 
 
+def test_runners_have_tables_that_can_be_replaced():
+    """What worker/starts.py does when pages of a running request have been copied."""
+    from vllm.v1.worker.block_table import MultiGroupBlockTable
+    from vllm.v1.worker.gpu.block_table import BlockTables
+    from vllm.v1.worker.gpu.states import RequestState
+    from vllm.v1.worker.gpu_input_batch import CachedRequestState
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    takes(MultiGroupBlockTable.add_row, "self", "block_ids", "row_idx")
+    has_fields(CachedRequestState, "block_ids")
+    source = inspect.getsource(GPUModelRunner._update_states)
+    assert "block_ids.extend(new_ids)" in source, "tables grow at their ends"
+    takes(BlockTables.append_block_ids, "self", "req_index", "new_block_ids", "overwrite")
+    source = inspect.getsource(RequestState.__init__)
+    assert "self.req_id_to_index" in source
+    assert "self.index_to_req_id" in source
+
+
 @pytest.mark.parametrize("name", ["cpu_worker.CPUWorker", "gpu_worker.Worker"])
 def test_worker_methods(name):
     from vllm.utils.import_utils import resolve_obj_by_qualname

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
@@ -94,6 +95,8 @@ class AdmittingMixin(Scheduler):
 
     def _awaited(self) -> Iterator[int]:
         """Pages that each of the first waiting requests needs to be admitted."""
+        if self._pause_state != PauseState.UNPAUSED:
+            return
         seats = self.max_num_active_reqs - len(self.running)
         for request in islice(self.waiting, max(0, min(seats, MOST_AWAITED))):
             if request.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
