@@ -207,3 +207,16 @@ def test_rules_without_pressure_tell_nothing() -> None:
     world.add([1] * 20, 10)
     output = world.scheduler.schedule()
     assert not hasattr(output, "paged_kv_starts")
+
+
+def test_who_waits_gets_what_admission_leaves_to_others_too() -> None:
+    """A surplus that covers the prompt alone would be given up for nothing."""
+    for num_pages in range(14, 30):
+        world = pressed(num_pages=num_pages, caching=False)
+        first = world.add([1] * 32, 20)
+        world.step()
+        world.step()
+        second = world.add([2] * 30, 4)
+        for _ in range(3):
+            world.step()
+        assert (second in world.chunks) or world.start(first) == NEVER, num_pages

@@ -94,7 +94,8 @@ class AdmittingMixin(Scheduler):
         return self.pressure.reserved(self.running) + self.pressure.pages_each
 
     def _awaited(self) -> Iterator[int]:
-        """Pages that each of the first waiting requests needs to be admitted."""
+        """Pages that each of the first waiting requests needs, beside what is left to others."""
+        assert self.pressure is not None
         if self._pause_state != PauseState.UNPAUSED:
             return
         seats = self.max_num_active_reqs - len(self.running)
@@ -105,7 +106,7 @@ class AdmittingMixin(Scheduler):
             if request is not self._held_back:
                 back = self._restored_tokens(request)
                 pages = self._pages_to_admit(request, blocks.blocks, num_tokens, back)
-                yield pages - self._reserved()
+                yield pages - self.pressure.reserved(self.running)
 
     def _restored_tokens(self, request: Request) -> int:
         """Tokens that a waiting request gets back."""
