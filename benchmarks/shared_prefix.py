@@ -52,6 +52,6 @@ if __name__ == "__main__":
         output_len=32,
         budget=256,
     )
-    script.add_cases(parser, "streaming", "pyramidal+streaming")
+    script.add_cases(parser, "streaming", "pyramidal+streaming", "pyramidal")
     script.add_start(parser)
     raise SystemExit(script.run(main, parser))
