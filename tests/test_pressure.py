@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections import defaultdict
 from typing import Any
 
@@ -13,6 +12,7 @@ from policy_cases import CALIBRATED, WINDOW
 from policy_loop import PolicySequence, recorded_losers
 from pressure_starts import loop_arguments, recorded_starts
 from reference_loop import Rule, check_output, load_model
+from tiny_models import prompts_of
 
 pytestmark = pytest.mark.vllm
 
@@ -41,20 +41,14 @@ def options(name: str, **more: Any) -> dict[str, Any]:
     return {"budget": BUDGET, "start": "pressure", **POLICIES[name], **more}
 
 
-def prompts_of(*lengths: int, shared: int = 0) -> list[list[int]]:
-    rng = random.Random(0)
-    prefix = [rng.randrange(3, tiny_models.VOCAB_SIZE) for _ in range(shared)]
-    return [
-        prefix + [rng.randrange(3, tiny_models.VOCAB_SIZE) for _ in range(length - shared)]
-        for length in lengths
-    ]
-
-
 def everything(llm: Any) -> tuple[Any, Any]:
     """Tokens and logprobs of some waves, and the chunks in which they were computed."""
     found = []
     with engines.recorded_chunks(llm) as chunks:
-        for prompts in (prompts_of(20, 96, 101, 203), prompts_of(150, 170, 190, shared=140)):
+        for prompts in (
+            prompts_of(20, 96, 101, 203),
+            prompts_of(150, 170, 190, shared=140),
+        ):
             outputs = engines.complete(llm, prompts, 60, logprobs=3)
             found += [(list(o.token_ids), o.logprobs) for o in outputs]
     return found, list(chunks.values())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +11,7 @@ import tiny_models
 from policy_cases import CALIBRATED, WINDOW, engine_cases
 from policy_loop import complete_and_check
 from reference_loop import Rule, load_model
+from tiny_models import prompts_of
 
 pytestmark = pytest.mark.vllm
 
@@ -32,15 +32,6 @@ def tiny(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def model(tiny) -> Any:
     return load_model(tiny)
-
-
-def prompts_of(*lengths: int, shared: int = 0) -> list[list[int]]:
-    rng = random.Random(0)
-    prefix = [rng.randrange(3, tiny_models.VOCAB_SIZE) for _ in range(shared)]
-    return [
-        prefix + [rng.randrange(3, tiny_models.VOCAB_SIZE) for _ in range(length - shared)]
-        for length in lengths
-    ]
 
 
 def check(

@@ -6,6 +6,7 @@ Head size 32 is the least that vLLM's CPU attention takes. `saved(name, path)` w
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -254,3 +255,13 @@ def write_text(file: Path, num_words: int) -> Path:
     # Not t10 or t200: t0, t1, t2 are special tokens, which are found inside words too.
     file.write_text(" ".join(f"t{rng.randrange(30, 100)}" for _ in range(num_words)))
     return file
+
+
+def prompts_of(*lengths: int, shared: int = 0, seed: int = 0) -> list[list[int]]:
+    """Random tokens of these lengths; the first `shared` ones are the same in all."""
+    rng = random.Random(seed)
+    prefix = [rng.randrange(3, VOCAB_SIZE) for _ in range(shared)]
+    return [
+        prefix + [rng.randrange(3, VOCAB_SIZE) for _ in range(length - shared)]
+        for length in lengths
+    ]
