@@ -117,6 +117,21 @@ MISTAKES: dict[str, tuple[str, tuple[str, ...], str]] = {
         ("--kv-budget", "100"),
         "kv-budget, kv-start and kv-policy-config need a",
     ),
+    "start": (
+        "llama",
+        (*STREAMING, "--kv-start", "sometimes"),
+        "start must be one of always, pressure, not 'sometimes'",
+    ),
+    "start of nothing": (
+        "llama",
+        ("--kv-policy", "full", "--kv-start", "pressure"),
+        "start pressure needs a policy that drops entries, not policy 'full'",
+    ),
+    "start and pieces": (
+        "llama",
+        (*STREAMING, "--kv-start", "pressure", "--kv-policy-config", '{"compress_prefill": true}'),
+        "start pressure does not go with compress_prefill",
+    ),
     "given twice": (
         "llama",
         (*STREAMING, "--additional-config", '{"paged_kv": {"policy": "full"}}'),

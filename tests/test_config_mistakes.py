@@ -61,6 +61,7 @@ BAD_VALUES = [
     ("max_groups", AT_LEAST + "1", [0, None]),
     ("pyramid_beta", "must be a number >= 1", [0.99, 0, -2, "2", None, True, NAN, INF]),
     ("compress_prefill", "must be true or false", [0, 1, "true", None]),
+    ("start", "must be one of always, pressure", ["now", "Pressure", True, None, 0]),
     ("skip_layers", "must be a list of layer indices", ["0,1", 3, None, {0: 1}, {1, 2}]),
 ]
 
