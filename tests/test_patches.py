@@ -55,7 +55,7 @@ HOOKED = {
     "options wrapped": False,
     "options hook": ["paged_kv.vllm.frontend.options"],
     "chunks wrapped": False,
-    "chunks hook": "paged_kv.vllm.scheduler.scheduler",
+    "chunks hook": "paged_kv.vllm.scheduler.chunks",
     "intake wrapped": False,
     "intake hook": ["paged_kv.vllm.frontend.intake"],
 }

@@ -12,14 +12,16 @@ from signatures import begins_with, has_fields, parameters, takes
 # ---- managers
 
 
-@pytest.mark.parametrize("manager", ["PagedManager", "RestoringManager"])
-def test_manager_methods_that_we_override(manager):
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_manager_methods_that_we_override(number):
     from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 
-    from paged_kv.vllm.scheduler import restoring
+    from paged_kv.vllm.scheduler.restoring import RestoringManager
 
+    manager = RestoringManager.__mro__[number]  # then ShrinkingManager, PagedManager
+    assert manager.__module__.startswith("paged_kv.")
     for name, theirs in vars(SingleTypeKVCacheManager).items():
-        ours = vars(getattr(restoring, manager)).get(name)
+        ours = vars(manager).get(name)
         theirs, ours = getattr(theirs, "__func__", theirs), getattr(ours, "__func__", ours)
         if not inspect.isfunction(ours) or name.startswith("__"):
             continue
