@@ -10,17 +10,13 @@ import pytest
 import tiny_models
 from policy_cases import CALIBRATED, WINDOW, engine_cases
 from policy_loop import complete_and_check
+from pressure_starts import ENGINE
 from reference_loop import Rule, load_model
 from tiny_models import prompts_of
 
 pytestmark = pytest.mark.vllm
 
 BUDGET = 96
-ENGINE = {
-    "max_num_batched_tokens": 100,
-    "kv_cache_memory_bytes": 64 << 20,
-    "skip_tokenizer_init": True,
-}
 LENGTHS = (20, 96, 101, 180)
 
 

@@ -11,6 +11,12 @@ from engines import scheduler
 
 from paged_kv.core.schedule import NEVER
 
+ENGINE: dict[str, Any] = {  # chunks of prompts that end anywhere in a page
+    "max_num_batched_tokens": 100,
+    "kv_cache_memory_bytes": 64 << 20,
+    "skip_tokenizer_init": True,
+}
+
 
 class Told(NamedTuple):
     """What the workers were told of a request.

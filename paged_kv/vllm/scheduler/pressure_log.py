@@ -41,8 +41,8 @@ class PressureLog:
         self._due = time.monotonic() + envs.VLLM_LOG_STATS_INTERVAL
         logger.info(
             "paged_kv under pressure: %d requests shrank to their budgets and dropped %s entries "
-            "(per KV head, all layers); %d times instead of a preemption, the others to admit "
-            "somebody. Now %d of %d running requests are held to their budgets",
+            "(per KV head, all layers), in %d steps because running requests would have run out of "
+            "pages, else to admit others. Now %d of %d running requests are held to their budgets",
             new["shrunk_requests"],
             f"{new['shrunk_entries']:,}",
             new["avoided_preemptions"],
