@@ -14,13 +14,8 @@ import engines
 import english
 import pytest
 import torch
-from reference_loop import (
-    Rule,
-    complete_and_check,
-    load_model,
-    one_by_one,
-    reference_tokens,
-)
+from reference_check import complete_and_check
+from reference_loop import Rule, load_model, one_by_one, reference_tokens
 from stores import CHUNKS, STORES, skip_without_fp8
 
 pytestmark = [pytest.mark.vllm, pytest.mark.model]

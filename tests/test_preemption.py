@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from engines import Tokens, block_pool, engine, scheduler
 from preemption import num_restarts, prompts_of, run
-from reference_loop import Rule, Sequence_, check_output, load_model
+from reference_check import check_output
+from reference_loop import Rule, Sequence_, load_model
 from watched_pages import watched_pages
 
 pytestmark = pytest.mark.vllm

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from engines import Tokens, block_pool, engine, recorded_chunks, scheduler
-from reference_loop import Rule, Sequence_, check_output, load_model
+from reference_check import check_output
+from reference_loop import Rule, Sequence_, load_model
 from watched_pages import watched_pages
 
 pytestmark = pytest.mark.vllm

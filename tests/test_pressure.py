@@ -11,7 +11,8 @@ import tiny_models
 from policy_cases import CALIBRATED, WINDOW
 from policy_loop import PolicySequence, recorded_losers
 from pressure_starts import ENGINE, loop_arguments, recorded_starts
-from reference_loop import Rule, check_output, load_model
+from reference_check import check_output
+from reference_loop import Rule, load_model
 from tiny_models import prompts_of
 
 pytestmark = pytest.mark.vllm

@@ -21,7 +21,8 @@ import torch
 from engines import Tokens
 from policy_loop import Losers, PolicySequence, recorded_losers
 from pressure_starts import loop_arguments, recorded_starts
-from reference_loop import Chunk, Rule, Sequence_, check_output
+from reference_check import check_output
+from reference_loop import Chunk, Rule, Sequence_
 
 from paged_kv.quant import make_layout
 

@@ -18,7 +18,8 @@ from engines import Tokens
 from policy_definitions import DEFINITIONS, Head
 from policy_heads import selector, with_defaults
 from pressure_starts import loop_arguments, recorded_starts
-from reference_loop import Chunk, Rule, Sequence_, check_output
+from reference_check import check_output
+from reference_loop import Chunk, Rule, Sequence_
 
 from paged_kv import registry
 from paged_kv.policies.base import PositionalPolicy

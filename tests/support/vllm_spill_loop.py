@@ -20,7 +20,8 @@ from engines import Tokens
 from policy_heads import Head, is_free
 from policy_loop import PolicySequence, recorded_losers
 from pressure_starts import loop_arguments, recorded_starts
-from reference_loop import Chunk, Rule, check_output
+from reference_check import check_output
+from reference_loop import Chunk, Rule
 
 TIE = 1e-4  # relative, of attention summed over a window: logits are 3e-5 off
 PAGE = 32  # spilled entries that have one summary
