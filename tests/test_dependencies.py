@@ -32,6 +32,7 @@ LEVELS = {
 # Modules beside the folders: policies' names, options and budgets, which the engines read.
 LEVELS |= {"registry": 5, "option_table": 5, "config": 5, "plan": 5, "sampling": 5}
 LEVELS |= {
+    "results": 1,
     "models": 0,
     "model_identity": 0,
     "directory_cache": 0,
@@ -54,7 +55,7 @@ SAME_LEVEL = {
 INSIDE = {
     "vllm": ["driver", "frontend", "worker", "scheduler", "swap", ""],
     "hf": ["driver", "batch", ""],
-    "eval": ["", "reference"],
+    "eval": ["", "reference", "tasks"],
     "kernels": ["ops", "cpu", "triton", ""],
 }
 
