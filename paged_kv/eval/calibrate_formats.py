@@ -25,7 +25,8 @@ from paged_kv import models
 from paged_kv.bench.script import positive
 from paged_kv.bench.settings import model_config
 from paged_kv.core.page_formats import NATIVE
-from paged_kv.eval.task import Task, full_layers, read_windows
+from paged_kv.eval.cases import full_layers
+from paged_kv.eval.task import Task, read_windows
 
 if TYPE_CHECKING:
     from paged_kv.eval.layer_costs import Measured

@@ -30,52 +30,33 @@ seconds          processing, compressing and scoring all windows, without loadin
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-from collections.abc import Callable, Iterator
-from itertools import product
+import math
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from tqdm import tqdm
-
-from paged_kv import models, registry
+from paged_kv import models
 from paged_kv.bench.script import positive
-from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig
-from paged_kv.core.options import parse_json
-from paged_kv.core.page_formats import FORMATS, NATIVE
-from paged_kv.core.readers import read_budget
-from paged_kv.eval.rows import make_row, print_table
-from paged_kv.eval.task import Case, Outcome, Task, check_case, read_windows
-from paged_kv.option_table import OPTIONS
+from paged_kv.eval.cases import Case, read_cases
+from paged_kv.eval.record import Place
+from paged_kv.eval.rows import result_row, standard_error
+from paged_kv.eval.running import RunAll, add_common, chosen, evaluate
+from paged_kv.eval.task import Outcome, Task, read_windows
+from paged_kv.results import Row
 
 DEFAULTS = {"prompt": (1024, 512), "stream": (1, 4095)}  # protocol -> (prompt, score) tokens
-FIXED = {  # options that the command line or the protocol decides on -> what to use
-    "policy": "--policy",
-    "budget": "--budget",
-    "compress_prefill": "--protocol",
-    "start": "--protocol",
-    "page_format": "--page-format",
-    "residual_pages": "--residual-pages",
-}
+_FIGURES = ("nll", "nll_se", "ppl", "kl", "kl_se", "vs_first", "vs_first_se")
+_COSTS = ("kept", "bytes_per_token", "seconds")
+COLUMNS = ("policy", "budget", "page_format", "protocol", *_FIGURES, *_COSTS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `paged-kv eval perplexity`."""
+    add_common(parser)
     add = parser.add_argument
-    add("--model", default="smollm2", help="smollm2 (the default), a directory or a hub name")
     add("--text", type=Path, required=True, metavar="FILE", help="UTF-8")
-    add("--policy", required=True, metavar="P[,P...]", help=f"{', '.join(registry.available())}")
-    add("--budget", default="256", metavar="B[,B...]", help="entries kept per layer, or with a "
-        "point the fraction kept (default 256; ignored by full)")  # fmt: skip
-    add("--policy-config", metavar="JSON", help="more options, for all policies given: see "
-        "paged-kv options")  # fmt: skip
-    add("--page-format", default=NATIVE, metavar="F[,F...]",
-        help=f"{', '.join(FORMATS)}, or files of paged-kv calibrate formats "
-             "(default native)")  # fmt: skip
-    add("--residual-pages", type=int, default=0, metavar="N",
-        help=OPTIONS["residual_pages"].describe())  # fmt: skip
-    add("--engine", choices=("reference", "vllm"), default="reference", help="default reference")
     add("--protocol", choices=tuple(DEFAULTS), default="prompt", help="default prompt")
     add("--offset", type=int, default=0, metavar="N", help="tokens of the text to skip")
     add("--prompt-tokens", type=positive, metavar="N", help="default 1024 (prompt), 1 (stream)")
@@ -84,59 +65,69 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the first at the offset; two or more give standard errors (default 1)")  # fmt: skip
     add("--stride", type=positive, metavar="N", help="tokens from one window's first to the "
         "next one's (default: as many as a window needs, so that none overlap)")  # fmt: skip
-    add("--page-size", type=positive, default=DEFAULT_PAGE_SIZE, metavar="N",
-        help=f"whole pages are evicted (default {DEFAULT_PAGE_SIZE})")  # fmt: skip
-    add("--json", action="store_true", help="one JSON object per line instead of a table, "
-        "with nll and kl of each window")  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> None:
     """Runs and prints. Raises ValueError, before a model is loaded, for what the user got wrong."""
-    cases = read_cases(args)
-    task = make_task(args)
-    for case in cases:
-        check_case(case, task, args.engine)
+    model = models.resolve(args.model)
+    cases = read_cases(args, model)
+    task = make_task(args, model)
     run = _engine(args.engine)
     stride = args.stride or task.num_tokens
     windows = read_windows(task, args.text, args.offset, args.windows, stride)
+    rows = partial(make_rows, args, windows, cases)
+    evaluate(args, windows, cases, run, Outcome, rows, COLUMNS, unit="tok")
+
+
+def make_rows(
+    args: argparse.Namespace,
+    windows: Sequence[Task],
+    cases: Sequence[Case],
+    outcomes: dict[Place, Outcome],
+) -> list[Row]:
+    """A row for each case, over the windows that it has been run in."""
+    every = range(len(windows))
+    first = dict(chosen(outcomes, every, 0))
     rows = []
-    outcomes: list[list[Outcome]] = [[] for _ in cases]
-    with tqdm(unit="tok", file=sys.stderr) as bar:
-        for index, outcome in run(windows, cases, bar):
-            outcomes[index].append(outcome)
-            if len(outcomes[index]) < len(windows):
-                continue
-            rows.append(make_row(windows, cases[index], outcomes[index], outcomes[0]))
-            if args.json:
-                bar.clear()
-                print(json.dumps(rows[-1]._asdict()), flush=True)
-    if not args.json:
-        print_table(rows)
-
-
-def read_cases(args: argparse.Namespace) -> list[Case]:
-    """Every page format with every policy and budget; `full` once. Raises ValueError."""
-    more = parse_json(args.policy_config, "policy-config") if args.policy_config else {}
-    for name in FIXED:
-        if name in more:
-            raise ValueError(f"policy-config must not have {name}: use {FIXED[name]}")
-    cases = []
-    budgets = [read_budget("budget", text) for text in args.budget.split(",")]
-    for page_format, policy in product(args.page_format.split(","), args.policy.split(",")):
-        registry.check(policy)
-        paging: dict[str, Any] = {"page_format": page_format}
-        if page_format != NATIVE or args.page_format == NATIVE:  # a list may begin with native
-            paging["residual_pages"] = args.residual_pages
-        if policy == registry.FULL:
-            cases.append(Case(policy, None, CompressionConfig.from_dict(paging)))
+    for index, case in enumerate(cases):
+        found = chosen(outcomes, every, index)
+        if not found:
             continue
-        for budget in budgets:
-            options = {"policy": policy, "budget": budget, "compress_prefill": True, **paging}
-            cases.append(Case(policy, budget, CompressionConfig.from_dict({**more, **options})))
-    return cases
+        several = [outcome for _, outcome in found]
+        nll = [outcome.nll for outcome in several]
+        seen = [windows[0].num_seen] * len(found)
+        common = "perplexity", case, args.engine, "nll", nll, several, seen
+        differences = [one.nll - first[place].nll for place, one in found if place in first]
+        rows.append(
+            result_row(*common, higher_is_better=False)
+            | {"text": args.text.name, "protocol": args.protocol}
+            | _figures(nll, [outcome.kl for outcome in several], differences)
+            | {"windows": [_window(windows[place], outcome) for place, outcome in found]}
+        )
+    return rows
 
 
-def make_task(args: argparse.Namespace) -> Task:
+def _figures(
+    nll: Sequence[float], kl: Sequence[float | None], differences: Sequence[float]
+) -> dict[str, float | None]:
+    known = [value for value in kl if value is not None]
+    return {
+        "nll": round(fmean(nll), 6),
+        "nll_se": standard_error(nll),
+        "ppl": round(math.exp(fmean(nll)), 4),
+        "kl": round(fmean(known), 6) if known else None,
+        "kl_se": standard_error(known),
+        "vs_first": round(fmean(differences), 6) if differences else None,
+        "vs_first_se": standard_error(differences),
+    }
+
+
+def _window(task: Task, outcome: Outcome) -> dict[str, Any]:
+    kl = None if outcome.kl is None else round(outcome.kl, 6)
+    return {"offset": task.offset, "nll": round(outcome.nll, 6), "kl": kl}
+
+
+def make_task(args: argparse.Namespace, model: Path) -> Task:
     """What to process and to score, still without the tokens. Raises ValueError."""
     prompt, score = DEFAULTS[args.protocol]
     num_prompt, num_scored = args.prompt_tokens or prompt, args.score_tokens or score
@@ -154,15 +145,18 @@ def make_task(args: argparse.Namespace) -> Task:
         )
     if not args.text.is_file():
         raise ValueError(f"text {args.text}: no such file")
-    model = models.resolve(args.model)
     return Task(model, args.protocol, num_prompt, num_scored, args.page_size)
 
 
-def _engine(name: str) -> Callable[[list[Task], list[Case], Any], Iterator[tuple[int, Outcome]]]:
+def _engine(name: str) -> RunAll:
     if name == "reference":
         from paged_kv.eval.reference_runs import run_all
 
         return run_all
+    if name == "hf":
+        from paged_kv.eval.hf_answers import run_windows
+
+        return run_windows
     from paged_kv.eval import vllm_runs
 
     vllm_runs.prepare()

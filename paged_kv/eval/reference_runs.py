@@ -1,21 +1,20 @@
-"""Perplexity by the reference engine. One prompt is processed once for all policies it can serve.
-
-A policy that accumulates scores must see every token: its budgets share a prompt, nothing else.
-"""
+"""Perplexity by the reference engine: a prompt is processed once for all cases."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from paged_kv.config import CompressionConfig
+from paged_kv.eval.cases import Case
+from paged_kv.eval.prefills import Prefills
 from paged_kv.eval.reference.engine import ReferenceEngine
+from paged_kv.eval.running import Todo
 from paged_kv.eval.scoring import Score
-from paged_kv.eval.task import Case, Outcome, Task
+from paged_kv.eval.task import Outcome, Task
 from paged_kv.hf.driver.loading import load_model
-from paged_kv.store import query_gathering
-from paged_kv.store.query_gathering import SERVED_TOKENS, QueryGathering
 
 MOST_AT_ONCE = 256  # tokens
 FULL = CompressionConfig()  # what others are compared with: everything kept, as computed
@@ -27,33 +26,46 @@ class _Runs(Protocol):
     def run(self, config: CompressionConfig, score: Score, bar: Any) -> Outcome: ...
 
 
-def run_all(windows: list[Task], cases: list[Case], bar: Any) -> Iterator[tuple[int, Outcome]]:
-    """(index of a case, outcome): of every case in the first window, then in the next.
+def run_all(
+    windows: Sequence[Task], cases: Sequence[Case], todo: Todo, bar: Any
+) -> Iterator[tuple[int, int, Outcome]]:
+    """(index of a window, index of a case, outcome): of every case in a window, then in the next.
 
     Args:
         windows: one task in several places.
         cases: all that will be run.
+        todo: whether this case is wanted in this window.
         bar: tqdm; it counts the tokens of every window, for each case and for the full cache.
     """
-    model = load_model(windows[0].model)
-    # This engine can sum attention for whoever wants it.
-    name = str(windows[0].model)
-    decoder = model.config.get_text_config()
-    cases = [case._replace(config=case.config.settled(name, True, decoder)) for case in cases]
+    model = load_model(cases[0].model)
+    cases = settled(cases, model)
     others = sum(case.config != FULL for case in cases)
     bar.reset(len(windows) * windows[0].num_tokens * (others + 1))
-    for task in windows:
+    for place, task in enumerate(windows):
+        wanted = [index for index in range(len(cases)) if todo(place, index)]
+        if not wanted:
+            bar.update(task.num_tokens * (others + 1))
+            continue
         runs: _Runs
         runs = _Prompts(task, cases, model) if task.protocol == "prompt" else _Streams(task, model)
         bar.set_description("full")
         score = Score(model)
         full, hidden = runs.run(FULL, score, bar), score.hidden
-        for index, case in enumerate(cases):
+        for index in wanted:
+            case = cases[index]
             if case.config == FULL:
-                yield index, full
+                yield place, index, full
                 continue
-            bar.set_description(f"{case.policy} {case.budget or ''}".strip())
-            yield index, runs.run(case.config, Score(model, hidden), bar)
+            bar.set_description(str(case))
+            yield place, index, runs.run(case.config, Score(model, hidden), bar)
+
+
+def settled(cases: Sequence[Case], model: Any) -> list[Case]:
+    """With what policies leave open decided for this engine, which can sum attention for all."""
+    decoder = model.config.get_text_config()
+    return [
+        replace(case, config=case.config.settled(str(case.model), True, decoder)) for case in cases
+    ]
 
 
 class _Prompts:
@@ -65,49 +77,24 @@ class _Prompts:
         model: see load_model.
     """
 
-    def __init__(self, task: Task, cases: list[Case], model: Any) -> None:
-        self.task, self.model = task, model
-        enabled = [case.config.create_policy() for case in cases if case.config.enabled]
-        self.observe = max((policy.observation_window for policy in enabled), default=0)
-        self.gathers = any(
-            isinstance(query_gathering.source(policy), QueryGathering) for policy in enabled
-        )
-        self.prefills: dict[Any, tuple[ReferenceEngine, float]] = {}
+    def __init__(self, task: Task, cases: Sequence[Case], model: Any) -> None:
+        self.task = task
+        configs = [case.config for case in cases]
+        prompt = task.tokens[: task.num_prompt]
+        self.prefills = Prefills(model, prompt, configs, task.page_size)
 
     def run(self, config: CompressionConfig, score: Score, bar: Any) -> Outcome:
         """Compresses the prompt's cache and scores the rest of the tokens from it."""
         task = self.task
-        prefill, seconds = self._prefill(config)
+        engine, seconds = self.prefills.compressed(config)
         bar.update(task.num_prompt)
         begin = time.perf_counter()
-        engine = prefill.fork(config)
-        engine.compact()
         kept, num_bytes = _mean(engine.num_kept), engine.cache_bytes
         for start, end in _cuts(task.num_prompt, task.num_tokens - 1, _at_once(config, task)):
             hidden = engine.process(task.tokens[start:end], compact=False)
             score.add(hidden, task.tokens[start + 1 : end + 1])
         bar.update(task.num_tokens - task.num_prompt)
         return _outcome(score, kept, num_bytes, seconds + time.perf_counter() - begin)
-
-    def _prefill(self, config: CompressionConfig) -> tuple[ReferenceEngine, float]:
-        """An engine that has processed the prompt and dropped nothing, and the seconds it took."""
-        base = CompressionConfig(
-            page_format=config.page_format, residual_pages=config.residual_pages
-        )
-        key: Any = config.page_format
-        if config.enabled and "scores" in config.create_policy().reads:
-            options = tuple(sorted(config.options.items()))
-            settings = (config.selector, config.num_sink_tokens, config.recent_window, options)
-            key, base = (config.page_format, settings), config
-        if key not in self.prefills:
-            start = time.perf_counter()
-            gathering = QueryGathering(SERVED_TOKENS) if self.gathers else None
-            engine = ReferenceEngine(
-                self.model, base, self.task.page_size, observe=self.observe, gathering=gathering
-            )
-            engine.process(self.task.tokens[: self.task.num_prompt], compact=False)
-            self.prefills[key] = engine, time.perf_counter() - start
-        return self.prefills[key]
 
 
 class _Streams:

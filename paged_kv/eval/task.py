@@ -1,19 +1,11 @@
-"""What is evaluated, for either engine: plain data, and the checks before a model is loaded."""
+"""A window of a text, to be predicted: plain data, for all engines."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
-
-from paged_kv.bench.settings import model_config
-from paged_kv.config import CompressionConfig
-from paged_kv.core.page_formats import NATIVE, layer_formats
-from paged_kv.core.schedule import Schedule
-from paged_kv.plan import make_plan
 
 
 @dataclass(frozen=True)
@@ -53,14 +45,6 @@ class Task:
         return replace(self, tokens=text[offset : offset + self.num_tokens], offset=offset)
 
 
-class Case(NamedTuple):
-    """One policy under one budget."""
-
-    policy: str
-    budget: int | Fraction | None
-    config: CompressionConfig
-
-
 class Outcome(NamedTuple):
     """What an engine found in one window."""
 
@@ -69,68 +53,6 @@ class Outcome(NamedTuple):
     kept: float
     cache_bytes: int
     seconds: float
-
-
-def check_case(case: Case, task: Task, engine: str = "reference") -> list[Schedule | None]:
-    """The schedule of each layer, None for one that keeps everything.
-
-    Args:
-        case: what is kept.
-        task: of a model and a page size.
-        engine: reference or vllm, which refuses budgets that make too many groups of layers.
-
-    Raises:
-        ValueError: the budget or the page format does not fit the model, the page size or the
-            engine.
-    """
-    from paged_kv.hf.arguments import check_page_format
-    from paged_kv.tiers.files import check_spill_dir
-
-    config = model_config(task.model)
-    config = config.get("text_config", config)
-    num_layers = config["num_hidden_layers"]
-    check_spill_dir(case.config.spill_dir)
-    check_page_format(case.config, SimpleNamespace(**config), task.page_size)
-    if not case.config.enabled:
-        return [None] * num_layers
-    full = full_layers(config.get("layer_types"), num_layers)
-    plan = make_plan(case.config, task.page_size, num_layers, full)
-    if engine == "vllm":
-        from paged_kv.vllm.frontend.grouping import group_layers
-
-        group_layers(plan, case.config, num_layers - len(full))
-    return [plan.schedule(layer) for layer in range(num_layers)]
-
-
-def entry_bytes(case: Case, task: Task) -> list[int]:
-    """Bytes of an entry in each layer, all KV heads, as float32 engines store it."""
-    import torch
-
-    from paged_kv.quant import make_layout
-
-    config = model_config(task.model)
-    config = config.get("text_config", config)
-    heads = config["num_attention_heads"]
-    kv_heads = config.get("num_key_value_heads") or heads
-    size = config.get("head_dim") or config["hidden_size"] // heads
-    native = 2 * size * torch.float32.itemsize
-    formats = layer_formats(case.config.page_format, config["num_hidden_layers"])
-    return [
-        kv_heads
-        * (
-            native
-            if name == NATIVE
-            else make_layout(name, torch.float32, size, size, task.page_size).entry_bytes
-        )
-        for name in formats
-    ]
-
-
-def full_layers(types: Sequence[str] | None, num_layers: int) -> list[int]:
-    """Layers with full attention; the engines check again what a model says in other ways."""
-    if types is None:
-        return list(range(num_layers))
-    return [layer for layer, kind in enumerate(types) if kind == "full_attention"]
 
 
 def read_windows(

@@ -1,7 +1,7 @@
 """How a model of transformers is entered: its attention function, its head, its RoPE.
 
-An engine is given to the model's forward pass as one more argument: models hand on those that they
-do not know to the attention function.
+Engines are given to the model's forward pass as one more argument, one for each row: models hand on
+those that they do not know to the attention function.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ ENGINE = "paged_kv_engine"  # the argument
 
 
 class Attends(ABC):
-    """What takes over the attention of a model in a forward pass with it as argument ENGINE."""
+    """What takes over a row's attention in a forward pass with it in the argument ENGINE."""
 
     @abstractmethod
     def attend(
@@ -60,13 +61,16 @@ def engine_attention(
     s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """[1, n, heads, head_dim], of query [1, heads, n, head_dim]; the engine knows its masks."""
+    """[rows, n, heads, head_dim], of query [rows, heads, n, head_dim]; engines know their masks."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     sinks = None if s_aux is None else s_aux.float()
     terms = Terms(scale, softcap or 0.0, sinks)
-    engine: Attends = options[ENGINE]
-    output = engine.attend(module.layer_idx, query[0], key[0], value[0], terms, sliding_window)
-    return output.transpose(0, 1)[None].contiguous(), None
+    engines: Sequence[Attends] = options[ENGINE]
+    outputs = [
+        engine.attend(module.layer_idx, q, k, v, terms, sliding_window)
+        for engine, q, k, v in zip(engines, query, key, value, strict=True)
+    ]
+    return torch.stack(outputs).transpose(1, 2).contiguous(), None
 
 
 def full_attention_layers(config: Any) -> list[int]:

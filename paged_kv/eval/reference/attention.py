@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from paged_kv.eval.reference.layer_cache import LayerCache
@@ -20,7 +22,7 @@ def explicit(
     positions: Tensor,
     terms: Terms,
     bias: Tensor | None,
-    policy: Policy | None,
+    scorers: Mapping[str, Policy],
 ) -> Tensor:
     """[heads, q, size]: attention by its probabilities, which are added to the cache's scores.
 
@@ -32,17 +34,16 @@ def explicit(
         positions: int64 [q], of the queries.
         terms: how the layer computes attention.
         bias: float32, added to the logits; None for none.
-        policy: adds the probabilities up; None: nobody wants them.
+        scorers: fields of the cache, and who adds the probabilities up in each.
     """
     outputs = []
     first = [cache.size - query.shape[1]]
     blocks = paged_attention.probabilities(query[None], keys[None], first, terms, bias)
     for start, chances in blocks:
         outputs.append(paged_attention.mix(chances, values[None])[0])
-        if policy is not None:
-            block = positions[None, start : start + chances.shape[3]]
-            scores = policy.accumulate(cache["scores"][None], chances, block)
-            cache["scores"].copy_(scores[0])
+        block = positions[None, start : start + chances.shape[3]]
+        for name, policy in scorers.items():
+            cache[name].copy_(policy.accumulate(cache[name][None], chances, block)[0])
     return torch.cat(outputs, 1)
 
 

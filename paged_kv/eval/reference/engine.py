@@ -48,6 +48,7 @@ class ReferenceEngine(seams.Attends):
         observe: last queries to remember, if more than the policy looks at: for forks.
         gathering: takes the queries, whether or not the policy reads their statistics: for forks,
             and to calibrate.
+        scorers: policies that sum attention up beside the own one: for forks.
 
     Raises:
         ValueError: the budgets do not fit the model or the page size; the model is unsupported; or
@@ -62,6 +63,7 @@ class ReferenceEngine(seams.Attends):
         prompt_len: int = 0,
         observe: int = 0,
         gathering: QueryGathering | None = None,
+        scorers: Sequence[Policy] = (),
     ) -> None:
         text_config = model.config.get_text_config()
         if getattr(text_config, "num_kv_shared_layers", 0):
@@ -80,6 +82,8 @@ class ReferenceEngine(seams.Attends):
             found = query_gathering.source(self.policy)
             self.gathering = found if isinstance(found, QueryGathering) else None
         self._observed = max(observe, self.policy.observation_window if self.policy else 0)
+        assert not (scorers and config.enabled), "a compaction would lose what others sum up"
+        self._scorers |= {f"scores{n}": policy for n, policy in enumerate(_unlike(scorers))}
         check_page_format(config, text_config, page_size)
         formats = layer_formats(config.page_format, self._num_layers)
         self.layers = [
@@ -98,6 +102,7 @@ class ReferenceEngine(seams.Attends):
         if config.spill:
             budgets = config.spill_budget, config.spill_host_budget
             self._space = SpillSpace(*budgets, config.spill_dir)
+        self._scorers: dict[str, Policy] = {}  # by field of the layers' caches
         self.schedules: list[Schedule | None] = [None] * self._num_layers
         if config.waits_for_pressure:
             raise ValueError("start pressure needs a pool of pages; the reference engine has none")
@@ -105,13 +110,11 @@ class ReferenceEngine(seams.Attends):
             decoder = self.model.config.get_text_config()
             config = config.settled(self.model.name_or_path, False, decoder)
             self.policy = config.create_policy()
+            if "scores" in self.policy.reads:
+                self._scorers = {"scores": self.policy}
             self._reader = config.policy if "rotary" in self.policy.reads else None
             plan = make_plan(config, self.page_size, self._num_layers, self._full)
             self.schedules = [plan.schedule(layer) for layer in range(self._num_layers)]
-
-    @property
-    def _reads_scores(self) -> bool:
-        return self.policy is not None and "scores" in self.policy.reads
 
     @property
     def num_kept(self) -> list[int]:
@@ -146,25 +149,24 @@ class ReferenceEngine(seams.Attends):
         Returns:
             the last hidden states [tokens, hidden]; see logits.
         """
-        device = self.model.device
-        ids = torch.tensor([list(tokens)], dtype=torch.int64, device=device)
-        end = self.num_tokens + len(tokens)
-        positions = torch.arange(self.num_tokens, end, device=device)[None]
-        before, rope = self.num_kept, self._rope.after(end, self._reader)
-        self._next_rope = rope
-        inputs = {"input_ids": ids, "position_ids": positions, seams.ENGINE: self}
-        output = self.model.base_model(**inputs, use_cache=False)
-        if self.num_kept != [size + len(tokens) for size in before]:
+        return step([self], [tokens], compact)[0]
+
+    def begin(self, num_new: int) -> Tensor:
+        """int64 [num_new]: the positions of the next tokens, which are now on their way."""
+        end = self.num_tokens + num_new
+        self._before, self._next_rope = self.num_kept, self._rope.after(end, self._reader)
+        return torch.arange(self.num_tokens, end, device=self.model.device)
+
+    def end(self, num_new: int) -> None:
+        """The layers have taken them. Raises ValueError if they have not."""
+        if self.num_kept != [size + num_new for size in self._before]:
             raise ValueError(
                 f"{type(self.model).__name__} does not compute its attention through "
                 "transformers' AttentionInterface"
             )
-        self.num_tokens, self._rope = end, rope
+        self.num_tokens, self._rope = self.num_tokens + num_new, self._next_rope
         if self.gathering is not None:
-            self.gathering.end_step(len(tokens))
-        if compact:
-            self.compact()
-        return output.last_hidden_state[0]
+            self.gathering.end_step(num_new)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -181,11 +183,14 @@ class ReferenceEngine(seams.Attends):
         """
         other = copy(self)
         other._set_policy(config)
-        other.layers = [layer.copy() for layer in self.layers]
         new = other.policy
+        scores = "scores"
         if self.num_tokens and new is not None:
-            if "scores" in new.reads and not _same_scores(self.policy, new):
-                raise ValueError(f"{config.policy} accumulates scores: it must see every token")
+            if "scores" in new.reads:
+                known = {policy.scores_key: name for name, policy in self._scorers.items()}
+                if new.scores_key not in known:
+                    raise ValueError(f"{config.policy} accumulates scores: it must see every token")
+                scores = known[new.scores_key]
             if new.observation_window > self._observed:
                 raise ValueError(
                     f"{config.policy} looks at {new.observation_window} queries, but only "
@@ -193,6 +198,7 @@ class ReferenceEngine(seams.Attends):
                 )
             if isinstance(query_gathering.source(new), QueryGathering) and not self.gathering:
                 raise ValueError(f"{config.policy} has no statistics of queries: give a gathering")
+        other.layers = [layer.copy(scores) for layer in self.layers]
         other.gathering = deepcopy(self.gathering)
         return other
 
@@ -211,7 +217,8 @@ class ReferenceEngine(seams.Attends):
         num_new = query.shape[1]
         positions = torch.arange(self.num_tokens, self.num_tokens + num_new, device=key.device)
         weight = key.new_ones(1, 1)
-        fields = {"positions": positions[None], "weights": weight, "scores": weight * 0}
+        fields = {"positions": positions[None], "weights": weight}
+        fields |= dict.fromkeys(("scores", *self._scorers), weight * 0)
         stored = dict(zip(("keys", "values"), packing.store(key, value), strict=True))
         cache.append(num_new, **stored, **fields)
         keys, values = (
@@ -220,9 +227,8 @@ class ReferenceEngine(seams.Attends):
         state.window.append(query, self.num_tokens)
         self._gather(layer, query, key, positions, terms)
         bias = outside_window(sliding_window, num_new, cache.size, key.device)
-        if self._reads_scores or not terms.is_plain:
-            policy = self.policy if self._reads_scores else None
-            return explicit(cache, query, keys, values, positions, terms, bias, policy)
+        if self._scorers or not terms.is_plain:
+            return explicit(cache, query, keys, values, positions, terms, bias, self._scorers)
         states = query[None], keys[None], values[None]
         if bias is not None:
             return paged_attention.masked(*states, bias[None], terms.scale)[0]
@@ -264,6 +270,33 @@ class ReferenceEngine(seams.Attends):
         return make_region(layers, self.num_tokens, num_losers, reads, window, self._rope)
 
 
-def _same_scores(old: Policy | None, new: Policy) -> bool:
-    """Whether what one policy accumulated means the same to another, with or without spill."""
-    return old is not None and old.scores_key == new.scores_key
+@torch.inference_mode()
+def step(
+    engines: Sequence[ReferenceEngine], tokens: Sequence[Sequence[int]], compact: bool = True
+) -> Tensor:
+    """Takes the next chunk of each engine's tokens, in one pass: weights are read once.
+
+    Args:
+        engines: of one model.
+        tokens: of each engine, all of one length.
+        compact: see ReferenceEngine.process.
+
+    Returns:
+        the last hidden states [engines, tokens, hidden]; see ReferenceEngine.logits.
+    """
+    model, num_new = engines[0].model, len(tokens[0])
+    ids = torch.tensor([list(row) for row in tokens], dtype=torch.int64, device=model.device)
+    positions = torch.stack([engine.begin(num_new) for engine in engines])
+    inputs = {"input_ids": ids, "position_ids": positions, seams.ENGINE: list(engines)}
+    output = model.base_model(**inputs, use_cache=False)
+    for engine in engines:
+        engine.end(num_new)
+        if compact:
+            engine.compact()
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
+def _unlike(policies: Sequence[Policy]) -> list[Policy]:
+    """One of those for whom scores mean the same, with or without spill."""
+    return list({policy.scores_key: policy for policy in policies}.values())

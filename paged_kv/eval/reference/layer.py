@@ -17,6 +17,7 @@ from paged_kv.tiers.spill_memory import SpillSpace
 from paged_kv.tiers.spill_store import SpillStore
 
 Tensor = torch.Tensor
+FIELDS = ("keys", "values", "positions", "weights", "scores")  # of a cache that compacts
 _PACKED = ("keys", "values")
 _NOT_HELD = {"rotary", "query_statistics", "ratings"}  # see rating.py
 
@@ -54,13 +55,14 @@ class Layer:
             sizes = keys.shape[-1], values.shape[-1]
             self.spilled = SpillStore((1, len(keys)), sizes, keys.dtype, space)
 
-    def copy(self) -> Layer:
-        """One that shares nothing with this."""
+    def copy(self, scores: str = "scores") -> Layer:
+        """One that shares nothing with this; scores: which field of the cache it has as that."""
+        fields = {name: name for name in FIELDS} | {"scores": scores}
         return Layer(
             self.index,
             self.window.copy(),
             self.packing.copy(),
-            self.cache.copy(),
+            self.cache.copy(**fields) if self.cache.size else LayerCache(),
             self.terms,
             None if self.spilled is None else self.spilled.copy(),
         )
@@ -144,7 +146,7 @@ def apply(layers: Sequence[Layer], num_losers: int, result: Compaction) -> None:
     index = kept.nonzero()[:, -1].view(len(layers), kv_heads, size)
     for row, layer in enumerate(layers):
         fields = {}
-        for name in ("keys", "values", "positions", "weights", "scores"):
+        for name in FIELDS:
             new = getattr(result, name)
             before = layer.cache[name] if new is None else new[row, 0]
             if new is not None and name in _PACKED and not layer.packing.is_native:

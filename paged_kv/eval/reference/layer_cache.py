@@ -1,4 +1,4 @@
-"""What one layer of one sequence holds, in contiguous buffers that grow."""
+"""What one layer of one sequence holds, in contiguous buffers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ Tensor = torch.Tensor
 class LayerCache:
     """Fields by name (keys, values, positions, weights, scores), each [kv_heads, entries, ...].
 
-    Entries are in no order: a compaction closes the gaps, new ones come at the end.
+    Entries are in no order: a compaction closes the gaps, new ones come at the end. Buffers grow by
+    half as much again; a compaction leaves what it needs.
     """
 
     def __init__(self) -> None:
@@ -23,18 +24,16 @@ class LayerCache:
 
     def append(self, num_new: int, **fields: Tensor) -> None:
         """Adds entries; every field, each broadcasting to [kv_heads, num_new, ...]."""
-        self._write(self.size, self.size + num_new, fields)
-
-    def replace(self, size: int, **fields: Tensor) -> None:
-        """Holds these entries instead, [kv_heads, size, ...] of every field."""
-        self._write(0, size, fields)
-
-    def _write(self, start: int, end: int, fields: dict[str, Tensor]) -> None:
+        end = self.size + num_new
         if not self._buffers or end > next(iter(self._buffers.values())).shape[1]:
             self._grow(end, fields)
         for name, new in fields.items():
-            self._buffers[name][:, start:end] = new
+            self._buffers[name][:, self.size : end] = new
         self.size = end
+
+    def replace(self, size: int, **fields: Tensor) -> None:
+        """Holds these entries instead, [kv_heads, size, ...] of every field."""
+        self.size, self._buffers = size, fields
 
     def _grow(self, needed: int, fields: dict[str, Tensor]) -> None:
         """Amortised: half as much again."""
@@ -45,11 +44,16 @@ class LayerCache:
                 buffer[:, : self.size] = self[name]
             self._buffers[name] = buffer
 
-    def copy(self) -> LayerCache:
-        """One that shares nothing with this."""
+    def copy(self, **fields: str) -> LayerCache:
+        """One that shares nothing with this.
+
+        Args:
+            fields: name in the copy -> name here; none for all as they are.
+        """
         other = LayerCache()
         other.size = self.size
-        other._buffers = {name: self[name].clone() for name in self._buffers}
+        names = fields or {name: name for name in self._buffers}
+        other._buffers = {name: self[there].clone() for name, there in names.items()}
         return other
 
 

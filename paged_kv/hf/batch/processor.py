@@ -50,7 +50,7 @@ class _Attended:
 
     def __call__(self, **inputs: Any) -> Any:
         del inputs["cache"]
-        inputs[ENGINE] = self._engine
+        inputs[ENGINE] = [self._engine]
         # Of four dimensions, it is taken as it is: the model makes none.
         inputs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool)
         return self._model(**inputs)

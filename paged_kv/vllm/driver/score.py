@@ -1,6 +1,6 @@
-"""How likely an engine finds texts: the log-probabilities of prompts, in chunks of a given size.
+"""What an engine says of texts: log-probabilities of prompts, and what most likely follows them.
 
-What `paged-kv eval perplexity --engine vllm` runs: vLLM in this process, in float32.
+What `paged-kv eval --engine vllm` runs: vLLM in this process, in float32.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+MOST_AT_ONCE = 8  # sequences that are decoded
+CHUNK = 2048  # tokens of their prompts in a step
 SLACK_BYTES = 64 << 20  # of the pool: pages of a pyramid's steps that stay empty
 
 
@@ -33,7 +35,8 @@ def prompt_logprobs(
     """
     from vllm import SamplingParams
 
-    llm = _start(model, policy, max(map(len, texts)), chunk, page_size, bytes_per_token)
+    longest = max(map(len, texts)) + 1
+    llm = _start(model, policy, longest, 1, chunk, page_size, bytes_per_token)
     try:
         params = SamplingParams(
             temperature=0.0, max_tokens=1, ignore_eos=True, prompt_logprobs=0, detokenize=False
@@ -50,30 +53,77 @@ def prompt_logprobs(
         gc.collect()
 
 
+def continuations(
+    model: str,
+    policy: Mapping[str, Any],
+    prompts: Sequence[tuple[Sequence[int], int, frozenset[int]]],
+    page_size: int,
+    bytes_per_token: int,
+) -> Iterator[tuple[int, list[int], float]]:
+    """(index of a prompt, the most likely tokens after it, seconds), as they are finished.
+
+    Args:
+        model: a model directory.
+        policy: options as in additional_config["paged_kv"]; empty for plain vLLM.
+        prompts: of each its tokens, most new tokens, and tokens that end what follows and are no
+            part of it. Several are in the engine at once, and share its time.
+        page_size: tokens per page.
+        bytes_per_token: of the uncompressed cache in float32, all layers.
+    """
+    from vllm import SamplingParams
+
+    longest = max(len(tokens) + most for tokens, most, _ in prompts)
+    at_once = min(len(prompts), MOST_AT_ONCE)
+    llm = _start(model, policy, longest, at_once, CHUNK, page_size, bytes_per_token)
+    try:
+        engine = llm.llm_engine
+        for index, (tokens, most, stop) in enumerate(prompts):
+            params = SamplingParams(
+                temperature=0.0,
+                max_tokens=most,
+                stop_token_ids=sorted(stop),
+                ignore_eos=True,
+                detokenize=False,
+            )
+            engine.add_request(str(index), {"prompt_token_ids": list(tokens)}, params)
+        start = time.perf_counter()
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    index, new = int(output.request_id), list(output.outputs[0].token_ids)
+                    seconds, start = time.perf_counter() - start, time.perf_counter()
+                    yield index, new[:-1] if new[-1] in prompts[index][2] else new, seconds
+    finally:
+        _stop(llm)
+        del llm
+        gc.collect()
+
+
 def _start(
     model: str,
     policy: Mapping[str, Any],
-    num_tokens: int,
+    max_len: int,
+    at_once: int,
     chunk: int,
     page_size: int,
     bytes_per_token: int,
 ) -> Any:
-    """An LLM for one sequence that takes a prompt in chunks."""
+    """An LLM for so many sequences, which takes prompts in chunks."""
     from vllm import LLM
 
-    room = -(-(num_tokens + 1) // page_size) * page_size
+    room = -(-max_len // page_size) * page_size
     return LLM(
         model,
         dtype="float32",
         enforce_eager=True,
         seed=0,
-        max_model_len=num_tokens + 1,
-        max_num_seqs=1,
+        max_model_len=max_len,
+        max_num_seqs=at_once,
         max_num_batched_tokens=chunk,
         enable_chunked_prefill=True,
         enable_prefix_caching=False,
         block_size=page_size,
-        kv_cache_memory_bytes=2 * room * bytes_per_token + SLACK_BYTES,
+        kv_cache_memory_bytes=(1 + at_once) * room * bytes_per_token + SLACK_BYTES,
         additional_config={"paged_kv": dict(policy)} if policy else {},
     )
 

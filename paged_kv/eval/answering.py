@@ -1,0 +1,172 @@
+"""Tasks whose answers are written by the model: from examples to result rows.
+
+A question is hidden, so that a context is compressed before it comes, or seen: then it is part of
+what is compressed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from paged_kv.bench.settings import model_config
+from paged_kv.eval.cases import TRUNCATE, Case, read_cases
+from paged_kv.eval.prompt import Answer, Prompt
+from paged_kv.eval.record import Place
+from paged_kv.eval.rows import result_row
+from paged_kv.eval.running import RunAll, chosen, evaluate
+from paged_kv.eval.tasks.example import Example
+from paged_kv.eval.tasks.metrics import score
+from paged_kv.hf.driver.prompts import PromptEncoder
+from paged_kv.results import Row
+
+HIDDEN, SEEN = "hidden", "seen"
+COLUMNS = ("policy", "budget", "page_format", "task", "score", "standard_error", "samples")
+COLUMNS += ("kept", "bytes_per_token", "seconds")
+More = Callable[[Sequence[Example], Sequence[float]], dict[str, Any]]
+
+
+def add_question(parser: argparse.ArgumentParser) -> None:
+    """--question."""
+    parser.add_argument("--question", choices=(HIDDEN, SEEN), default=HIDDEN, help="whether the "
+        "context is compressed before the question comes, or with it (default hidden; engine vllm "
+        "compresses whole prompts: seen)")  # fmt: skip
+
+
+def check_question(args: argparse.Namespace) -> None:
+    """Raises ValueError where an engine cannot have what is asked for."""
+    if args.engine == "vllm" and args.question == HIDDEN:
+        raise ValueError(
+            "question hidden: engine vllm compresses a prompt at its end: use --question seen, or "
+            "engine reference or hf"
+        )
+
+
+@dataclass
+class Asked:
+    """Examples as the model gets them.
+
+    Args:
+        examples: of one task or several.
+        prompts: of each example.
+    """
+
+    examples: list[Example]
+    prompts: list[Prompt]
+
+
+def encode(encoder: PromptEncoder, examples: Sequence[Example], question: str, limit: int) -> Asked:
+    """Those that fit.
+
+    Args:
+        encoder: of the model.
+        examples: all.
+        question: HIDDEN or SEEN.
+        limit: tokens of a prompt and its answer.
+
+    Raises:
+        ValueError: none fits.
+    """
+    asked = Asked([], [])
+    shortest = 0
+    for example in examples:
+        texts = example.context, example.question, example.answer_prefix
+        context, rest = encoder.parts(*texts, example.chat)
+        if question == SEEN:
+            context, rest = context + rest, []
+        prompt = Prompt(context, rest, example.max_new_tokens, encoder.stop)
+        if prompt.num_tokens <= limit:
+            asked.examples.append(example)
+            asked.prompts.append(prompt)
+        shortest = min(shortest or prompt.num_tokens, prompt.num_tokens)
+    if not asked.prompts:
+        raise ValueError(f"no example fits: the shortest takes {shortest} tokens of {limit}")
+    return asked
+
+
+def limit_of(model: Path, given: int | None) -> int:
+    """Tokens that a prompt and its answer may have. Raises ValueError."""
+    most = model_config(model).get("max_position_embeddings")
+    if given and most and given > most:
+        raise ValueError(f"max-length must be at most the model's {most}, not {given}")
+    return int(given or most or 1 << 30)
+
+
+def run_examples(
+    args: argparse.Namespace, model: Path, name: str, asked: Asked, more: More = lambda *_: {}
+) -> None:
+    """Asks, scores, prints.
+
+    Args:
+        args: of a command with the common options.
+        model: its directory.
+        name: of the task, as on the command line.
+        asked: what.
+        more: fields of a row, from its examples and their scores.
+    """
+    cases = read_cases(args, model, baselines=[TRUNCATE])
+    engine = run_answers(args.engine)
+    rows = partial(make_rows, args, name, asked, cases, more)
+    evaluate(args, asked.prompts, cases, engine, Answer, rows, COLUMNS)
+
+
+def make_rows(
+    args: argparse.Namespace,
+    name: str,
+    asked: Asked,
+    cases: Sequence[Case],
+    more: More,
+    outcomes: dict[Place, Answer],
+) -> list[Row]:
+    """A row for each case and task, over the examples that it has answered; then one for all."""
+    encoder = PromptEncoder(cases[0].model)
+    tasks = list(dict.fromkeys(example.task for example in asked.examples))
+    groups = {
+        f"{name}:{task}": [i for i, one in enumerate(asked.examples) if one.task == task]
+        for task in tasks
+    }
+    if len(tasks) != 1:
+        groups[name] = list(range(len(asked.examples)))
+    rows = []
+    for group, places in groups.items():
+        for index, case in enumerate(cases):
+            found = chosen(outcomes, places, index)
+            if not found:
+                continue
+            examples = [asked.examples[place] for place, _ in found]
+            answers = [answer for _, answer in found]
+            texts = [encoder.decode(answer.tokens) for answer in answers]
+            scores = [score(*pair) for pair in zip(texts, examples, strict=True)]
+            seen = [len(asked.prompts[place].context) for place, _ in found]
+            metrics = {example.metric for example in examples}
+            metric = metrics.pop() if len(metrics) == 1 else "mean"
+            row = result_row(group, case, args.engine, metric, scores, answers, seen)
+            row |= {"question": args.question, "context_tokens": round(fmean(seen))}
+            rows.append(row | more(examples, scores) | {"examples": _each(examples, scores)})
+    return rows
+
+
+def _each(examples: Sequence[Example], scores: Sequence[float]) -> list[dict[str, Any]]:
+    pairs = zip(examples, scores, strict=True)
+    return [{"id": example.id, "score": round(value, 4)} for example, value in pairs]
+
+
+def run_answers(engine: str) -> RunAll:
+    """What asks an engine."""
+    if engine == "reference":
+        from paged_kv.eval.reference_answers import run_all
+
+        return run_all
+    if engine == "hf":
+        from paged_kv.eval import hf_answers
+
+        return hf_answers.run_all
+    from paged_kv.eval import vllm_answers, vllm_runs
+
+    vllm_runs.prepare()
+    return vllm_answers.run_all

@@ -1,0 +1,187 @@
+"""What is compared: policies, budgets and page formats, and the checks before a model is loaded."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from paged_kv import registry
+from paged_kv.bench.settings import model_config
+from paged_kv.config import CompressionConfig
+from paged_kv.core.options import parse_json
+from paged_kv.core.page_formats import NATIVE, layer_formats
+from paged_kv.core.readers import read_budget
+from paged_kv.core.schedule import Schedule
+from paged_kv.plan import make_plan
+
+TRUNCATE = "truncate"  # no policy: the context's first and last half of the budget, all kept
+FIXED = {  # options that the command line or the protocol decides on -> what to use
+    "policy": "--policy",
+    "budget": "--budget",
+    "compress_prefill": "the protocol",
+    "start": "the protocol",
+    "page_format": "--page-format",
+    "residual_pages": "--residual-pages",
+}
+
+
+class Held(NamedTuple):
+    """What a cache holds."""
+
+    by_layer: list[int]  # entries
+    cache_bytes: int  # keys and values, as pages store them
+
+    @property
+    def kept(self) -> float:
+        """Entries per layer, mean."""
+        return sum(self.by_layer) / len(self.by_layer)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One policy under one budget.
+
+    Args:
+        policy: its name.
+        budget: entries or share that is kept; None: everything.
+        config: the same, as engines take it.
+        model: a model directory.
+        page_size: entries are dropped in multiples of it.
+    """
+
+    policy: str
+    budget: int | Fraction | None
+    config: CompressionConfig
+    model: Path
+    page_size: int
+
+    def __str__(self) -> str:
+        return f"{self.policy} {self.budget or ''}".strip()
+
+    @cached_property
+    def decoder(self) -> dict[str, Any]:
+        """config.json of the model, of its text part."""
+        config = model_config(self.model)
+        decoder: dict[str, Any] = config.get("text_config", config)
+        return decoder
+
+    def schedules(self, engine: str = "reference") -> list[Schedule | None]:
+        """The schedule of each layer, None for one that keeps everything.
+
+        Args:
+            engine: reference, hf or vllm, which refuses budgets that make too many groups of
+                layers.
+
+        Raises:
+            ValueError: the budget or the page format does not fit the model, the page size or the
+                engine.
+        """
+        from paged_kv.hf.arguments import check_page_format
+        from paged_kv.tiers.files import check_spill_dir
+
+        num_layers = self.decoder["num_hidden_layers"]
+        check_spill_dir(self.config.spill_dir)
+        check_page_format(self.config, SimpleNamespace(**self.decoder), self.page_size)
+        if not self.config.enabled:
+            return [None] * num_layers
+        full = full_layers(self.decoder.get("layer_types"), num_layers)
+        plan = make_plan(self.config, self.page_size, num_layers, full)
+        if engine == "vllm":
+            from paged_kv.vllm.frontend.grouping import group_layers
+
+            group_layers(plan, self.config, num_layers - len(full))
+        return [plan.schedule(layer) for layer in range(num_layers)]
+
+    def held(self, num_tokens: int) -> Held:
+        """What is held after so many tokens: the schedules say it."""
+        kept = [
+            num_tokens - (schedule.evicted(num_tokens, 0) if schedule else 0)
+            for schedule in self.schedules()
+        ]
+        return Held(kept, sum(map(int.__mul__, kept, self._entry_bytes)))
+
+    @cached_property
+    def _entry_bytes(self) -> list[int]:
+        """Bytes of an entry in each layer, all KV heads, as float32 engines store it."""
+        import torch
+
+        from paged_kv.quant import make_layout
+
+        heads = self.decoder["num_attention_heads"]
+        kv_heads = self.decoder.get("num_key_value_heads") or heads
+        size = self.decoder.get("head_dim") or self.decoder["hidden_size"] // heads
+        native = 2 * size * torch.float32.itemsize
+        formats = layer_formats(self.config.page_format, self.decoder["num_hidden_layers"])
+        return [
+            kv_heads
+            * (
+                native
+                if name == NATIVE
+                else make_layout(name, torch.float32, size, size, self.page_size).entry_bytes
+            )
+            for name in formats
+        ]
+
+
+def full_layers(types: Sequence[str] | None, num_layers: int) -> list[int]:
+    """Layers with full attention; the engines check again what a model says in other ways."""
+    if types is None:
+        return list(range(num_layers))
+    return [layer for layer, kind in enumerate(types) if kind == "full_attention"]
+
+
+def context_of(case: Case, context: Sequence[int]) -> list[int]:
+    """The tokens that a case sees of a context: all, unless it cuts out the middle."""
+    tokens = list(context)
+    if case.policy != TRUNCATE:
+        return tokens
+    assert isinstance(case.budget, int)
+    first, last = case.budget - case.budget // 2, case.budget // 2
+    return tokens if len(tokens) <= case.budget else tokens[:first] + tokens[len(tokens) - last :]
+
+
+def read_cases(args: argparse.Namespace, model: Path, baselines: Sequence[str] = ()) -> list[Case]:
+    """Every page format with every policy and budget; `full` once.
+
+    Args:
+        args: of a command with the common options.
+        model: its directory.
+        baselines: names that are no policies and are allowed here.
+
+    Raises:
+        ValueError: what the user got wrong.
+    """
+    more = parse_json(args.policy_config, "policy-config") if args.policy_config else {}
+    for name in FIXED:
+        if name in more:
+            raise ValueError(f"policy-config must not have {name}: use {FIXED[name]}")
+    cases = []
+    budgets = [read_budget("budget", text) for text in args.budget.split(",")]
+    for page_format, policy in product(args.page_format.split(","), args.policy.split(",")):
+        paging: dict[str, Any] = {"page_format": page_format}
+        if page_format != NATIVE or args.page_format == NATIVE:  # a list may begin with native
+            paging["residual_pages"] = args.residual_pages
+        uncompressed = CompressionConfig.from_dict(paging)
+        if policy == registry.FULL:
+            cases.append(Case(policy, None, uncompressed, model, args.page_size))
+            continue
+        if policy not in baselines:
+            registry.check(policy)
+        for budget in budgets:
+            options = {"policy": policy, "budget": budget, "compress_prefill": True, **paging}
+            config = uncompressed
+            if policy not in baselines:
+                config = CompressionConfig.from_dict({**more, **options})
+            elif isinstance(budget, Fraction):
+                raise ValueError(f"budget {float(budget)}: {policy} needs a number of tokens")
+            cases.append(Case(policy, budget, config, model, args.page_size))
+    for case in cases:
+        case.schedules(args.engine)
+    return cases
