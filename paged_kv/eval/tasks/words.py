@@ -1,13 +1,13 @@
 """Words that haystacks and questions are made of.
 
-None occurs twice or inside another, so that an answer that names one names no other. Verbs
-stand in the past tense.
+None occurs twice, inside another or in RULER's question for common words, so that an answer that
+names one names no other. Verbs stand in the past tense.
 """
 
 _ADJECTIVES = """
 amber ample ancient angry annual arctic autumn bitter bleak blunt bold brave brief bright brittle
 broad broken bronze busy calm candid careful cautious central cheerful chilly circular civil
-classic clever cloudy clumsy coastal cold colorful common compact complex cool copper costly cozy
+classic clever cloudy clumsy coastal cold colorful compact complex cool copper costly cozy
 cracked crisp crooked crowded cruel curious curly daily damp daring dazzling dear decent deep
 delicate dense distant divine dizzy double dreary dusty early earnest eastern elastic elegant
 empty endless enormous equal eternal even exact exotic faded faint fair faithful famous fancy
