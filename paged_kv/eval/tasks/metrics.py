@@ -51,8 +51,9 @@ def qa_f1(prediction: str, example: Example) -> float:
 def rouge_l(prediction: str, example: Example) -> float:
     """F1 of the longest common subsequence of words; of the answer that fits best.
 
-    Words are runs of a-z and 0-9, as in Google's rouge-score. LongBench takes another package,
-    which keeps punctuation and joins what it finds sentence by sentence.
+    Words are runs of a-z and 0-9, as in Google's rouge-score. LongBench takes another package
+    (rouge), which compares sentence by sentence and gives higher numbers: published ROUGE-L of
+    LongBench cannot be compared with these.
     """
     words = _alphanumeric(prediction)
     return max(_similarity(words, _alphanumeric(answer)) for answer in example.answers)
