@@ -36,8 +36,8 @@ def examples(
         count: how many.
         seed: the same seed gives the same examples, on every machine.
         count_tokens: of a text, by the model's tokenizer, without special tokens.
-        haystack: a text file to hide needles in, for the tasks with essays; RULER's own file of
-            essays, for instance. It is read from its front, again if it is too short.
+        haystack: a text file (essays, a book) to hide needles in, for the tasks with essays; the
+            others ignore it. It is read from its front, again if it is too short.
 
     Raises:
         ValueError: no such task, a number below 1, a haystack that cannot be read; from the
