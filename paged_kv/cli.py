@@ -116,10 +116,26 @@ COMMANDS = {
                 "perplexity": (
                     "how well a text is predicted from a compressed cache",
                     "paged_kv.eval.perplexity",
-                )
+                ),
+                "agreement": (
+                    "how long a compressed cache writes what the full one writes",
+                    "paged_kv.eval.agreement",
+                ),
+                "needle": (
+                    "whether a pass key is found, by depth and length",
+                    "paged_kv.eval.needle",
+                ),
+                "ruler": (
+                    "RULER's synthetic tasks, of any length",
+                    "paged_kv.eval.ruler",
+                ),
+                "longbench": (
+                    "LongBench's questions about real texts",
+                    "paged_kv.eval.longbench",
+                ),
             }
         ),
-        "hf,bench",
+        "hf,bench,eval",
     ),
     "calibrate": Command(
         "measure a model once, for what compresses it later",

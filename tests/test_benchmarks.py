@@ -96,11 +96,6 @@ SCRIPTS = {
         ["runs", "scattered"],
         {"dtype", "batch", "tokens", "dynamic_ms", "sdpa_ms", "flex_ms", "ratio", "ratios"},
     ),
-    "needle": (
-        "--tokens 400 --facts 1 --depths 10 --budget 128 --cases streaming streaming+spill",
-        ["streaming", "streaming+spill"],
-        {"found", "asked", "by_depth"},
-    ),
     "hf_decode": (
         "--rounds 1 --dtypes float32 --batches 2 --context 64 --long-context 600 "
         "--policies streaming snapkv",

@@ -236,7 +236,7 @@ def test_swapping_is_of_vllm(name, value, model):
 def test_a_needle_that_is_lost_without(smollm2_dir):
     """A key at 10 % of 1,500 tokens; the chunks before the question have no use for it.
 
-    benchmarks/needle.py asks for more keys, in longer prompts, at other depths.
+    paged_kv/eval/tasks/needle.py asks for more keys, in longer prompts, at other depths.
     """
     model = load_model(smollm2_dir)
     found = {}

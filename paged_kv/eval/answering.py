@@ -7,7 +7,7 @@ what is compressed.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,8 +26,8 @@ from paged_kv.hf.driver.prompts import PromptEncoder
 from paged_kv.results import Row
 
 HIDDEN, SEEN = "hidden", "seen"
-COLUMNS = ("policy", "budget", "page_format", "task", "score", "standard_error", "samples")
-COLUMNS += ("kept", "bytes_per_token", "seconds")
+COLUMNS = ("policy", "budget", "page_format", "task", "score", "standard_error", "samples",
+           "kept", "bytes_per_token", "seconds")  # fmt: skip
 More = Callable[[Sequence[Example], Sequence[float]], dict[str, Any]]
 
 
@@ -59,8 +59,17 @@ class Asked:
     examples: list[Example]
     prompts: list[Prompt]
 
+    def __add__(self, other: Asked) -> Asked:
+        return Asked(self.examples + other.examples, self.prompts + other.prompts)
 
-def encode(encoder: PromptEncoder, examples: Sequence[Example], question: str, limit: int) -> Asked:
+
+def encode(
+    encoder: PromptEncoder,
+    examples: Iterable[Example],
+    question: str,
+    limit: int,
+    count: int | None = None,
+) -> Asked:
     """Those that fit.
 
     Args:
@@ -68,6 +77,7 @@ def encode(encoder: PromptEncoder, examples: Sequence[Example], question: str, l
         examples: all.
         question: HIDDEN or SEEN.
         limit: tokens of a prompt and its answer.
+        count: most examples; None for all.
 
     Raises:
         ValueError: none fits.
@@ -80,6 +90,8 @@ def encode(encoder: PromptEncoder, examples: Sequence[Example], question: str, l
         if question == SEEN:
             context, rest = context + rest, []
         prompt = Prompt(context, rest, example.max_new_tokens, encoder.stop)
+        if len(asked.prompts) == count:
+            break
         if prompt.num_tokens <= limit:
             asked.examples.append(example)
             asked.prompts.append(prompt)

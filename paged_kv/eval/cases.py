@@ -19,6 +19,7 @@ from paged_kv.core.options import parse_json
 from paged_kv.core.page_formats import NATIVE, layer_formats
 from paged_kv.core.readers import read_budget
 from paged_kv.core.schedule import Schedule
+from paged_kv.eval.tasks.longbench import truncated_middle
 from paged_kv.plan import make_plan
 
 TRUNCATE = "truncate"  # no policy: the context's first and last half of the budget, all kept
@@ -139,12 +140,10 @@ def full_layers(types: Sequence[str] | None, num_layers: int) -> list[int]:
 
 def context_of(case: Case, context: Sequence[int]) -> list[int]:
     """The tokens that a case sees of a context: all, unless it cuts out the middle."""
-    tokens = list(context)
     if case.policy != TRUNCATE:
-        return tokens
+        return list(context)
     assert isinstance(case.budget, int)
-    first, last = case.budget - case.budget // 2, case.budget // 2
-    return tokens if len(tokens) <= case.budget else tokens[:first] + tokens[len(tokens) - last :]
+    return truncated_middle(list(context), case.budget)
 
 
 def read_cases(args: argparse.Namespace, model: Path, baselines: Sequence[str] = ()) -> list[Case]:
