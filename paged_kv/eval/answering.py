@@ -21,7 +21,6 @@ from paged_kv.eval.record import Place
 from paged_kv.eval.rows import result_row
 from paged_kv.eval.running import RunAll, chosen, evaluate
 from paged_kv.eval.tasks.example import Example
-from paged_kv.eval.tasks.metrics import score
 from paged_kv.hf.driver.prompts import PromptEncoder
 from paged_kv.results import Row
 
@@ -136,6 +135,8 @@ def make_rows(
     outcomes: dict[Place, Answer],
 ) -> list[Row]:
     """A row for each case and task, over the examples that it has answered; then one for all."""
+    from paged_kv.eval.tasks.metrics import score  # the other evaluations need no such library
+
     encoder = PromptEncoder(cases[0].model)
     tasks = list(dict.fromkeys(example.task for example in asked.examples))
     groups = {

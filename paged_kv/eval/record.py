@@ -57,7 +57,10 @@ class Record(Generic[Outcome]):
         except OSError as error:
             raise ValueError(f"out {path}: {error.strerror}") from None
         self._file.seek(0)
-        known = dict(filter(None, map(_line, self._file)))
+        lines = self._file.readlines()
+        if lines and not lines[-1].endswith("\n"):  # cut off: the next one begins anew
+            self._file.write("\n")
+        known = dict(filter(None, map(_line, lines)))
         for place, key in self._keys.items():
             if key in known:
                 self.outcomes[place] = kind(*known[key])
