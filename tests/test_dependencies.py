@@ -35,6 +35,7 @@ LEVELS |= {
     "results": 1,
     "models": 0,
     "model_identity": 0,
+    "model_rules": 0,
     "directory_cache": 0,
     "versions": 0,
     "__init__": 0,

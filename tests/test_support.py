@@ -67,11 +67,11 @@ SCHEDULER = "vllm.v1.core.sched.scheduler.Scheduler"
 def test_a_cache_dtype_that_a_policy_cannot_read():
     """Moving whole entries is possible in any format."""
     from paged_kv.config import CompressionConfig
-    from paged_kv.vllm.frontend.support import _check_cache_dtype
+    from paged_kv.vllm.frontend.refusals import check_cache_dtype
 
     def check(policy: str) -> None:
         config = CompressionConfig.from_dict({"policy": policy})
-        _check_cache_dtype("int8_per_token_head", config)
+        check_cache_dtype("int8_per_token_head", config)
 
     check("streaming")
     check("random")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from paged_kv.core.schedule import Schedule, cdiv
 from paged_kv.plan import Plan
 
 PLAN_KEY = "paged_kv_plan"
@@ -36,6 +37,26 @@ class GroupedPlan(Plan):
     def format(self, layer: int) -> str | None:
         """The page format of a layer, None for pages as the engine has them."""
         return self.formats[layer] if layer < len(self.formats) else None
+
+    def schedules(self) -> list[Schedule]:
+        """Of the compressed layers."""
+        return [schedule for layer in self.budgets if (schedule := self.schedule(layer))]
+
+    def longest_prompt(self, max_len: int, num_pages: int) -> int | None:
+        """Longest prompt that num_pages pages (vLLM's null page included) can hold; None: any.
+
+        A prompt is held whole until its end, in every group of compressed layers at once; the
+        other groups are taken at their most.
+
+        Args:
+            max_len: tokens of the longest sequence.
+            num_pages: of vLLM's pool.
+        """
+        if self.compress_prefill:
+            return None
+        other_pages = self.num_other_groups * cdiv(max_len, self.page_size)
+        limit = max(0, num_pages - 1 - other_pages) // self.num_groups * self.page_size
+        return limit if limit < max_len else None
 
     def to_json(self) -> dict[str, Any]:
         """Values that JSON can carry, and from_json reads."""

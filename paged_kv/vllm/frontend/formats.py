@@ -17,10 +17,15 @@ from paged_kv.config import CompressionConfig
 from paged_kv.core.page_formats import NATIVE, layer_formats
 from paged_kv.kernels import cpu
 from paged_kv.quant import make_layout
+from paged_kv.vllm.frontend.refusals import (
+    CACHE_DTYPES,
+    check_groups,
+    check_residual,
+    refuse_packed,
+)
 from paged_kv.vllm.plan import GroupedPlan
 
 AUTO = "auto"
-CACHE_DTYPES = {"int8_per_token_head": "int8", "int4_per_token_head": "int4"}
 FP8_DTYPES = ("fp8", "fp8_e4m3")
 
 
@@ -34,7 +39,7 @@ def take_cache_dtype(engine_args: Any, config: CompressionConfig) -> Compression
         ValueError: options contradict each other, or the platform has no such pages.
     """
     if not current_platform.is_cpu():
-        _refuse_ours(config)
+        refuse_packed(config)
         return config
     cache_dtype = engine_args.kv_cache_dtype
     asked = CACHE_DTYPES.get(cache_dtype)
@@ -55,21 +60,8 @@ def take_cache_dtype(engine_args: Any, config: CompressionConfig) -> Compression
             f"kv-cache-dtype-skip-layers does not work with page_format {config.page_format}: a "
             'page_format file ({"layers": ["native", "int8", ...]}) says it for each layer'
         )
-    if config.residual_pages and config.page_format == NATIVE:
-        raise ValueError(
-            f"residual_pages {config.residual_pages} needs a page_format other than native"
-        )
+    check_residual(config)
     return config
-
-
-def _refuse_ours(config: CompressionConfig) -> None:
-    if config.page_format != NATIVE:
-        raise ValueError(
-            f"page_format {config.page_format} works on CPU only; on this platform vLLM has page "
-            f"formats of its own: --kv-cache-dtype fp8, {', '.join(CACHE_DTYPES)}"
-        )
-    if config.residual_pages:
-        raise ValueError(f"residual_pages {config.residual_pages} works on CPU only")
 
 
 def with_formats(
@@ -114,14 +106,7 @@ def _check(
     cache_dtype = vllm_config.cache_config.cache_dtype
     if is_quantized_kv_cache(cache_dtype):
         raise ValueError(f"{asked}: the model's own configuration asks for {cache_dtype} pages")
-    if hybrid:
-        # Pages of all groups have one size: vLLM would fill up ours.
-        raise ValueError(f"{asked} does not support a model with sliding-window layers")
-    if len(set(formats)) > 1 and plan.num_groups + plan.num_other_groups > 1:
-        raise ValueError(
-            f"{asked}: layers of different formats cannot have different budgets (a pyramid, or "
-            "skip_layers): pages of all KV cache groups have one size"
-        )
+    check_groups(plan, config, formats, hybrid)
     for name in set(formats):
         _make_layout(vllm_config, name)
     page_size = vllm_config.cache_config.block_size

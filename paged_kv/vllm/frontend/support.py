@@ -13,14 +13,20 @@ from vllm.logger import init_logger
 
 from paged_kv.config import CompressionConfig
 from paged_kv.core.page_formats import NATIVE
+from paged_kv.model_rules import full_attention_layers, refused_attention
 from paged_kv.plan import make_plan
 from paged_kv.vllm.frontend.formats import with_formats
 from paged_kv.vllm.frontend.grouping import group_layers
+from paged_kv.vllm.frontend.refusals import (
+    NO_FULL_ATTENTION,
+    check_cache_dtype,
+    refuse,
+    too_many_ranks,
+    unsupported,
+)
 from paged_kv.vllm.plan import GroupedPlan
 from paged_kv.vllm.swap.options import is_ours
 from paged_kv.vllm.worker.worker import WORKERS
-
-READABLE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -34,7 +40,7 @@ def check_arguments(engine_args: Any, config: CompressionConfig) -> None:
         ValueError: names what is unsupported.
     """
     check_model_directory(engine_args.model, engine_args.load_format)
-    _refuse(
+    refuse(
         config,
         {
             "prefill context parallelism": engine_args.prefill_context_parallel_size > 1,
@@ -62,16 +68,15 @@ def check(vllm_config: Any, config: CompressionConfig) -> GroupedPlan:
     _check_features(vllm_config, config)
     hf_config = vllm_config.model_config.hf_text_config
     num_layers = vllm_config.model_config.get_total_num_hidden_layers()
-    full_layers = _full_attention_layers(hf_config, num_layers)
+    full_layers = full_attention_layers(hf_config, num_layers)
     if not full_layers and (config.enabled or config.page_format != NATIVE):
-        what = "a model without full-attention layers (all have a sliding window)"
-        raise _unsupported(config, what)
+        raise unsupported(config, NO_FULL_ATTENTION)
     page_size = vllm_config.cache_config.block_size
     plan = GroupedPlan(page_size, False, {}, 0, 1, num_layers)
     if config.enabled:
         if len(full_layers) < num_layers:
             logger.info("paged_kv leaves the layers that have no full attention as they are")
-        _check_cache_dtype(vllm_config.cache_config.cache_dtype, config)
+        check_cache_dtype(vllm_config.cache_config.cache_dtype, config)
         budgets = make_plan(config, page_size, num_layers, full_layers)
         plan = group_layers(budgets, config, num_layers - len(full_layers))
         when = ", once pages run out" if config.waits_for_pressure else ""
@@ -82,15 +87,6 @@ def check(vllm_config: Any, config: CompressionConfig) -> GroupedPlan:
         "paged_kv page formats: %s", ", ".join(f"{n} x {name}" for name, n in names.items())
     )
     return plan
-
-
-def _unsupported(config: CompressionConfig, what: str) -> ValueError:
-    asked = "kv-swap-space" if config.swap_space else "kv-policy"
-    if config.page_format != NATIVE:
-        asked = f"page_format {config.page_format}"
-    if config.enabled:
-        asked = "kv-policy"
-    return ValueError(f"{asked} does not support {what}")
 
 
 def _check_model(model_config: Any, config: CompressionConfig) -> None:
@@ -105,24 +101,14 @@ def _check_model(model_config: Any, config: CompressionConfig) -> None:
         "reference sliding-window attention": getattr(model_config, "rswa_window", None)
         is not None,
     }
-    _refuse(config, refused)
-    text = model_config.hf_text_config
-    _refuse(
-        config,
-        {
-            "layers that share their KV cache": bool(getattr(text, "num_kv_shared_layers", 0)),
-            "ALiBi position biases": bool(getattr(text, "alibi", False))
-            or getattr(text, "position_embedding_type", None) == "alibi"
-            or text.model_type in ("bloom", "step1"),
-            "chunked local attention": bool(getattr(text, "attention_chunk_size", None)),
-        },
-    )
+    refuse(config, refused)
+    refuse(config, refused_attention(model_config.hf_text_config))
 
 
 def _check_features(vllm_config: Any, config: CompressionConfig) -> None:
     parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
     cache, transfer = vllm_config.cache_config, vllm_config.kv_transfer_config
-    _refuse(
+    refuse(
         config,
         {
             "speculative decoding": vllm_config.speculative_config is not None,
@@ -141,32 +127,4 @@ def _check_features(vllm_config: Any, config: CompressionConfig) -> None:
     )
     shards = parallel.tensor_parallel_size
     kv_heads = vllm_config.model_config.get_total_num_kv_heads()
-    _refuse(config, {f"more ranks ({shards}) than KV heads ({kv_heads})": shards > kv_heads})
-
-
-def _refuse(config: CompressionConfig, refused: dict[str, bool]) -> None:
-    for what, present in refused.items():
-        if present:
-            raise _unsupported(config, what)
-
-
-def _check_cache_dtype(cache_dtype: str, config: CompressionConfig) -> None:
-    """Moving entries needs no knowledge of their format; reading and merging them does."""
-    policy = config.create_policy()
-    reads = policy.observation_window > 0 or policy.reads
-    if reads and cache_dtype not in READABLE_DTYPES:
-        raise _unsupported(
-            config,
-            f"the cache dtype {cache_dtype} with {config.selector}, which reads the cache; "
-            f"it reads {', '.join(READABLE_DTYPES)}",
-        )
-
-
-def _full_attention_layers(hf_config: Any, num_layers: int) -> list[int]:
-    types = getattr(hf_config, "layer_types", None)
-    if types is not None:
-        return [layer for layer in range(num_layers) if types[layer] == "full_attention"]
-    window = getattr(hf_config, "sliding_window", None)
-    if window is not None and getattr(hf_config, "use_sliding_window", True):
-        return []
-    return list(range(num_layers))
+    refuse(config, too_many_ranks(shards, kv_heads))

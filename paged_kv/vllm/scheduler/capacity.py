@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 
+from paged_kv.core.page_counts import most_pages
 from paged_kv.core.schedule import cdiv
 from paged_kv.vllm.scheduler import limits
 from paged_kv.vllm.scheduler.manager import PagedManager
@@ -79,6 +80,6 @@ class PoolCapacity:
     def _most_pages(self, prompt_len: int, chunk: int) -> int:
         """Most pages of compressed layers that a sequence holds on its way to max_model_len."""
         return sum(
-            cdiv(m.schedule.max_retained(self.max_len, prompt_len, chunk), m.block_size)
+            most_pages(m.schedule, m.block_size, self.max_len, prompt_len, chunk)
             for m in self.managers
         )

@@ -4,40 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
-from paged_kv.core.schedule import cdiv
+from paged_kv.core import page_counts
 from paged_kv.vllm.plan import get_plan
-
-LEAST_CHUNK = 512  # tokens of a prompt's piece under compress_prefill, if the user says nothing
 
 
 def prompt_chunk(vllm_config: Any) -> int:
     """Most tokens of one prompt in a step under compress_prefill: it holds them beside its budget.
 
-    vLLM's own setting for it is long_prefill_token_threshold, which we keep to also where a request
-    is alone. Where it is not set: the largest budget, which at most doubles what a request holds.
+    We keep to vLLM's own setting for it also where a request is alone.
     """
-    scheduler, plan = vllm_config.scheduler_config, get_plan(vllm_config)
-    chunk = scheduler.long_prefill_token_threshold
-    if chunk == 0:
-        schedules = (plan.schedule(layer) for layer in plan.budgets)
-        max_len = vllm_config.model_config.max_model_len
-        chunk = max([LEAST_CHUNK, *(s.budget(max_len) for s in schedules if s is not None)])
-    return int(min(chunk, scheduler.max_num_batched_tokens))
+    scheduler = vllm_config.scheduler_config
+    return page_counts.prompt_chunk(
+        get_plan(vllm_config).schedules(),
+        vllm_config.model_config.max_model_len,
+        scheduler.long_prefill_token_threshold,
+        scheduler.max_num_batched_tokens,
+    )
 
 
 def max_prompt_len(vllm_config: Any, num_pages: int) -> int | None:
-    """Longest prompt that num_pages pages (vLLM's null page included) can hold; None: any.
-
-    A prompt is held whole until its end, in every group of compressed layers at once; the other
-    groups are taken at their most.
-    """
-    plan = get_plan(vllm_config)
-    if plan.compress_prefill:
-        return None
+    """See GroupedPlan.longest_prompt."""
     max_len = vllm_config.model_config.max_model_len
-    other_pages = plan.num_other_groups * cdiv(max_len, plan.page_size)
-    limit = max(0, num_pages - 1 - other_pages) // plan.num_groups * plan.page_size
-    return limit if limit < max_len else None
+    return get_plan(vllm_config).longest_prompt(max_len, num_pages)
 
 
 def check_request(vllm_config: Any, request: Any, num_pages: int | None) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 from typing_extensions import Self
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
 
-from paged_kv.core.schedule import Schedule, cdiv
+from paged_kv.core.page_counts import reserved_pages
+from paged_kv.core.schedule import Schedule
 from paged_kv.vllm.scheduler import limits
 
 
@@ -48,15 +49,10 @@ class PagedSpec(AttentionSpec):
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         """What one request can hold: vLLM's start-up check and its reported concurrency."""
         max_len = vllm_config.model_config.max_model_len
-        whole = cdiv(max_len, self.block_size)
         chunk = limits.prompt_chunk(vllm_config) if self.schedule.compress_prefill else 1
         in_flight = chunk * vllm_config.max_concurrent_batches
-        compressed = cdiv(self.schedule.max_retained(max_len, 0, in_flight), self.block_size) + 1
-        if self.schedule.compress_prefill:
-            pages = min(compressed, whole)
-        else:
-            limit = whole if self.max_prompt_len is None else self.max_prompt_len // self.block_size
-            pages = min(max(compressed, limit), whole)
+        limit = self.max_prompt_len
+        pages = reserved_pages(self.schedule, self.block_size, max_len, in_flight, limit)
         return pages * self.page_size_bytes
 
     @classmethod

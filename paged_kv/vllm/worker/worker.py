@@ -108,7 +108,7 @@ class PagedWorkerMixin:
         memory: int = super().determine_available_memory()  # type: ignore[misc]
         shares = self._shares()
         shares.grow_rings(memory)
-        return shares.for_pages(memory)
+        return shares.memory.for_pages(memory)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """The caches are (re)allocated."""
@@ -210,8 +210,7 @@ class PagedWorkerMixin:
         return Shares(
             self._stored(),
             self._schedules(),
-            self._plan.num_groups,
-            self._plan.layers_per_page,
+            self._plan,
             self.vllm_config.scheduler_config.max_num_seqs,
             self.compactor,
             self.residual,
@@ -222,16 +221,14 @@ class PagedWorkerMixin:
 
         Its check wants room for max_model_len tokens; under a policy only a prompt needs that.
         """
-        plan, cache_config = self._plan, self.vllm_config.cache_config
-        if not plan.budgets:
+        cache_config = self.vllm_config.cache_config
+        if not self._plan.budgets:
             return specs
         num_pages = cache_config.num_gpu_blocks_override
         memory = cache_config.kv_cache_memory_bytes
         if num_pages is None and memory is not None:
-            sizes = [spec.page_size_bytes for spec in specs.values()]
-            mixed = len(set(sizes)) > 1  # in one group
-            page_bytes = sum(sizes) if mixed else sizes[0] * plan.layers_per_page
-            num_pages = self._shares().for_pages(memory) // page_bytes
+            shares = self._shares().memory
+            num_pages = shares.for_pages(memory) // shares.pool_page_bytes
         limit = None if num_pages is None else limits.max_prompt_len(self.vllm_config, num_pages)
         if limit is None:
             return specs
