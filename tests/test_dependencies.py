@@ -27,6 +27,7 @@ LEVELS = {
     "bench": 7,
     "generate": 7,
     "eval": 7,
+    "capacity": 7,
     "cli": 8,
 }
 # Modules beside the folders: policies' names, options and budgets, which the engines read.

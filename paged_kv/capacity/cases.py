@@ -1,0 +1,134 @@
+"""What is compared: policies, budgets and page formats, and how vLLM would run them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import product
+from typing import Any, NamedTuple
+
+from paged_kv import registry
+from paged_kv.config import CompressionConfig
+from paged_kv.core.options import shown
+from paged_kv.core.page_formats import FORMATS, NATIVE
+
+FIXED = {"policy": "--policy", "budget": "--budget", "page_format": "--page-format"}
+CPU, GPU = "cpu", "gpu"
+GPU_DTYPES = {  # format -> vLLM's --kv-cache-dtype, on a GPU
+    NATIVE: "auto",
+    "int8": "int8_per_token_head",
+    "int4": "int4_per_token_head",
+    "fp8": "fp8",
+}
+assert set(GPU_DTYPES) == set(FORMATS)
+
+
+class Case(NamedTuple):
+    """One line of the table.
+
+    Args:
+        policy: as the user wrote it.
+        page_format: one of FORMATS, or a file of the calibration; on a GPU, vLLM's own of the name.
+        config: the options; page_format is native on a GPU.
+        finds_budget: whether the budget is what is asked for.
+    """
+
+    policy: str
+    page_format: str
+    config: CompressionConfig
+    finds_budget: bool = False
+
+    @property
+    def budget(self) -> int | Fraction | None:
+        """None for what keeps everything."""
+        return self.config.budget if self.config.enabled else None
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How vLLM runs.
+
+    Args:
+        memory: bytes for the KV cache, of each rank.
+        prompt_len: tokens of a prompt.
+        max_len: tokens of a sequence at its end (--max-model-len).
+        page_size: tokens per page (--block-size).
+        max_num_seqs: requests that may run at once.
+        max_num_batched_tokens: of a step.
+        prompt_piece: --long-prefill-token-threshold; 0: not set.
+        concurrent_batches: steps in flight: two, with vLLM's asynchronous scheduling.
+        num_ranks: of tensor parallelism.
+        device: cpu or gpu.
+        is_configured: whether memory is what --kv-cache-memory-bytes says.
+    """
+
+    memory: int
+    prompt_len: int
+    max_len: int
+    page_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    prompt_piece: int = 0
+    concurrent_batches: int = 2
+    num_ranks: int = 1
+    device: str = CPU
+    is_configured: bool = True
+
+
+def make_cases(
+    policies: list[str],
+    budgets: list[int | Fraction] | None,
+    formats: list[str],
+    more: dict[str, Any],
+    device: str,
+) -> Iterator[Case]:
+    """Every page format with every policy and budget; `full` once for each format, and first.
+
+    Args:
+        policies: names.
+        budgets: of each; None: the largest that fits is asked for.
+        formats: see Case.
+        more: further options, for all policies.
+        device: see Engine.
+
+    Raises:
+        ValueError: an option is wrong, or given in two places.
+    """
+    for name in FIXED:
+        if name in more:
+            raise ValueError(f"policy-config must not have {name}: use {FIXED[name]}")
+    for policy in policies:
+        registry.check(policy)
+    residual = more.get("residual_pages", 0)
+    paging = {key: more[key] for key in more if key.startswith("swap_") or key == "residual_pages"}
+    for page_format, policy in product(formats, _full_first(policies)):
+        where: dict[str, Any] = {"page_format": _own_format(page_format, device)}
+        if page_format == NATIVE and len(formats) > 1 and residual:
+            where["residual_pages"] = 0  # a list may begin with native
+        if policy == registry.FULL:
+            yield Case(policy, page_format, CompressionConfig.from_dict({**paging, **where}))
+            continue
+        for budget in [None] if budgets is None else budgets:
+            options = {**more, "policy": policy, **where}
+            if budget is not None:
+                options["budget"] = budget
+            config = CompressionConfig.from_dict(options)
+            yield Case(policy, page_format, config, budget is None)
+
+
+def _full_first(policies: list[str]) -> list[str]:
+    """All are compared with it."""
+    return [registry.FULL, *(name for name in policies if name != registry.FULL)]
+
+
+def _own_format(page_format: str, device: str) -> str:
+    """The option page_format; on a GPU, where vLLM has pages of its own, it is left alone."""
+    if device == CPU:
+        return page_format
+    if page_format not in GPU_DTYPES:
+        raise ValueError(
+            f"page-format on a GPU must be one of {', '.join(GPU_DTYPES)} (vLLM's own), "
+            f"not {shown(page_format)}"
+        )
+    return NATIVE

@@ -1,0 +1,132 @@
+"""The figures of each case, as rows, and the budget with which so many sequences fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+from paged_kv import registry
+from paged_kv.capacity.cases import Case, Engine
+from paged_kv.capacity.model import Model
+from paged_kv.capacity.pool import Groups, Held, Pool
+from paged_kv.capacity.tiers import tiers
+from paged_kv.config import CompressionConfig
+from paged_kv.core.page_formats import NATIVE
+from paged_kv.core.schedule import cdiv
+
+Row = dict[str, Any]
+
+
+def estimate(
+    model: Model, engine: Engine, cases: Iterable[Case], num_sequences: int | None = None
+) -> Iterator[Row]:
+    """A row for each case.
+
+    Args:
+        model: its sizes.
+        engine: how vLLM runs.
+        cases: what is kept.
+        num_sequences: that must decode at once, for cases that ask for their budget.
+
+    Raises:
+        ValueError: the plugin would refuse a case, or no budget lets so many decode.
+    """
+    full = Pool(model, engine, Case(registry.FULL, NATIVE, CompressionConfig()))
+    base = _decoding(full)
+    for case in cases:
+        if case.finds_budget:
+            assert num_sequences is not None
+            case = fitting(model, engine, case, num_sequences)
+        yield _row(Pool(model, engine, case), base)
+
+
+def fitting(model: Model, engine: Engine, case: Case, num_sequences: int) -> Case:
+    """The case with the largest budget, in whole pages, with which so many decode at once.
+
+    Raises:
+        ValueError: not even the least budget is small enough.
+    """
+    size = engine.page_size
+
+    def with_budget(pages: int) -> Case:
+        return case._replace(config=replace(case.config, budget=pages * size))
+
+    def fits(pages: int) -> bool:
+        """Too small a budget counts as fitting; see below."""
+        try:
+            return _decoding(Pool(model, engine, with_budget(pages))) >= num_sequences
+        except ValueError:
+            return True
+
+    most = cdiv(engine.max_len, size)
+    _decoding(Pool(model, engine, with_budget(most)))  # what has nothing to do with budgets raises
+    low, high = 0, most + 1  # fits(low), not fits(high)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    found = with_budget(max(1, low))
+    try:
+        if _decoding(Pool(model, engine, found)) >= num_sequences:
+            return found
+        reason = f"budget {found.budget} is still too large"
+    except ValueError as error:
+        reason = str(error)
+    raise ValueError(f"sequences {num_sequences}: no budget of {case.policy} is enough: {reason}")
+
+
+def _decoding(pool: Pool) -> float:
+    """Sequences that decode at once; vLLM's null page is nobody's."""
+    return (pool.num_pages - 1) / pool.while_decoding().pages
+
+
+def _row(pool: Pool, base: float) -> Row:
+    shares, layers, engine, case = pool.shares, pool.layers, pool.engine, pool.case
+    prompting, decoding = pool.while_prompting(), pool.while_decoding()
+    sequences = _decoding(pool)
+    concurrency = pool.num_pages / pool.reserved_pages
+    budget = case.budget
+    return {
+        "policy": case.policy,
+        "budget": float(budget) if isinstance(budget, Fraction) else budget,
+        "page_format": case.page_format,
+        "bytes_per_token": sum(layers.pages) // engine.page_size,
+        "prompt_entries": round(prompting.entries, 2),
+        "prompt_bytes": _bytes(pool, prompting),
+        "decode_entries": round(decoding.entries, 2),
+        "decode_bytes": _bytes(pool, decoding),
+        "prompts": round((pool.num_pages - 1) / prompting.pages, 2),
+        "sequences": round(sequences, 2),
+        "gain": round(sequences / base, 2),
+        "vllm_kv_cache_tokens": int(concurrency * engine.max_len),
+        "vllm_max_concurrency": round(concurrency, 2),
+        "pages": pool.num_pages,
+        "page_bytes": shares.pool_page_bytes,
+        "pages_per_sequence": decoding.pages,
+        "groups": [
+            {"layers": group.num_layers, "groups": group.num_groups, "kind": _kind(group)}
+            for group in pool.groups
+        ],
+        "side_bytes_per_page": shares.beside_page_bytes,
+        "query_ring_bytes": (shares.query_rows(engine.memory) + 1) * shares.query_row_bytes,
+        "residual_bytes": (shares.residual_rows(engine.memory) + 1) * shares.residual_row_bytes,
+        "longest_prompt": pool.longest_prompt,
+        "prompt_piece": pool.prompt_chunk,
+        "waits_for_pressure": case.config.waits_for_pressure,
+        "starts": pool.reserved_pages < pool.num_pages,
+        "tiers": tiers(pool),
+    }
+
+
+def _kind(group: Groups) -> str:
+    if group.schedule is not None:
+        return "compressed"
+    return f"sliding window of {group.window}" if group.window else "full"
+
+
+def _bytes(pool: Pool, held: Held) -> int:
+    """With side data and rows of rings."""
+    shares = pool.shares
+    page = shares.pool_page_bytes + shares.beside_page_bytes
+    return held.pages * page + shares.query_row_bytes + shares.residual_row_bytes
