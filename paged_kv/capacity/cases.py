@@ -57,7 +57,8 @@ class Engine:
         max_num_seqs: requests that may run at once.
         max_num_batched_tokens: of a step.
         prompt_piece: --long-prefill-token-threshold; 0: not set.
-        concurrent_batches: steps in flight: two, with vLLM's asynchronous scheduling.
+        concurrent_batches: steps in flight: with asynchronous scheduling, which vLLM has on GPUs
+            only, two.
         num_ranks: of tensor parallelism.
         device: cpu or gpu.
         is_configured: whether memory is what --kv-cache-memory-bytes says.
@@ -70,7 +71,7 @@ class Engine:
     max_num_seqs: int
     max_num_batched_tokens: int
     prompt_piece: int = 0
-    concurrent_batches: int = 2
+    concurrent_batches: int = 1
     num_ranks: int = 1
     device: str = CPU
     is_configured: bool = True

@@ -4,10 +4,10 @@ One line for each page format, policy and budget. All figures are upper bounds t
 reaches at most, with what lies beside its pages (side data, rings):
 
 KiB per token    of its keys and values as pages store them, in all layers of a rank
-prompt's end     what a sequence holds until its prompt ends: all of it, unless the options have
-                 compress_prefill; entries kept are the mean over layers
-decoding         the same from then on
-sequences        that can decode at once: the decode capacity in the log of a vLLM server
+prompt: kept     entries that a sequence holds until its prompt ends, mean over layers: all of it,
+                 unless the options have compress_prefill
+decode: kept     the same from then on
+seqs at once     that can decode: the decode capacity in the log of a vLLM server
 gain             of that over `full` with native pages
 vLLM says        its own "Maximum concurrency", which counts prompts that are held whole
 
@@ -86,6 +86,11 @@ def main(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not 1 <= value <= MOST:
             raise ValueError(f"{name.replace('_', '-')} must be an integer >= 1, not {value}")
+    if args.context + args.output > MOST:
+        raise ValueError(f"context {args.context} + output {args.output} must be at most {MOST}")
+    policies = args.policy.split(",")
+    if args.sequences is not None and set(policies) == {registry.FULL}:
+        raise ValueError(f"sequences {args.sequences} needs a --policy that has a budget")
     model = read_model(args.model, args.dtype)
     engine = read_engine(args, model)
     budgets = None
@@ -94,7 +99,7 @@ def main(args: argparse.Namespace) -> None:
         budgets = [read_budget("budget", text) for text in texts]
     more = parse_json(args.policy_config, "policy-config") if args.policy_config else {}
     formats = args.page_format.split(",")
-    cases = make_cases(args.policy.split(","), budgets, formats, more, engine.device)
+    cases = make_cases(policies, budgets, formats, more, engine.device)
     rows = []
     for row in estimate(model, engine, cases, args.sequences):
         rows.append(row)
@@ -126,6 +131,7 @@ def read_engine(args: argparse.Namespace, model: Model) -> Engine:
         page_size=args.page_size,
         max_num_seqs=args.max_num_seqs or seqs,
         max_num_batched_tokens=args.max_num_batched_tokens or tokens,
+        concurrent_batches=1 if device == CPU else 2,
         num_ranks=ranks,
         device=device,
         is_configured=not gpu,

@@ -22,6 +22,7 @@ from paged_kv.plan import make_plan
 from paged_kv.vllm.frontend import refusals
 from paged_kv.vllm.frontend.grouping import group_layers, group_size, num_groups
 from paged_kv.vllm.plan import GroupedPlan
+from paged_kv.vllm.swap.options import check_together
 
 
 class Groups(NamedTuple):
@@ -77,30 +78,34 @@ class Pool:
     @cached_property
     def plan(self) -> GroupedPlan:
         """As the plugin makes it."""
-        model, config = self.model, self.case.config
-        wants_full = config.enabled or config.page_format != NATIVE
-        if wants_full and not model.full_layers:
-            raise refusals.unsupported(config, refusals.NO_FULL_ATTENTION)
-        if config.enabled or config.swap_space or config.page_format != NATIVE:
-            ranks = refusals.too_many_ranks(self.engine.num_ranks, model.kv_heads)
-            refusals.refuse(config, ranks)
-        refusals.check_residual(config)
-        config.check_residual(self.engine.page_size, self.engine.max_len)
+        self._check()
+        model, config, size = self.model, self.case.config, self.engine.page_size
         if config.enabled:
-            if self.engine.device != CPU:
-                refusals.check_cache_dtype(GPU_DTYPES[self.case.page_format], config)
-            plan = make_plan(config, self.engine.page_size, model.num_layers, model.full_layers)
+            plan = make_plan(config, size, model.num_layers, model.full_layers)
             grouped = group_layers(plan, config, model.num_sliding)
         else:
-            sizes = [size for size in (len(model.full_layers), model.num_sliding) if size]
-            of_page = group_size(sizes)
-            grouped = GroupedPlan(
-                self.engine.page_size, False, {}, 0, sum(num_groups(sizes)), of_page
-            )
+            sizes = [count for count in (len(model.full_layers), model.num_sliding) if count]
+            others = sum(num_groups(sizes))
+            grouped = GroupedPlan(size, False, {}, 0, others, group_size(sizes))
         if config.page_format != NATIVE:
             formats = self.layers.formats
             refusals.check_groups(grouped, config, formats, bool(model.num_sliding))
         return grouped
+
+    def _check(self) -> None:
+        """Refuses what the plugin would refuse. Raises ValueError."""
+        model, config, engine = self.model, self.case.config, self.engine
+        if (config.enabled or config.page_format != NATIVE) and not model.full_layers:
+            raise refusals.unsupported(config, refusals.NO_FULL_ATTENTION)
+        if config.enabled or config.page_format != NATIVE or config.swap_space:
+            refusals.refuse(config, refusals.too_many_ranks(engine.num_ranks, model.kv_heads))
+        if config.enabled and engine.device != CPU:
+            refusals.check_cache_dtype(GPU_DTYPES[self.case.page_format], config)
+        if engine.device != CPU:
+            refusals.refuse_packed(config)
+        refusals.check_residual(config)
+        config.check_residual(engine.page_size, engine.max_len)
+        check_together(config)
 
     @cached_property
     def groups(self) -> list[Groups]:
@@ -186,10 +191,9 @@ class Pool:
                 reserved, most = self._unscheduled(group, num_tokens)
                 pages += group.num_groups * cdiv(reserved, size)
             else:
-                most = group.schedule.max_retained(num_tokens, start, chunk)
-                schedule = group.schedule
-                each = page_counts.most_pages(schedule, size, num_tokens, start, chunk)
-                pages += group.num_groups * each
+                tokens = num_tokens, start, chunk
+                most = group.schedule.max_retained(*tokens)
+                pages += group.num_groups * page_counts.most_pages(group.schedule, size, *tokens)
             entries += group.num_layers * most
         return Held(pages, entries / self.model.num_layers)
 

@@ -14,10 +14,9 @@ from paged_kv.core.schedule import cdiv
 
 WIDTH = 100
 _HEADS = (
-    ("", "", "", "KiB per", "prompt's", "", "decoding:", "", "sequences", "", "vLLM"),
-    ("policy", "budget", "format", "token", "end: kept", "MiB", "kept", "MiB", "at once", "gain",
-     "says"),
-)  # fmt: skip
+    ("", "", "", "KiB per", "prompt:", "", "decode:", "", "seqs at", "", "vLLM"),
+    ("policy", "budget", "format", "token", "kept", "MiB", "kept", "MiB", "once", "gain", "says"),
+)
 
 
 def bytes_per_token(model: Model) -> int:
@@ -43,10 +42,11 @@ def table_lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Two lines of heads and one for each row: names to the left, numbers to the right."""
     lines = [*_HEADS, *(_cells(row) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    gap = "  " if sum(widths) + 2 * len(widths) - 2 <= WIDTH else " "
     for line in lines:
         cells = [f"{line[0]:{widths[0]}}"]
         cells += [f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True)]
-        yield "  ".join(cells).rstrip()
+        yield gap.join(cells).rstrip()
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

@@ -12,6 +12,8 @@ WEIGHT_BYTES = {
     "fp8": 1.0, "int8": 1.0, "int4": 0.5,
 }  # fmt: skip
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+ATTENTION_BIAS = ("llama", "qwen3", "smollm3")  # families that can have such
+MLP_BIAS = ("llama", "smollm3")
 _VOCAB_MULTIPLE = 64  # vLLM's rows of an embedding, on all ranks together
 
 
@@ -50,12 +52,11 @@ def parameters(model: Model, num_ranks: int = 1, vocab_multiple: int = _VOCAB_MU
     keys = max(1, model.kv_heads // num_ranks) * model.head_dim
     linear = 2 * hidden * queries + 2 * hidden * keys + 3 * hidden * inner // num_ranks
     others = 2 * hidden
-    has_bias = bool(getattr(text, "attention_bias", False))
-    if kind == "qwen2" or has_bias:
+    if kind == "qwen2":
         others += queries + 2 * keys
-    if has_bias and kind != "qwen2":
-        others += hidden
-    if getattr(text, "mlp_bias", False):
+    if kind in ATTENTION_BIAS and getattr(text, "attention_bias", False):
+        others += queries + 2 * keys + hidden
+    if kind in MLP_BIAS and getattr(text, "mlp_bias", False):
         others += 2 * inner // num_ranks + hidden
     if kind == "qwen3":
         others += 2 * model.head_dim

@@ -18,6 +18,7 @@ def check(config: CompressionConfig) -> None:
     Raises:
         ValueError: names the option, its value and what is allowed.
     """
+    check_together(config)
     if config.swap_space:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if config.swap_space * GIB >= memory:
@@ -25,7 +26,13 @@ def check(config: CompressionConfig) -> None:
                 f"kv-swap-space {config.swap_space} GiB: this machine has "
                 f"{memory / GIB:.1f} GiB of memory"
             )
-    else:
+    if config.swap_dir:
+        _check_directory(config.swap_dir, config.swap_dir_space)
+
+
+def check_together(config: CompressionConfig) -> None:
+    """Refuses what cannot work anywhere. Raises ValueError: see check."""
+    if not config.swap_space:
         for value, name in (
             (config.swap_dir, "swap-dir"),
             (config.swap_dir_space, "swap-dir-space"),
@@ -39,8 +46,6 @@ def check(config: CompressionConfig) -> None:
             f"kv-swap-dir {config.swap_dir!r} and kv-swap-dir-space {config.swap_dir_space} need "
             "each other: a directory, and a number of GiB above 0"
         )
-    if config.swap_dir:
-        _check_directory(config.swap_dir, config.swap_dir_space)
 
 
 def set_connector(engine_args: Any) -> None:
