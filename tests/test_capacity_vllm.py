@@ -12,6 +12,7 @@ import torch
 from engines import logged
 
 from paged_kv.capacity.cases import GPU_DTYPES, Case, Engine
+from paged_kv.capacity.command import DEFAULTS
 from paged_kv.capacity.layers import entry_bytes
 from paged_kv.capacity.model import read_model
 from paged_kv.capacity.pool import Pool
@@ -121,6 +122,16 @@ def test_pages_of_a_sliding_window_are_those_of_vllm(batches, max_len, window, d
     pool = Pool(model, engine, Case("full", "native", CompressionConfig()))
     sliding = spec.max_admission_blocks_per_request(batches * 512, max_len)
     assert pool.reserved_pages == sliding + cdiv(max_len, PAGE)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_defaults_are_those_of_vllms_server(ranks):
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    defaults = EngineArgs.get_batch_defaults(ranks)
+    found = [values[UsageContext.OPENAI_API_SERVER] for values in defaults]
+    assert found == [ranks * value for value in DEFAULTS["cpu"]]
 
 
 @pytest.mark.parametrize("page_format", ["int8", "int4", "fp8"])

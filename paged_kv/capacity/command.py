@@ -100,16 +100,15 @@ def main(args: argparse.Namespace) -> None:
     more = parse_json(args.policy_config, "policy-config") if args.policy_config else {}
     formats = args.page_format.split(",")
     cases = make_cases(policies, budgets, formats, more, engine.device)
-    rows = []
-    for row in estimate(model, engine, cases, args.sequences):
-        rows.append(row)
-        if args.json:
+    rows = list(estimate(model, engine, cases, args.sequences))
+    if args.json:
+        for row in rows:
             print(json.dumps({"model": model.name, "memory_bytes": engine.memory, **row}))
-    if not args.json:
-        about = describe(model, engine) + _describe_gpu(args, model)
-        print(*about, "", *table_lines(rows), sep="\n")
-        if remarks := list(notes(rows, engine)):
-            print("", *remarks, sep="\n")
+        return
+    about = describe(model, engine) + _describe_gpu(args, model)
+    print(*about, "", *table_lines(rows), sep="\n")
+    if remarks := list(notes(rows, engine)):
+        print("", *remarks, sep="\n")
 
 
 def read_engine(args: argparse.Namespace, model: Model) -> Engine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from fractions import Fraction
@@ -53,27 +54,25 @@ def fitting(model: Model, engine: Engine, case: Case, num_sequences: int) -> Cas
     def with_budget(pages: int) -> Case:
         return case._replace(config=replace(case.config, budget=pages * size))
 
-    def fits(pages: int) -> bool:
-        """Too small a budget counts as fitting; see below."""
+    def decoding(pages: int) -> float:
+        """Sequences; any number with a budget that is too small to be allowed."""
         try:
-            return _decoding(Pool(model, engine, with_budget(pages))) >= num_sequences
+            return _decoding(Pool(model, engine, with_budget(pages)))
         except ValueError:
-            return True
+            return math.inf
 
     most = cdiv(engine.max_len, size)
     _decoding(Pool(model, engine, with_budget(most)))  # what has nothing to do with budgets raises
-    low, high = 0, most + 1  # fits(low), not fits(high)
+    low, high = 0, most + 1  # enough decode with low pages, not with high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    found = with_budget(max(1, low))
-    try:
-        if _decoding(Pool(model, engine, found)) >= num_sequences:
-            return found
-        reason = f"budget {found.budget} is still too large"
-    except ValueError as error:
-        reason = str(error)
-    raise ValueError(f"sequences {num_sequences}: no budget of {case.policy} is enough: {reason}")
+        low, high = (middle, high) if decoding(middle) >= num_sequences else (low, middle)
+    if low == 0 or decoding(low) == math.inf:
+        raise ValueError(
+            f"sequences {num_sequences}: no budget of {case.policy} is small enough: with "
+            f"{high * size}, the least, {decoding(high):.1f} decode at once"
+        )
+    return with_budget(low)
 
 
 def _decoding(pool: Pool) -> float:

@@ -73,9 +73,11 @@ def _digits(value: float) -> str:
 def notes(rows: Sequence[dict[str, Any]], engine: Engine) -> Iterator[str]:
     """Lines with what the figures do not say, each once for all rows that it is about."""
     about: dict[str, list[str]] = {}
+    keys = ["policy", "budget"]
+    if len({row["page_format"] for row in rows}) > 1:
+        keys.append("page_format")
     for row in rows:
-        parts = (str(row[key]) for key in ("policy", "budget", "page_format") if row[key])
-        name = " ".join(parts)
+        name = " ".join(str(row[key]) for key in keys if row[key])
         for note in _notes(row, engine):
             about.setdefault(note, []).append(name)
     for note, names in about.items():
@@ -102,8 +104,7 @@ def _notes(row: dict[str, Any], engine: Engine) -> Iterator[str]:
     if row["prompt_piece"]:
         yield f"prompts come in pieces of {row['prompt_piece']:,} tokens"
     if row["side_bytes_per_page"]:
-        side, page = show_size(row["side_bytes_per_page"]), show_size(row["page_bytes"])
-        yield f"counted beside each page of {page}: {side}"
+        yield f"{show_size(row['side_bytes_per_page'])} of side data beside each page"
     for key, what in (("query_ring_bytes", "last queries"), ("residual_bytes", "residuals")):
         if row[key]:
             yield f"{show_size(row[key])} taken off for {what}"
