@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from typing import Any
 
 import pytest
 from capacity_models import GEMMA_4B, LLAMA_8B, write
+from documents import ROOT
 
 from paged_kv import cli
 from paged_kv.capacity.model import read_model
@@ -222,6 +224,14 @@ def test_the_table(llama, capsys):
     text = " ".join(line.strip() for line in lines)
     assert "KV cache groups: 2 of 11 layers (compressed), 1 of 10 layers (compressed)" in text
     assert "snapkv 1024, snapkv 0.25: 32 KiB of side data beside each page" in text
+
+
+def test_the_example_in_the_docs(llama, capsys):
+    text = (ROOT / "docs" / "capacity.md").read_text()
+    command = text.split("    paged-kv capacity --model DIR ")[1].split("\n\n")[0]
+    printed = table(capsys, llama, *shlex.split(command.replace("\\\n", " ")))
+    block = [f"    {line}".rstrip() for line in printed[: printed.index("", 5)]]
+    assert "\n".join(block) in text
 
 
 @pytest.mark.parametrize(

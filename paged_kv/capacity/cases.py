@@ -56,7 +56,6 @@ class Engine:
         page_size: tokens per page (--block-size).
         max_num_seqs: requests that may run at once.
         max_num_batched_tokens: of a step.
-        prompt_piece: --long-prefill-token-threshold; 0: not set.
         concurrent_batches: steps in flight: with asynchronous scheduling, which vLLM has on GPUs
             only, two.
         num_ranks: of tensor parallelism.
@@ -70,7 +69,6 @@ class Engine:
     page_size: int
     max_num_seqs: int
     max_num_batched_tokens: int
-    prompt_piece: int = 0
     concurrent_batches: int = 1
     num_ranks: int = 1
     device: str = CPU

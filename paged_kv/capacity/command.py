@@ -1,7 +1,7 @@
 """`paged-kv capacity`: how many sequences fit into a GPU's memory, from a config.json alone.
 
-One line for each page format, policy and budget. All figures are upper bounds that a sequence
-reaches at most, with what lies beside its pages (side data, rings):
+One line for each page format, policy and budget, `full` first. Of a sequence the figures are the
+most that it holds, with what lies beside its pages (side data, rings):
 
 KiB per token    of its keys and values as pages store them, in all layers of a rank
 prompt: kept     entries that a sequence holds until its prompt ends, mean over layers: all of it,

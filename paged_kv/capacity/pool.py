@@ -148,10 +148,8 @@ class Pool:
         """Tokens of a prompt's piece under compress_prefill; None: prompts are held whole."""
         if not self.plan.compress_prefill:
             return None
-        engine = self.engine
-        most = engine.max_num_batched_tokens
-        schedules = self.plan.schedules()
-        return page_counts.prompt_chunk(schedules, engine.max_len, engine.prompt_piece, most)
+        max_len, most = self.engine.max_len, self.engine.max_num_batched_tokens
+        return page_counts.prompt_chunk(self.plan.schedules(), max_len, 0, most)
 
     @cached_property
     def longest_prompt(self) -> int | None:
