@@ -171,7 +171,10 @@ def test_one_prefill_sums_for_all_that_read_scores(tiny):
 
 @pytest.mark.parametrize("question", [QUESTION, 0])
 def test_transformers_answers_alike(tiny, question):
-    cases = cases_of(tiny, *POLICIES)
+    named = [name for name in POLICIES if name != "calibrated_attention"]
+    cases = cases_of(tiny, *named)
+    # By itself it leaves out in transformers what attention over native pages tells nobody.
+    cases += cases_of(tiny, "calibrated_attention", fading="on")
     cases.append(Case(TRUNCATE, 64, CompressionConfig(), Path(tiny), 32))
     prompts = [prompt(seed, question=question) for seed in (7, 8)]
     ours = answered(reference_answers.run_all, prompts, cases)

@@ -1,7 +1,7 @@
-"""`paged-kv eval agreement | needle | ruler | longbench`, from the command line, on the real model.
+"""`paged-kv eval agreement | needle | ruler | longbench`, from the command line.
 
-What is asked and how it is scored: test_ruler_tasks.py, test_needle_task.py, test_longbench_tasks.py,
-test_metrics.py. What a model answers: test_eval_answers.py.
+What is asked: test_ruler_tasks.py, test_needle_task.py, test_longbench_tasks.py; how it is scored:
+test_metrics.py; what a model answers: test_eval_answers.py.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def test_ruler(evaluate, smollm2_dir):
     full, streaming, truncate = rows[:3]
     assert full["score"] == 1 > streaming["score"]
     assert full["budget"] is None
-    assert full["kept"] == full["context_tokens"] > 480
+    assert full["kept"] == pytest.approx(full["context_tokens"], abs=1)
+    assert full["kept"] > 480
     assert 128 <= streaming["kept"] < 160
     assert truncate["kept"] == 128
     assert streaming["kept_by_layer"] == [streaming["kept_by_layer"][0]] * 30
@@ -227,8 +228,7 @@ def test_ctrl_c_leaves_what_is_done(capsys, tiny, text, tmp_path, monkeypatch):
             "data /nowhere: no such directory",
         ),
         (
-            ["longbench", "--policy", "full", "--data", ".", "--tasks", "trec"]
-            + ["--max-length", "9000"],
+            ["longbench", "--policy", "full", "--data", ".", "--tasks=trec", "--max-length=9000"],
             "max-length must be at most the model's 8192, not 9000",
         ),
         (["agreement", "--policy", "full", "--text", "/nowhere"], "text /nowhere: no such file"),

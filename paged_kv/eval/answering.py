@@ -160,13 +160,13 @@ def make_rows(
             metric = metrics.pop() if len(metrics) == 1 else "mean"
             row = result_row(group, case, args.engine, metric, scores, answers, seen)
             row |= {"question": args.question, "context_tokens": round(fmean(seen))}
-            rows.append(row | more(examples, scores) | {"examples": _each(examples, scores)})
+            several = zip(examples, scores, texts, strict=True)
+            each = [
+                {"id": example.id, "score": round(value, 4), "answer": text}
+                for example, value, text in several
+            ]
+            rows.append(row | more(examples, scores) | {"examples": each})
     return rows
-
-
-def _each(examples: Sequence[Example], scores: Sequence[float]) -> list[dict[str, Any]]:
-    pairs = zip(examples, scores, strict=True)
-    return [{"id": example.id, "score": round(value, 4)} for example, value in pairs]
 
 
 def run_answers(engine: str) -> RunAll:

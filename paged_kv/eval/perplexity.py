@@ -143,8 +143,6 @@ def make_task(args: argparse.Namespace, model: Path) -> Task:
             f"residual-pages {args.residual_pages}: engine vllm scores in one chunk, whose tokens "
             "would see the residual of the last one: use --protocol stream"
         )
-    if not args.text.is_file():
-        raise ValueError(f"text {args.text}: no such file")
     return Task(model, args.protocol, num_prompt, num_scored, args.page_size)
 
 

@@ -65,6 +65,8 @@ def read_windows(
     """
     from paged_kv.hf.driver.loading import encode
 
+    if not file.is_file():
+        raise ValueError(f"text {file}: no such file")
     tokens = encode(task.model, file.read_text(encoding="utf-8", errors="replace"))
     offsets = [offset + index * stride for index in range(windows)]
     need = offsets[-1] + task.num_tokens
