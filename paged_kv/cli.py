@@ -142,6 +142,11 @@ COMMANDS = {
         ),
         "hf,bench,eval",
     ),
+    "report": Command(
+        "make a page of plots and tables from result rows",
+        from_module("paged_kv.report.command"),
+        "bench",
+    ),
     "calibrate": Command(
         "measure a model once, for what compresses it later",
         from_modules(

@@ -1,6 +1,6 @@
 """Dependencies go one way.
 
-cli -> bench, eval, generate -> vllm | hf -> store -> tiers -> policies, quant -> kernels -> core
+cli -> bench, eval, generate, report -> vllm | hf -> store -> tiers -> policies, quant -> kernels -> core
 
 Imports for type checkers and those inside functions count, too.
 """
@@ -28,6 +28,7 @@ LEVELS = {
     "generate": 7,
     "eval": 7,
     "capacity": 7,
+    "report": 7,
     "cli": 8,
 }
 # Modules beside the folders: policies' names, options and budgets, which the engines read.
@@ -49,6 +50,7 @@ SAME_LEVEL = {
     ("models", "directory_cache"),
     ("eval", "bench"),
     ("generate", "bench"),
+    ("report", "bench"),
 }
 
 

@@ -1,0 +1,1 @@
+"""Result rows as one HTML page: reads what `eval` and `bench` wrote, runs no model."""

@@ -1,0 +1,148 @@
+"""What all charts share: axes, curves with error bars, and their names beside or below them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+
+from paged_kv.report import style
+from paged_kv.report.style import Look
+
+Points = Sequence[tuple[float, float]]
+ROW = 0.17  # inches: a line of a legend
+
+
+class Curve(NamedTuple):
+    """A named line through points, by x."""
+
+    label: str
+    points: Points
+    look: Look
+    errors: Sequence[float | None] = ()  # standard errors of the points, or none
+
+
+def new(title: str, rows: int = 1, height: float = 2.9) -> tuple[Figure, list[Any]]:
+    """A figure of `rows` axes below each other that share their x."""
+    figure = Figure(figsize=(style.WIDTH, height * (1 if rows == 1 else 0.75 * rows)))
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
+    figure.suptitle(wrapped(title))
+    return figure, list(axes)
+
+
+def wrapped(title: str, columns: int = 60) -> str:
+    """In lines that a figure holds; breaks stand at blanks."""
+    lines = [""]
+    for word in title.split(" "):
+        if lines[-1] and len(lines[-1]) + len(word) >= columns:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return "\n".join(lines)
+
+
+def draw(axes: Any, curve: Curve) -> None:
+    """The line, its markers and error bars."""
+    order = sorted(range(len(curve.points)), key=lambda index: curve.points[index])
+    x, y = zip(*(curve.points[index] for index in order), strict=True)
+    color, linestyle, marker = curve.look
+    drawn = {"color": color, "linestyle": linestyle, "marker": marker}
+    drawn |= {"markeredgecolor": style.SURFACE, "markeredgewidth": 0.6}
+    if any(curve.errors):
+        errors = [curve.errors[index] or 0 for index in order]
+        axes.errorbar(x, y, yerr=errors, elinewidth=0.9, capsize=2, **drawn)
+    else:
+        axes.plot(x, y, **drawn)
+
+
+def name(figure: Figure, axes: Any, curves: Sequence[Curve]) -> None:
+    """Few curves get their names at their right ends, many a legend below the figure."""
+    if len(curves) <= style.DIRECT:
+        _ends(axes, curves)
+        return
+    longest = max(len(curve.label) for curve in curves)
+    columns = 3 if longest <= 18 else 2 if longest <= 32 else 1
+    handles = []
+    for curve in curves:
+        color, linestyle, marker = curve.look
+        (handle,) = axes.plot([], [], color=color, linestyle=linestyle, marker=marker)
+        handles.append(handle)
+    labels = [_visible(curve.label) for curve in curves]
+    figure.set_figheight(figure.get_figheight() + ROW * -(-len(curves) // columns))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=3.4)
+
+
+def _visible(label: str) -> str:
+    """Matplotlib hides what begins with an underscore."""
+    return f"\u200b{label}" if label.startswith("_") else label
+
+
+def _ends(axes: Any, curves: Sequence[Curve]) -> None:
+    axes.figure.draw_without_rendering()  # settles the limits
+    places = []
+    for curve in curves:
+        points = [axes.transData.transform(point) for point in curve.points]
+        height = axes.transAxes.inverted().transform(max(points, key=lambda point: point[0]))[1]
+        places.append((float(height), curve))
+    places.sort(key=lambda place: place[0])
+    gap = 0.19 / (axes.get_window_extent().height / axes.figure.dpi)
+    heights = spread([height for height, _ in places], gap)
+    for height, (_, curve) in zip(heights, places, strict=True):
+        axes.annotate(
+            curve.label,
+            (1.02, height),
+            xycoords="axes fraction",
+            color=curve.look.color,
+            va="center",
+            fontsize=8,
+        )
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Heights, ascending, moved so that none is closer than `gap` to the next nor far from 0..1."""
+    found: list[float] = []
+    for height in heights:
+        found.append(max(height, found[-1] + gap) if found else height)
+    over = max(0.0, found[-1] - 1) if found else 0.0
+    for index in reversed(range(len(found))):
+        limit = found[index + 1] - gap if index + 1 < len(found) else found[index] - over
+        found[index] = min(found[index], limit)
+    return found
+
+
+def level(axes: Any, height: float, text: str, error: float | None = None) -> None:
+    """A dashed line across, with its meaning at the left; its standard error as a band."""
+    axes.axhline(height, color=style.FULL, linewidth=1.1, linestyle="--", zorder=1)
+    if error:
+        axes.axhspan(height - error, height + error, color=style.FULL, alpha=0.13, linewidth=0)
+    axes.annotate(text, (0, height), (3, 2.5), xycoords=("axes fraction", "data"),
+                  textcoords="offset points", color=style.MUTED, fontsize=7.5)  # fmt: skip
+
+
+def scale_x(axes: Any, values: Sequence[float]) -> None:
+    """Logarithmic for values that double and double again; ticks where the values are."""
+    low, high = min(values), max(values)
+    if low <= 0 or high < 3 * low:
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+        return
+    axes.set_xscale("log")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    ticks = _apart(sorted(set(values)), (high / low) ** (1 / 7))
+    axes.set_xticks(ticks, [f"{value:,.4g}" if value < 1e4 else f"{value:,.0f}" for value in ticks])
+
+
+def _apart(values: Sequence[float], ratio: float) -> list[float]:
+    """Those of ascending values whose labels do not run into each other."""
+    found: list[float] = []
+    for value in values:
+        if not found or value >= found[-1] * ratio:
+            found.append(value)
+    return found
+
+
+def curves_of(series: Mapping[str, Points], looks: Mapping[str, Look]) -> list[Curve]:
+    """Those that have points."""
+    return [Curve(label, points, looks[label]) for label, points in series.items() if points]

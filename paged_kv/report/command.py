@@ -1,0 +1,117 @@
+"""`paged-kv report`: result rows as one HTML page, with plots and tables, and as PNG files.
+
+RESULTS are files of result rows, as `paged-kv eval` and `paged-kv bench` write them. The page needs
+no network and no other file. A claim that stands in the files twice counts once, as it was measured
+last; the page says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from paged_kv import results
+from paged_kv.report import page, quality, speed, style
+from paged_kv.report import rows as reading
+from paged_kv.report.page import Section
+from paged_kv.report.rows import Group
+from paged_kv.report.style import Look, Plot
+from paged_kv.report.summary import summaries
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `paged-kv report`."""
+    add = parser.add_argument
+    add("results", nargs="+", type=Path, metavar="RESULTS", help="files of result rows (JSON lines)")
+    add("--out", type=Path, default=Path("report.html"), metavar="FILE",
+        help="the page (default report.html)")  # fmt: skip
+    add("--png", type=Path, metavar="DIR", help="write each plot as a PNG there, too")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Writes and says where. Raises ValueError for what the user got wrong."""
+    rows = results.read(args.results)
+    reading.check(rows)
+    _check_writable(args.out)
+    kept, replaced = reading.latest(rows)
+    with style.drawing():
+        groups = reading.groups(reading.named(kept))
+        looks = _looks(groups)
+        tops = [(summary, quality.means(summary, looks)) for summary in summaries(groups)]
+        sections = make_sections(groups, looks)
+        text = page.render(groups, tops, sections, replaced)
+        plots = [plot for _, plot in tops if plot]
+        plots += [plot for section in sections for plot in section.plots]
+        if args.png is not None:
+            write_pngs(args.png, plots)
+    args.out.write_text(text, encoding="utf-8")
+    again = f", {len(replaced)} measured again" if replaced else ""
+    print(f"{args.out}: {len(kept)} rows{again}, {len(plots)} plots", file=sys.stderr)
+
+
+def make_sections(groups: Sequence[Group], looks: Mapping[str, Look]) -> list[Section]:
+    """All plots, in the order of the page."""
+    asked = [group for group in groups if group.task not in reading.SPEED]
+    of_task = {
+        task: [group for group in groups if group.task == task]
+        for task in (reading.THROUGHPUT, reading.LATENCY)
+    }
+    places = dict.fromkeys(group.place for group in groups)
+    layers = [
+        plot
+        for place in places
+        for plot in quality.by_layer([group for group in groups if group.place == place], looks)
+    ]
+    against = [quality.against_memory(group, looks) for group in asked]
+    positions = [plot for group in asked for plot in quality.by_position(group, looks)]
+    needles = [quality.needles(group) for group in asked]
+    speeds = [speed.throughput(group, looks) for group in of_task[reading.THROUGHPUT]]
+    latencies = [speed.latency(group, looks) for group in of_task[reading.LATENCY]]
+    return [
+        Section("quality", "Quality against memory", "A curve for each policy through its budgets; "
+                "the dashed line is the full cache, with its size in parentheses.",
+                _drawn(against)),
+        Section("agreement", "Agreement by position", "", positions),
+        Section("needle", "Needles by depth and length", "", _drawn(needles)),
+        Section("throughput", "Throughput by pool size", "Rings mark where a policy is as fast as "
+                "plain vLLM.", _drawn(speeds)),
+        Section("latency", "Latency by request rate", "", _drawn(latencies)),
+        Section("layers", "Memory by layer", "Policies of equal budget.", layers),
+    ]  # fmt: skip
+
+
+def _drawn(plots: Sequence[Plot | None]) -> list[Plot]:
+    return [plot for plot in plots if plot is not None]
+
+
+def _looks(groups: Sequence[Group]) -> dict[str, Look]:
+    rows = [row for group in groups for row in group.rows]
+    full = {row["label"] for row in rows if reading.is_full(row) or speed.is_plain(row)}
+    return style.looks(reading.labels(rows), sorted(full))
+
+
+def write_pngs(directory: Path, plots: Sequence[Plot]) -> None:
+    """A file for each plot, named after its title. Raises ValueError if they cannot be written."""
+    names: set[str] = set()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for plot in plots:
+            name, number = plot.slug, 2
+            while name in names:
+                name, number = f"{plot.slug}-{number}", number + 1
+            names.add(name)
+            (directory / f"{name}.png").write_bytes(style.png(plot))
+    except OSError as error:
+        raise ValueError(f"png {directory}: {error}") from None
+
+
+def _check_writable(path: Path) -> None:
+    """Raises ValueError before anything is drawn; makes the file's folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise ValueError(f"out {path}: {error}") from None

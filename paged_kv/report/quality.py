@@ -1,0 +1,182 @@
+"""Charts of quality: against memory, by position, by layer, by depth."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from paged_kv.report import charts, style
+from paged_kv.report import rows as reading
+from paged_kv.report.charts import Curve
+from paged_kv.report.rows import Group, number
+from paged_kv.report.style import Look, Plot
+from paged_kv.report.summary import Summary
+from paged_kv.results import Row
+
+Looks = Mapping[str, Look]
+AXES = {  # field -> what it is
+    "bytes_per_token": "bytes of keys and values per token of context",
+    "kept": "entries kept per layer",
+}
+
+
+def means(summary: Summary, looks: Looks) -> Plot | None:
+    """The share of the full cache's score that remains, by the share of its memory."""
+    curves = []
+    for label, cells in summary.cells.items():
+        points = [
+            (100 * cell.memory, 100 * cell.share)
+            for budget, cell in cells.items()
+            if budget is not None and cell.memory and len(cell.by_task) == len(summary.tasks)
+        ]
+        if points:
+            curves.append(Curve(label, points, looks[label]))
+    if not curves:
+        return None
+    title = f"Mean over tasks · {summary.place}"
+    figure, (axes,) = charts.new(title)
+    for curve in curves:
+        charts.draw(axes, curve)
+    charts.level(axes, 100, "full cache")
+    charts.scale_x(axes, [x for curve in curves for x, _ in curve.points])
+    axes.set(xlabel="% of the full cache's bytes", ylabel="% of the full cache's score")
+    charts.name(figure, axes, curves)
+    tasks = ", ".join(summary.tasks)
+    return Plot(title, f"Up and left is better. Means over {tasks}, as in the table.", figure)
+
+
+def against_memory(group: Group, looks: Looks) -> Plot | None:
+    """The score by memory: a curve for each policy, through its budgets."""
+    drawn = [row for row in group.rows if number(row["score"]) is not None]
+    rows = [row for row in drawn if not reading.is_full(row)]
+    field = next((name for name in AXES if all(number(row[name]) for row in rows)), None)
+    if not rows or field is None:
+        return None
+    curves = []
+    for label, members in reading.curves(rows).items():
+        members.sort(key=lambda row: row[field])
+        points = [(row[field], row["score"]) for row in members]
+        errors = [number(row["standard_error"]) for row in members]
+        curves.append(Curve(label, points, looks[label], errors))
+    figure, (axes,) = charts.new(group.title)
+    for curve in curves:
+        charts.draw(axes, curve)
+    for row in filter(reading.is_full, drawn):
+        size = f" ({row[field]:,.0f})" if number(row[field]) else ""
+        charts.level(axes, row["score"], row["label"] + size, number(row["standard_error"]))
+    charts.scale_x(axes, [row[field] for row in rows])
+    better = "higher" if rows[0]["higher_is_better"] else "lower"
+    axes.set(xlabel=AXES[field], ylabel=f"{group.metric} ({better} is better)")
+    charts.name(figure, axes, curves)
+    return Plot(group.title, _caption(drawn, better), figure)
+
+
+def _caption(rows: Sequence[Row], better: str) -> str:
+    samples = sorted({row["samples"] for row in rows if row["samples"] is not None})
+    caption = f"{better.capitalize()} is better."
+    if samples:
+        ends = f"{samples[0]:,}" if len(samples) == 1 else f"{samples[0]:,} to {samples[-1]:,}"
+        caption += f" {ends} samples."
+    if any(row["standard_error"] for row in rows):
+        caption += " Bars are standard errors."
+    return caption
+
+
+def by_position(group: Group, looks: Looks) -> Iterator[Plot]:
+    """Agreement by the position of the token, a figure for each budget."""
+    for budget, rows in _by_budget(row for row in group.rows if row.get("by_position")):
+        curves = []
+        for label, members in reading.curves(rows).items():
+            points = [(each["position"], each["agreement"]) for each in members[0]["by_position"]]
+            curves.append(Curve(label, points, looks[label]))
+        title = f"{group.task} by position, budget {reading.budget_text(budget)} · {group.place}"
+        figure, (axes,) = charts.new(title)
+        for curve in curves:
+            charts.draw(axes, curve)
+        axes.set(xlabel="position of the token", ylabel="share of equal tokens")
+        axes.set_ylim(top=1.02)
+        charts.name(figure, axes, curves)
+        yield Plot(title, "1 means: the same token as with the full cache.", figure)
+
+
+def by_layer(groups: Sequence[Group], looks: Looks) -> Iterator[Plot]:
+    """Entries by layer, a figure for each budget, from the memory task if it has been run."""
+    having = [g for g in groups if any(row.get("kept_by_layer") for row in g.rows)]
+    chosen = [g for g in having if g.task == reading.MEMORY] or having[:1]
+    for group in chosen[:1]:
+        for budget, rows in _by_budget(row for row in group.rows if row.get("kept_by_layer")):
+            title = f"Entries by layer, budget {reading.budget_text(budget)} · {group.place}"
+            figure, (axes,) = charts.new(title)
+            curves = []
+            for label, members in reading.curves(rows).items():
+                kept = members[0]["kept_by_layer"]
+                curve = Curve(label, list(enumerate(kept)), looks[label])
+                edges = [index - 0.5 for index in range(len(kept) + 1)]
+                axes.stairs(kept, edges, color=curve.look.color, linestyle=curve.look.linestyle,
+                            linewidth=1.5, baseline=None)  # fmt: skip
+                curves.append(curve)
+            axes.set(xlabel="layer", ylabel="entries kept")
+            axes.set_ylim(bottom=0)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            charts.name(figure, axes, curves)
+            yield Plot(title, f"What each layer held, measured by {group.task}.", figure)
+
+
+def _by_budget(rows: Iterator[Row]) -> list[tuple[Any, list[Row]]]:
+    """Rows of equal budget; those that keep everything have none and are left out."""
+    found: dict[Any, list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["budget"] is not None:
+            found[row["budget"]].append(row)
+    return sorted(found.items(), key=lambda item: reading.budget_order(item[0]))
+
+
+def needles(group: Group) -> Plot | None:
+    """Small multiples of depth by length: a row for each policy, a column for each budget."""
+    rows = [row for row in group.rows if row.get("cells")]
+    if not rows:
+        return None
+    series = reading.curves(rows)
+    budgets = sorted({row["budget"] for row in rows}, key=reading.budget_order)
+    lengths = sorted({cell["length"] for row in rows for cell in row["cells"]})
+    depths = sorted({cell["depth"] for row in rows for cell in row["cells"]})
+    title = f"{group.task} found · {group.place}"
+    figure, _ = charts.new(title)
+    figure.clf()
+    figure.suptitle(charts.wrapped(title))
+    figure.set_figheight(1.3 + 1.05 * len(series))
+    grid = figure.subplots(len(series), len(budgets), squeeze=False, sharex=True, sharey=True)
+    for row_of_axes, (label, members) in zip(grid, series.items(), strict=True):
+        at = {row["budget"]: row for row in members}
+        for axes, budget in zip(row_of_axes, budgets, strict=True):
+            image = _heatmap(axes, at.get(budget), lengths, depths)
+        row_of_axes[0].set_ylabel(charts.wrapped(label, 14), fontsize=8)
+    for axes, budget in zip(grid[0], budgets, strict=True):
+        axes.set_title(reading.budget_text(budget) or "everything", fontsize=8.5)
+    bar = figure.colorbar(image, ax=grid, location="bottom", aspect=45, shrink=0.9)
+    bar.set_label("length of the context (across) × depth of the needle in % (down): share found")
+    return Plot(title, "A row for each policy, a column for each budget.", figure)
+
+
+def _heatmap(axes: Any, row: Row | None, lengths: Sequence[int], depths: Sequence[float]) -> Any:
+    values = [[float("nan")] * len(lengths) for _ in depths]
+    for cell in row["cells"] if row else []:
+        share = cell["found"] / cell["asked"] if cell["asked"] else float("nan")
+        values[depths.index(cell["depth"])][lengths.index(cell["length"])] = share
+    image = axes.pcolormesh(values, cmap="cividis", vmin=0, vmax=1, edgecolors=style.SURFACE,
+                            linewidth=0.7)  # fmt: skip
+    axes.grid(False)
+    axes.set_ylim(len(depths), 0)  # the beginning of the context is at the top
+    for axis, labels in ((axes.xaxis, [_short(n) for n in lengths]), (axes.yaxis, depths)):
+        step = -(-len(labels) // 4)
+        places = range(0, len(labels), step)
+        axis.set_ticks([place + 0.5 for place in places], [f"{labels[p]}" for p in places])
+        axis.set_tick_params(labelsize=7, length=0)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    return image
+
+
+def _short(length: int) -> str:
+    return f"{length / 1024:.3g}k" if length >= 1024 else str(length)

@@ -1,0 +1,179 @@
+"""Which rows count, what their curves are called, and which belong into one plot."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from paged_kv.core.page_formats import NATIVE
+from paged_kv.registry import FULL
+from paged_kv.results import Row
+
+# Speed and memory have sections of their own; every other task is quality.
+THROUGHPUT, LATENCY, MEMORY, NEEDLE = "throughput", "latency", "memory", "needle"
+SPEED = (THROUGHPUT, LATENCY, MEMORY, "cache-speedup")
+ORDER = ("perplexity", "agreement", NEEDLE, "ruler", "longbench")  # then others, then SPEED
+# Fields that some tasks add and that tell what was asked from what came out. The first are part of
+# a plot's title, the others are what its curves run over.
+SETTINGS = (
+    "subtask", "protocol", "length", "context_tokens", "prompt_tokens", "score_tokens", "requests",
+    "prompt_len", "output_len", "start",
+)  # fmt: skip
+ALONG = ("case", "pool_tokens", "share", "request_rate")
+CLAIM = ("task", "metric", "policy", "budget", "page_format", "engine", "model", "model_hash",
+         "device", *SETTINGS, *ALONG)  # fmt: skip
+
+
+class Replaced(NamedTuple):
+    """A row that does not count because a later one makes the same claim."""
+
+    row: Row
+    by: Row
+
+
+class Group(NamedTuple):
+    """The rows of one plot."""
+
+    place: str  # the model, with what else tells its rows from those of another
+    task: str
+    metric: str
+    setting: str  # SETTINGS of these rows, as text; "" if there are none
+    rows: list[Row]
+
+    @property
+    def name(self) -> str:
+        """Of what was measured, without the model."""
+        parts = (self.task, self.setting, self.metric if self.metric != self.task else "")
+        return ", ".join(part for part in parts if part)
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} · {self.place}"
+
+
+def latest(rows: Iterable[Row]) -> tuple[list[Row], list[Replaced]]:
+    """The last row of each claim, by date and then by place in the files; and those before it."""
+    kept: dict[tuple[str, ...], Row] = {}
+    replaced = []
+    for row in sorted(rows, key=lambda row: str(row.get("date") or "")):
+        claim = tuple(repr(row.get(name)) for name in CLAIM)
+        if claim in kept:
+            replaced.append((claim, kept.pop(claim)))
+        kept[claim] = row
+    return list(kept.values()), [Replaced(row, kept[claim]) for claim, row in replaced]
+
+
+def check(rows: Sequence[Row]) -> None:
+    """Raises ValueError, naming the row, for fields that are not of the kind they must be."""
+    if not rows:
+        raise ValueError("results: no rows in the files given")
+    for number, row in enumerate(rows, 1):
+        for name in ("task", "policy", "metric"):
+            if not isinstance(row[name], str) or not row[name]:
+                raise ValueError(f"result row {number}: {name} must be a name, not {row[name]!r}")
+        for name in ("score", "standard_error", "budget", "kept", "bytes_per_token", "seconds"):
+            value = row[name]
+            if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
+                where = f"result row {number} ({row['task']}, {row['policy']})"
+                raise ValueError(f"{where}: {name} must be a number or null, not {value!r}")
+
+
+def number(value: Any) -> float | None:
+    """A number that can be drawn, or None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def budget_text(budget: Any) -> str:
+    """256 entries, or 25 % of them; "" for what keeps everything."""
+    if budget is None:
+        return ""
+    return f"{100 * budget:g} %" if isinstance(budget, float) else f"{budget:,}"
+
+
+def budget_order(budget: Any) -> tuple[int, float]:
+    """What keeps everything first, then shares, then counts."""
+    return (0, 0) if budget is None else (1 if isinstance(budget, float) else 2, budget)
+
+
+def named(rows: Sequence[Row]) -> list[Row]:
+    """Copies with `place` (of the measurement) and `label` (of its curve).
+
+    Both say no more than it takes to tell rows apart: a place is the model's name, with its hash
+    and the device where those differ; a label the policy, with the page format unless native, and
+    the engine where one task ran it on several. Curves of speed do not run over budgets: there a
+    label has the budget, too, where there are several.
+    """
+    hashes, devices, engines, budgets = (defaultdict(set) for _ in range(4))
+    for row in rows:
+        hashes[row.get("model")].add(row.get("model_hash"))
+        devices[row.get("model")].add(row.get("device"))
+        engines[row["task"], _series(row)].add(row["engine"])
+        budgets[row["task"], _series(row)].add(row["budget"])
+    copies = []
+    for row in rows:
+        model = row.get("model")
+        place = [str(model or "unknown model")]
+        place += [str(row.get("model_hash"))[:8]] * (len(hashes[model]) > 1)
+        place += [str(row.get("device"))] * (len(devices[model]) > 1)
+        key = (row["task"], _series(row))
+        label = [_series(row)]
+        if row["task"] in (THROUGHPUT, LATENCY) and len(budgets[key]) > 1:
+            label.append(budget_text(row["budget"]) or "no budget")
+        label += [str(row["engine"])] * (len(engines[key]) > 1)
+        copies.append({**row, "place": " · ".join(place), "label": " · ".join(label)})
+    return copies
+
+
+def _series(row: Row) -> str:
+    name = row["case"] if row["task"] in SPEED and row.get("case") else row["policy"]
+    page_format = row["page_format"]
+    return str(name) if page_format in (NATIVE, None) else f"{name} · {page_format}"
+
+
+def labels(rows: Iterable[Row]) -> list[str]:
+    """Of all curves, in the order that decides on colors: by name, what keeps everything first."""
+    found = {row["label"]: row["budget"] is not None for row in rows}
+    return sorted(found, key=lambda label: (found[label], label.lower(), label))
+
+
+def groups(rows: Iterable[Row]) -> list[Group]:
+    """Rows by place, task, metric and settings, in a stable order."""
+    found = defaultdict(list)
+    for row in rows:
+        setting = ", ".join(
+            _setting(name, row[name]) for name in SETTINGS if row.get(name) is not None
+        )
+        found[row["place"], row["task"], row["metric"], setting].append(row)
+    listed = [Group(*key, rows) for key, rows in found.items()]
+    return sorted(listed, key=lambda group: (group.place, task_order(group.task), *group[2:4]))
+
+
+def _setting(name: str, value: Any) -> str:
+    if name in ("subtask", "protocol"):
+        return str(value)
+    text = f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{name.replace('_', ' ')} {text}"
+
+
+def task_order(task: str) -> tuple[int, str]:
+    """Known tasks first, speed last."""
+    known = [*ORDER, None, *SPEED]
+    return known.index(task if task in known else None), task
+
+
+def curves(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows by label, in the order of labels()."""
+    rows = list(rows)
+    found: dict[str, list[Row]] = {label: [] for label in labels(rows)}
+    for row in rows:
+        found[row["label"]].append(row)
+    return found
+
+
+def is_full(row: Row) -> bool:
+    """Whether it is the cache that quality is compared with: everything kept, as it is."""
+    return row["policy"] == FULL and row["page_format"] in (NATIVE, None)

@@ -1,0 +1,110 @@
+"""Charts of speed: throughput by the size of the pool, latency by the rate of requests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from paged_kv.registry import FULL
+from paged_kv.report import charts, style
+from paged_kv.report import rows as reading
+from paged_kv.report.charts import Curve, Points
+from paged_kv.report.rows import Group, number
+from paged_kv.report.style import Look, Plot
+from paged_kv.results import Row
+
+PLAIN = "plain"  # how the label of vLLM without us begins
+
+
+def is_plain(row: Row) -> bool:
+    """Whether it is what throughput and latency are compared with."""
+    return str(row["label"]).startswith(PLAIN) or (row["policy"] == FULL and not row.get("case"))
+
+
+def crossings(points: Points) -> list[float]:
+    """The x, between points ascending in x, where y passes 1; linear in between."""
+    points = sorted(points)
+    found = [x for x, y in points if y == 1]
+    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+        if (y0 - 1) * (y1 - 1) < 0:
+            found.append(x0 + (x1 - x0) * (1 - y0) / (y1 - y0))
+    return sorted(found)
+
+
+def throughput(group: Group, looks: Mapping[str, Look]) -> Plot | None:
+    """Output tokens per second, and below that the ratio over plain vLLM."""
+    rows = [row for row in group.rows if number(row["score"]) and number(row.get("share"))]
+    if not rows:
+        return None
+    speed, ratio = [], []
+    for label, members in reading.curves(rows).items():
+        look = looks[label]
+        speed.append(Curve(label, [(row["share"], row["score"]) for row in members], look))
+        ratios = [(row["share"], row["ratio"]) for row in members if number(row.get("ratio"))]
+        if ratios and not is_plain(members[0]):
+            ratio.append(Curve(label, ratios, look))
+    figure, axes = charts.new(group.title, rows=2 if ratio else 1)
+    for curve in speed:
+        charts.draw(axes[0], curve)
+    axes[0].set(ylabel="output tokens/s")
+    axes[0].set_ylim(bottom=0)
+    sentences = _draw_ratios(axes[1], ratio) if ratio else []
+    axes[-1].set(xlabel="pool / what all requests need uncompressed  (ample → tight)")
+    axes[-1].invert_xaxis()
+    charts.name(figure, axes[0], speed)
+    return Plot(group.title, " ".join(sentences), figure)
+
+
+def _draw_ratios(axes: Any, curves: Sequence[Curve]) -> list[str]:
+    """Draws; says for each curve where it passes plain vLLM."""
+    sentences = []
+    for curve in curves:
+        charts.draw(axes, curve)
+        found = crossings(curve.points)
+        for x in found:
+            axes.plot([x], [1], "o", markersize=9, markerfacecolor="none",
+                      markeredgecolor=curve.look.color, zorder=5)  # fmt: skip
+            axes.annotate(f"{x:.2f}", (x, 1), (0, 7), textcoords="offset points", ha="center",
+                          fontsize=7.5, color=curve.look.color)  # fmt: skip
+        sentences.append(_crossing_text(curve, found))
+    charts.level(axes, 1, "plain")
+    axes.set(ylabel="over plain")
+    axes.set_ylim(bottom=0)
+    return sentences
+
+
+def _crossing_text(curve: Curve, found: Sequence[float]) -> str:
+    if found:
+        return f"{curve.label} equals plain at a pool of {', '.join(f'{x:.2f}' for x in found)}."
+    always = "faster" if curve.points[0][1] > 1 else "slower"
+    return f"{curve.label} is {always} than plain at every size."
+
+
+def latency(group: Group, looks: Mapping[str, Look]) -> Plot | None:
+    """Time to the first token and between tokens, median and 99th percentile, by request rate."""
+    rows = [row for row in group.rows if number(row.get("request_rate"))]
+    fields = {"ttft": "time to first token (ms)", "itl": "between tokens (ms)"}
+    if not rows or not any(number(row.get(f"{name}_ms")) for row in rows for name in fields):
+        return None
+    figure, axes = charts.new(group.title, rows=len(fields))
+    named: list[Curve] = []
+    for chart, (name, text) in zip(axes, fields.items(), strict=True):
+        for label, members in reading.curves(rows).items():
+            median = _points(members, f"{name}_ms")
+            look = looks[label]
+            if median:
+                charts.draw(chart, Curve(label, median, look))
+                if label not in [curve.label for curve in named]:
+                    named.append(Curve(label, median, look))
+            if tail := _points(members, f"{name}_p99_ms"):
+                chart.plot(*zip(*sorted(tail), strict=True), color=look.color, linewidth=0.9,
+                           linestyle=":")  # fmt: skip
+        chart.set(ylabel=text)
+        chart.set_ylim(bottom=0)
+    axes[-1].set(xlabel="requests per second")
+    charts.name(figure, axes[0], named)
+    return Plot(group.title, "With markers: the median. Dotted: the 99th percentile.", figure)
+
+
+def _points(rows: Sequence[Row], field: str) -> list[tuple[float, float]]:
+    return [(row["request_rate"], row[field]) for row in rows if number(row.get(field))]
