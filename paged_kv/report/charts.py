@@ -12,7 +12,7 @@ from paged_kv.report import style
 from paged_kv.report.style import Look
 
 Points = Sequence[tuple[float, float]]
-ROW = 0.17  # inches: a line of a legend
+ROW = 0.19  # inches: a line of a legend
 
 
 class Curve(NamedTuple):
@@ -63,7 +63,7 @@ def name(figure: Figure, axes: Any, curves: Sequence[Curve]) -> None:
         _ends(axes, curves)
         return
     longest = max(len(curve.label) for curve in curves)
-    columns = 3 if longest <= 18 else 2 if longest <= 32 else 1
+    columns = 3 if longest <= 12 else 2 if longest <= 24 else 1
     handles = []
     for curve in curves:
         color, linestyle, marker = curve.look
@@ -71,7 +71,7 @@ def name(figure: Figure, axes: Any, curves: Sequence[Curve]) -> None:
         handles.append(handle)
     labels = [_visible(curve.label) for curve in curves]
     figure.set_figheight(figure.get_figheight() + ROW * -(-len(curves) // columns))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=3.4)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=3)
 
 
 def _visible(label: str) -> str:
@@ -87,7 +87,7 @@ def _ends(axes: Any, curves: Sequence[Curve]) -> None:
         height = axes.transAxes.inverted().transform(max(points, key=lambda point: point[0]))[1]
         places.append((float(height), curve))
     places.sort(key=lambda place: place[0])
-    gap = 0.19 / (axes.get_window_extent().height / axes.figure.dpi)
+    gap = 0.18 / (axes.get_window_extent().height / axes.figure.dpi)
     heights = spread([height for height, _ in places], gap)
     for height, (_, curve) in zip(heights, places, strict=True):
         axes.annotate(
@@ -96,7 +96,7 @@ def _ends(axes: Any, curves: Sequence[Curve]) -> None:
             xycoords="axes fraction",
             color=curve.look.color,
             va="center",
-            fontsize=8,
+            fontsize=9,
         )
 
 
@@ -118,7 +118,7 @@ def level(axes: Any, height: float, text: str, error: float | None = None) -> No
     if error:
         axes.axhspan(height - error, height + error, color=style.FULL, alpha=0.13, linewidth=0)
     axes.annotate(text, (0, height), (3, 2.5), xycoords=("axes fraction", "data"),
-                  textcoords="offset points", color=style.MUTED, fontsize=7.5)  # fmt: skip
+                  textcoords="offset points", color=style.MUTED, fontsize=8.5)  # fmt: skip
 
 
 def scale_x(axes: Any, values: Sequence[float]) -> None:

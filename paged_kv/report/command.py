@@ -8,13 +8,13 @@ last; the page says so.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from paged_kv import results
 from paged_kv.report import page, quality, speed, style
 from paged_kv.report import rows as reading
+from paged_kv.report.needles import needles
 from paged_kv.report.page import Section
 from paged_kv.report.rows import Group
 from paged_kv.report.style import Look, Plot
@@ -24,7 +24,7 @@ from paged_kv.report.summary import summaries
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `paged-kv report`."""
     add = parser.add_argument
-    add("results", nargs="+", type=Path, metavar="RESULTS", help="files of result rows (JSON lines)")
+    add("results", nargs="+", type=Path, metavar="RESULTS", help="files of result rows")
     add("--out", type=Path, default=Path("report.html"), metavar="FILE",
         help="the page (default report.html)")  # fmt: skip
     add("--png", type=Path, metavar="DIR", help="write each plot as a PNG there, too")
@@ -48,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
             write_pngs(args.png, plots)
     args.out.write_text(text, encoding="utf-8")
     again = f", {len(replaced)} measured again" if replaced else ""
-    print(f"{args.out}: {len(kept)} rows{again}, {len(plots)} plots", file=sys.stderr)
+    print(f"{args.out}: {len(kept)} rows{again}, {len(plots)} plots")
 
 
 def make_sections(groups: Sequence[Group], looks: Mapping[str, Look]) -> list[Section]:
@@ -66,7 +66,7 @@ def make_sections(groups: Sequence[Group], looks: Mapping[str, Look]) -> list[Se
     ]
     against = [quality.against_memory(group, looks) for group in asked]
     positions = [plot for group in asked for plot in quality.by_position(group, looks)]
-    needles = [quality.needles(group) for group in asked]
+    found = [needles(group) for group in asked]
     speeds = [speed.throughput(group, looks) for group in of_task[reading.THROUGHPUT]]
     latencies = [speed.latency(group, looks) for group in of_task[reading.LATENCY]]
     return [
@@ -74,7 +74,7 @@ def make_sections(groups: Sequence[Group], looks: Mapping[str, Look]) -> list[Se
                 "the dashed line is the full cache, with its size in parentheses.",
                 _drawn(against)),
         Section("agreement", "Agreement by position", "", positions),
-        Section("needle", "Needles by depth and length", "", _drawn(needles)),
+        Section("needle", "Needles by depth and length", "", _drawn(found)),
         Section("throughput", "Throughput by pool size", "Rings mark where a policy is as fast as "
                 "plain vLLM.", _drawn(speeds)),
         Section("latency", "Latency by request rate", "", _drawn(latencies)),

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from paged_kv.report import charts, style
+from paged_kv.report import charts
 from paged_kv.report import rows as reading
 from paged_kv.report.charts import Curve
 from paged_kv.report.rows import Group, number
@@ -95,7 +95,7 @@ def by_position(group: Group, looks: Looks) -> Iterator[Plot]:
         for curve in curves:
             charts.draw(axes, curve)
         axes.set(xlabel="position of the token", ylabel="share of equal tokens")
-        axes.set_ylim(top=1.02)
+        axes.set_ylim(0, 1.02)
         charts.name(figure, axes, curves)
         yield Plot(title, "1 means: the same token as with the full cache.", figure)
 
@@ -103,24 +103,29 @@ def by_position(group: Group, looks: Looks) -> Iterator[Plot]:
 def by_layer(groups: Sequence[Group], looks: Looks) -> Iterator[Plot]:
     """Entries by layer, a figure for each budget, from the memory task if it has been run."""
     having = [g for g in groups if any(row.get("kept_by_layer") for row in g.rows)]
-    chosen = [g for g in having if g.task == reading.MEMORY] or having[:1]
+    chosen = [g for g in having if g.task == reading.MEMORY] or having
     for group in chosen[:1]:
         for budget, rows in _by_budget(row for row in group.rows if row.get("kept_by_layer")):
-            title = f"Entries by layer, budget {reading.budget_text(budget)} · {group.place}"
-            figure, (axes,) = charts.new(title)
-            curves = []
-            for label, members in reading.curves(rows).items():
-                kept = members[0]["kept_by_layer"]
-                curve = Curve(label, list(enumerate(kept)), looks[label])
-                edges = [index - 0.5 for index in range(len(kept) + 1)]
-                axes.stairs(kept, edges, color=curve.look.color, linestyle=curve.look.linestyle,
-                            linewidth=1.5, baseline=None)  # fmt: skip
-                curves.append(curve)
-            axes.set(xlabel="layer", ylabel="entries kept")
-            axes.set_ylim(bottom=0)
-            axes.xaxis.get_major_locator().set_params(integer=True)
-            charts.name(figure, axes, curves)
-            yield Plot(title, f"What each layer held, measured by {group.task}.", figure)
+            yield _layers(group, budget, reading.curves(rows), looks)
+
+
+def _layers(group: Group, budget: Any, series: Mapping[str, list[Row]], looks: Looks) -> Plot:
+    title = f"Entries by layer, budget {reading.budget_text(budget)} · {group.place}"
+    figure, (axes,) = charts.new(title)
+    curves = []
+    for rank, (label, rows) in enumerate(series.items(), 1):
+        kept, look = rows[0]["kept_by_layer"], looks[label]
+        edges = [index - 0.5 for index in range(len(kept) + 1)]
+        # Many policies hold the same: what lies below is wider, and stays to be seen.
+        width = 1.5 + 3 * (1 - rank / len(series))
+        drawn = {"color": look.color, "linestyle": look.linestyle, "linewidth": width}
+        axes.stairs(kept, edges, baseline=None, **drawn)
+        curves.append(Curve(label, list(enumerate(kept)), look))
+    axes.set(xlabel="layer", ylabel="entries kept")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    charts.name(figure, axes, curves)
+    return Plot(title, f"What each layer held, measured by {group.task}.", figure)
 
 
 def _by_budget(rows: Iterator[Row]) -> list[tuple[Any, list[Row]]]:
@@ -130,53 +135,3 @@ def _by_budget(rows: Iterator[Row]) -> list[tuple[Any, list[Row]]]:
         if row["budget"] is not None:
             found[row["budget"]].append(row)
     return sorted(found.items(), key=lambda item: reading.budget_order(item[0]))
-
-
-def needles(group: Group) -> Plot | None:
-    """Small multiples of depth by length: a row for each policy, a column for each budget."""
-    rows = [row for row in group.rows if row.get("cells")]
-    if not rows:
-        return None
-    series = reading.curves(rows)
-    budgets = sorted({row["budget"] for row in rows}, key=reading.budget_order)
-    lengths = sorted({cell["length"] for row in rows for cell in row["cells"]})
-    depths = sorted({cell["depth"] for row in rows for cell in row["cells"]})
-    title = f"{group.task} found · {group.place}"
-    figure, _ = charts.new(title)
-    figure.clf()
-    figure.suptitle(charts.wrapped(title))
-    figure.set_figheight(1.3 + 1.05 * len(series))
-    grid = figure.subplots(len(series), len(budgets), squeeze=False, sharex=True, sharey=True)
-    for row_of_axes, (label, members) in zip(grid, series.items(), strict=True):
-        at = {row["budget"]: row for row in members}
-        for axes, budget in zip(row_of_axes, budgets, strict=True):
-            image = _heatmap(axes, at.get(budget), lengths, depths)
-        row_of_axes[0].set_ylabel(charts.wrapped(label, 14), fontsize=8)
-    for axes, budget in zip(grid[0], budgets, strict=True):
-        axes.set_title(reading.budget_text(budget) or "everything", fontsize=8.5)
-    bar = figure.colorbar(image, ax=grid, location="bottom", aspect=45, shrink=0.9)
-    bar.set_label("length of the context (across) × depth of the needle in % (down): share found")
-    return Plot(title, "A row for each policy, a column for each budget.", figure)
-
-
-def _heatmap(axes: Any, row: Row | None, lengths: Sequence[int], depths: Sequence[float]) -> Any:
-    values = [[float("nan")] * len(lengths) for _ in depths]
-    for cell in row["cells"] if row else []:
-        share = cell["found"] / cell["asked"] if cell["asked"] else float("nan")
-        values[depths.index(cell["depth"])][lengths.index(cell["length"])] = share
-    image = axes.pcolormesh(values, cmap="cividis", vmin=0, vmax=1, edgecolors=style.SURFACE,
-                            linewidth=0.7)  # fmt: skip
-    axes.grid(False)
-    axes.set_ylim(len(depths), 0)  # the beginning of the context is at the top
-    for axis, labels in ((axes.xaxis, [_short(n) for n in lengths]), (axes.yaxis, depths)):
-        step = -(-len(labels) // 4)
-        places = range(0, len(labels), step)
-        axis.set_ticks([place + 0.5 for place in places], [f"{labels[p]}" for p in places])
-        axis.set_tick_params(labelsize=7, length=0)
-    for side in axes.spines.values():
-        side.set_visible(False)
-    return image
-
-
-def _short(length: int) -> str:
-    return f"{length / 1024:.3g}k" if length >= 1024 else str(length)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from paged_kv.registry import FULL
@@ -25,7 +26,7 @@ def crossings(points: Points) -> list[float]:
     """The x, between points ascending in x, where y passes 1; linear in between."""
     points = sorted(points)
     found = [x for x, y in points if y == 1]
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(points):
         if (y0 - 1) * (y1 - 1) < 0:
             found.append(x0 + (x1 - x0) * (1 - y0) / (y1 - y0))
     return sorted(found)
@@ -64,8 +65,9 @@ def _draw_ratios(axes: Any, curves: Sequence[Curve]) -> list[str]:
         for x in found:
             axes.plot([x], [1], "o", markersize=9, markerfacecolor="none",
                       markeredgecolor=curve.look.color, zorder=5)  # fmt: skip
-            axes.annotate(f"{x:.2f}", (x, 1), (0, 7), textcoords="offset points", ha="center",
-                          fontsize=7.5, color=curve.look.color)  # fmt: skip
+            if len(curves) <= style.DIRECT:
+                axes.annotate(f"{x:.2f}", (x, 1), (0, -15), textcoords="offset points",
+                              ha="center", fontsize=8.5, color=curve.look.color)  # fmt: skip
         sentences.append(_crossing_text(curve, found))
     charts.level(axes, 1, "plain")
     axes.set(ylabel="over plain")

@@ -70,8 +70,10 @@ def _summary(place: str, groups: list[Group]) -> Summary:
             full = baseline(row, group)
             if full is None or (share := remaining(row, full)) is None:
                 continue
-            key = (row["label"], row["budget"])
             compared = True
+            if reading.is_full(row):
+                continue
+            key = (row["label"], row["budget"])
             shares[key][group.task].append(share)
             size, whole = (reading.number(each["bytes_per_token"]) for each in (row, full))
             if size and whole:
@@ -83,9 +85,9 @@ def _summary(place: str, groups: list[Group]) -> Summary:
         means = {task: fmean(found) for task, found in tasks.items()}
         size = fmean(memory[label, budget]) if memory[label, budget] else None
         cells[label][budget] = Cell(fmean(means.values()), size, means)
-    tasks = {task for found in shares.values() for task in found}
+    all_tasks = {task for found in shares.values() for task in found}
     budgets = sorted({budget for _, budget in shares}, key=reading.budget_order)
-    return Summary(place, sorted(tasks, key=reading.task_order), left_out, budgets, dict(cells))
+    return Summary(place, sorted(all_tasks, key=reading.task_order), left_out, budgets, dict(cells))
 
 
 def _order(item: tuple[Key, Any]) -> tuple[bool, str, tuple[int, float]]:

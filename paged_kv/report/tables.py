@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -78,18 +79,25 @@ def _cell(name: str, row: Row) -> Cell:
         return Cell("–")
     if name == "score":
         error = number(row["standard_error"])
-        text = _figure(value) + (f" ± {_figure(error, 2)}" if error is not None else "")
-        return Cell(text, number(value))
+        return Cell(_with_error(value, error) if error else f"{value:#.4g}", number(value))
     return Cell(_figure(value), number(value)) if _scalar(value) else Cell(str(value))
 
 
-def _figure(value: Any, digits: int = 4) -> str:
+def _with_error(value: float, error: float) -> str:
+    """2.320 ± 0.020: two digits of the standard error, and the value as exact."""
+    decimals = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:,.{decimals}f} ± {error:,.{decimals}f}"
+
+
+def _figure(value: Any) -> str:
     """A number as people read it: 1,024; 0.9731; 1,238.6."""
     if isinstance(value, (bool, str)):
         return str(value)
-    if isinstance(value, int) or abs(value) >= 1000:
-        return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
-    return f"{value:.{digits}g}" if abs(value) >= 1e-4 or not value else f"{value:.1e}"
+    if isinstance(value, int) or value.is_integer():
+        return f"{value:,.0f}"
+    if abs(value) >= 1000:
+        return f"{value:,.1f}"
+    return f"{value:.4g}" if abs(value) >= 1e-4 else f"{value:.1e}"
 
 
 def of_summary(summary: Summary) -> Table:

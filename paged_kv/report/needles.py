@@ -1,0 +1,79 @@
+"""Heatmaps of what was found: depth by length, a small one for each policy and budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.colors import Normalize
+
+from paged_kv.report import charts, style
+from paged_kv.report import rows as reading
+from paged_kv.report.rows import Group
+from paged_kv.report.style import Plot
+from paged_kv.results import Row
+
+GAP = 0.8  # cells between two maps
+MAX_TICKS = 4  # of an axis of a map
+SHARES = Normalize(0, 1)
+
+
+def needles(group: Group) -> Plot | None:
+    """A row of maps for each policy, a column for each budget; None without cells.
+
+    One pair of axes holds all maps, beside each other: a hundred pairs take minutes to draw.
+    """
+    rows = [row for row in group.rows if row.get("cells")]
+    if not rows:
+        return None
+    series = reading.curves(rows)
+    budgets = sorted({row["budget"] for row in rows}, key=reading.budget_order)
+    lengths = sorted({cell["length"] for row in rows for cell in row["cells"]})
+    depths = sorted({cell["depth"] for row in rows for cell in row["cells"]})
+    wide, high = len(lengths) + GAP, len(depths) + GAP
+    title = f"{group.task} found · {group.place}"
+    figure, (axes,) = charts.new(title, height=1.4 + 0.8 * len(series))
+    for down, (label, members) in enumerate(series.items()):
+        axes.text(-wide / 3, (down + 0.5) * high - GAP / 2, charts.wrapped(label, 18), ha="right",
+                  va="center", fontsize=8.5)  # fmt: skip
+        for row in members:
+            corner = (budgets.index(row["budget"]) * wide, down * high)
+            image = _map(axes, row, lengths, depths, corner)
+    for across, budget in enumerate(budgets):
+        axes.text(across * wide + len(lengths) / 2, -0.4, reading.budget_text(budget) or "all",
+                  ha="center", va="bottom", fontsize=9, fontweight="bold")  # fmt: skip
+    _ticks(axes.xaxis, [f"{n / 1024:.3g}k" if n >= 1024 else f"{n}" for n in lengths],
+           [across * wide for across in range(len(budgets))])  # fmt: skip
+    _ticks(axes.yaxis, [f"{n:g}" for n in depths], [down * high for down in range(len(series))])
+    axes.set(xlim=(-0.2, len(budgets) * wide - GAP + 0.2), ylim=(len(series) * high - GAP + 0.2, 0))
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=axes, location="bottom", aspect=45, shrink=0.9)
+    bar.set_label("share of the needles found")
+    caption = "A row for each policy, a column for each budget. In each: across the length of the "
+    return Plot(title, caption + "context, down the depth of the needle in %.", figure)
+
+
+def _map(
+    axes: Any,
+    row: Row,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    corner: tuple[float, float],
+) -> Any:
+    values = [[float("nan")] * len(lengths) for _ in depths]
+    for cell in row["cells"]:
+        share = cell["found"] / cell["asked"] if cell["asked"] else float("nan")
+        values[depths.index(cell["depth"])][lengths.index(cell["length"])] = share
+    x = [corner[0] + index for index in range(len(lengths) + 1)]
+    y = [corner[1] + index for index in range(len(depths) + 1)]
+    return axes.pcolormesh(x, y, values, cmap="cividis", norm=SHARES, edgecolors=style.SURFACE,
+                           linewidth=0.7)  # fmt: skip
+
+
+def _ticks(axis: Any, labels: Sequence[str], starts: Sequence[float]) -> None:
+    """Some of the labels, at the middles of their cells, once for each start of a map."""
+    shown = range(0, len(labels), -(-len(labels) // MAX_TICKS))
+    places = [start + index + 0.5 for start in starts for index in shown]
+    axis.set_ticks(places, [labels[index] for index in shown] * len(starts))
+    axis.set_tick_params(labelsize=7, length=0, pad=1)
