@@ -59,19 +59,21 @@ def draw(axes: Any, curve: Curve) -> None:
 
 def name(figure: Figure, axes: Any, curves: Sequence[Curve]) -> None:
     """Few curves get their names at their right ends, many a legend below the figure."""
-    if len(curves) <= style.DIRECT:
+    longest = max(len(curve.label) for curve in curves)
+    if len(curves) <= style.DIRECT and longest <= 28:
         _ends(axes, curves)
         return
-    longest = max(len(curve.label) for curve in curves)
-    columns = 3 if longest <= 12 else 2 if longest <= 24 else 1
+    columns = 3 if longest <= 12 else 2 if longest <= 28 else 1
     handles = []
     for curve in curves:
         color, linestyle, marker = curve.look
         (handle,) = axes.plot([], [], color=color, linestyle=linestyle, marker=marker)
         handles.append(handle)
-    labels = [_visible(curve.label) for curve in curves]
-    figure.set_figheight(figure.get_figheight() + ROW * -(-len(curves) // columns))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=3)
+    labels = [_visible(wrapped(curve.label)) for curve in curves]
+    lines = sum(label.count("\n") + 1 for label in labels)
+    figure.set_figheight(figure.get_figheight() + ROW * -(-lines // columns))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=2.8,
+                  columnspacing=1.2)  # fmt: skip
 
 
 def _visible(label: str) -> str:
@@ -119,6 +121,11 @@ def level(axes: Any, height: float, text: str, error: float | None = None) -> No
         axes.axhspan(height - error, height + error, color=style.FULL, alpha=0.13, linewidth=0)
     axes.annotate(text, (0, height), (3, 2.5), xycoords=("axes fraction", "data"),
                   textcoords="offset points", color=style.MUTED, fontsize=8.5)  # fmt: skip
+
+
+def from_zero(axes: Any, curves: Sequence[Curve], least: float = 0) -> None:
+    """The y axis from 0 to above all points, at least to `least`."""
+    axes.set_ylim(0, 1.08 * max([least, *(y for curve in curves for _, y in curve.points)]))
 
 
 def scale_x(axes: Any, values: Sequence[float]) -> None:

@@ -34,7 +34,7 @@ def main(args: argparse.Namespace) -> None:
     """Writes and says where. Raises ValueError for what the user got wrong."""
     rows = results.read(args.results)
     reading.check(rows)
-    _check_writable(args.out)
+    check_out(args.out, args.results)
     kept, replaced = reading.latest(rows)
     with style.drawing():
         groups = reading.groups(reading.named(kept))
@@ -47,8 +47,7 @@ def main(args: argparse.Namespace) -> None:
         if args.png is not None:
             write_pngs(args.png, plots)
     args.out.write_text(text, encoding="utf-8")
-    again = f", {len(replaced)} measured again" if replaced else ""
-    print(f"{args.out}: {len(kept)} rows{again}, {len(plots)} plots")
+    print(f"{args.out}: rows {len(kept)}, measured again {len(replaced)}, plots {len(plots)}")
 
 
 def make_sections(groups: Sequence[Group], looks: Mapping[str, Look]) -> list[Section]:
@@ -107,8 +106,10 @@ def write_pngs(directory: Path, plots: Sequence[Plot]) -> None:
         raise ValueError(f"png {directory}: {error}") from None
 
 
-def _check_writable(path: Path) -> None:
-    """Raises ValueError before anything is drawn; makes the file's folder."""
+def check_out(path: Path, results_: Sequence[Path]) -> None:
+    """Raises ValueError, before anything is drawn, unless the page can be written; makes folders."""
+    if path.resolve() in [each.resolve() for each in results_]:
+        raise ValueError(f"out {path}: is one of the results, which it would replace")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8"):

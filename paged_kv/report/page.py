@@ -70,12 +70,12 @@ def _runs(rows: Iterable[Row]) -> list[dict[str, Any]]:
         first = members[0]
         dates = sorted({str(row["date"]) for row in members if row.get("date")})
         versions = first.get("versions") or {}
+        listed = ", ".join(f"{name} {number}" for name, number in versions.items())
         runs.append(
             {
                 **{name: first.get(name) or "unknown" for name in ("model", "model_hash")},
                 "device": first.get("device") or "unknown",
-                "versions": ", ".join(f"{name} {number}" for name, number in versions.items())
-                or "unknown",
+                "versions": listed or "unknown",
                 "dates": " to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else "unknown",
                 "rows": len(members),
             }

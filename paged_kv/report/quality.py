@@ -73,7 +73,7 @@ def against_memory(group: Group, looks: Looks) -> Plot | None:
 
 
 def _caption(rows: Sequence[Row], better: str) -> str:
-    samples = sorted({row["samples"] for row in rows if row["samples"] is not None})
+    samples = sorted({row["samples"] for row in rows if number(row["samples"])})
     caption = f"{better.capitalize()} is better."
     if samples:
         ends = f"{samples[0]:,}" if len(samples) == 1 else f"{samples[0]:,} to {samples[-1]:,}"
@@ -113,16 +113,16 @@ def _layers(group: Group, budget: Any, series: Mapping[str, list[Row]], looks: L
     title = f"Entries by layer, budget {reading.budget_text(budget)} · {group.place}"
     figure, (axes,) = charts.new(title)
     curves = []
-    for rank, (label, rows) in enumerate(series.items(), 1):
-        kept, look = rows[0]["kept_by_layer"], looks[label]
+    same: dict[tuple[float, ...], list[str]] = defaultdict(list)  # many policies hold the same
+    for label, rows in series.items():
+        same[tuple(rows[0]["kept_by_layer"])].append(label)
+    for kept, labels in same.items():
+        look = looks[labels[0]]._replace(linestyle="-", marker="")
         edges = [index - 0.5 for index in range(len(kept) + 1)]
-        # Many policies hold the same: what lies below is wider, and stays to be seen.
-        width = 1.5 + 3 * (1 - rank / len(series))
-        drawn = {"color": look.color, "linestyle": look.linestyle, "linewidth": width}
-        axes.stairs(kept, edges, baseline=None, **drawn)
-        curves.append(Curve(label, list(enumerate(kept)), look))
+        axes.stairs(kept, edges, baseline=None, color=look.color, linewidth=1.7)
+        curves.append(Curve(", ".join(labels), list(enumerate(kept)), look))
     axes.set(xlabel="layer", ylabel="entries kept")
-    axes.set_ylim(bottom=0)
+    charts.from_zero(axes, curves)
     axes.xaxis.get_major_locator().set_params(integer=True)
     charts.name(figure, axes, curves)
     return Plot(title, f"What each layer held, measured by {group.task}.", figure)

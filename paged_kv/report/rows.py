@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from paged_kv.core.page_formats import NATIVE
+from paged_kv.option_table import OPTIONS
 from paged_kv.registry import FULL
 from paged_kv.results import Row
 
 # Speed and memory have sections of their own; every other task is quality.
 THROUGHPUT, LATENCY, MEMORY, NEEDLE = "throughput", "latency", "memory", "needle"
+ALWAYS = OPTIONS["start"].default
 SPEED = (THROUGHPUT, LATENCY, MEMORY, "cache-speedup")
 ORDER = ("perplexity", "agreement", NEEDLE, "ruler", "longbench")  # then others, then SPEED
-# Fields that some tasks add and that tell what was asked from what came out. The first are part of
-# a plot's title, the others are what its curves run over.
-SETTINGS = (
-    "subtask", "protocol", "length", "context_tokens", "prompt_tokens", "score_tokens", "requests",
-    "prompt_len", "output_len", "start",
-)  # fmt: skip
-ALONG = ("case", "pool_tokens", "share", "request_rate")
-CLAIM = ("task", "metric", "policy", "budget", "page_format", "engine", "model", "model_hash",
-         "device", *SETTINGS, *ALONG)  # fmt: skip
+# Fields that tasks add and that say what was asked: rows that differ in them are in plots apart.
+LOAD = ("requests", "input_len", "output_len")
+SETTINGS = {THROUGHPUT: LOAD, LATENCY: ("share", *LOAD), MEMORY: (*LOAD, "length")}
+QUALITY = ("subtask", "protocol", "length", "context_tokens", "prompt_tokens", "score_tokens")
+# What the curves of a plot differ in, or run over.
+SERIES = ("policy", "budget", "page_format", "engine", "start", "case", "pool_tokens", "share",
+          "request_rate")  # fmt: skip
+NAMES = {"input_len": "input", "output_len": "output", "share": "pool"}
+PLACE = ("model", "model_hash", "device")
 
 
 class Replaced(NamedTuple):
@@ -39,7 +41,7 @@ class Group(NamedTuple):
     place: str  # the model, with what else tells its rows from those of another
     task: str
     metric: str
-    setting: str  # SETTINGS of these rows, as text; "" if there are none
+    setting: str  # what settings() says of these rows, as text; "" if there is nothing
     rows: list[Row]
 
     @property
@@ -58,26 +60,72 @@ def latest(rows: Iterable[Row]) -> tuple[list[Row], list[Replaced]]:
     kept: dict[tuple[str, ...], Row] = {}
     replaced = []
     for row in sorted(rows, key=lambda row: str(row.get("date") or "")):
-        claim = tuple(repr(row.get(name)) for name in CLAIM)
+        names = ("task", "metric", *PLACE, *SERIES, *settings(row["task"]))
+        claim = tuple(repr(row.get(name)) for name in names)
         if claim in kept:
             replaced.append((claim, kept.pop(claim)))
         kept[claim] = row
     return list(kept.values()), [Replaced(row, kept[claim]) for claim, row in replaced]
 
 
+def settings(task: str) -> tuple[str, ...]:
+    """The fields that say what was asked."""
+    return SETTINGS.get(task, ("length",) if task in SPEED else QUALITY)
+
+
 def check(rows: Sequence[Row]) -> None:
     """Raises ValueError, naming the row, for fields that are not of the kind they must be."""
     if not rows:
         raise ValueError("results: no rows in the files given")
-    for number, row in enumerate(rows, 1):
-        for name in ("task", "policy", "metric"):
-            if not isinstance(row[name], str) or not row[name]:
-                raise ValueError(f"result row {number}: {name} must be a name, not {row[name]!r}")
-        for name in ("score", "standard_error", "budget", "kept", "bytes_per_token", "seconds"):
-            value = row[name]
-            if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
-                where = f"result row {number} ({row['task']}, {row['policy']})"
-                raise ValueError(f"{where}: {name} must be a number or null, not {value!r}")
+    for index, row in enumerate(rows, 1):
+        for name, (kind, holds) in KINDS.items():
+            if name in row and not holds(row[name]):
+                where = f"result row {index} ({row['task']}, {row['policy']})"
+                raise ValueError(f"{where}: {name} must be {kind}, not {row[name]!r}")
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_list_of(*names: str) -> Callable[[Any], bool]:
+    """Whether it is a list of objects that have numbers of these names; null, too."""
+
+    def holds(value: Any) -> bool:
+        return value is None or (
+            isinstance(value, list)
+            and all(isinstance(each, dict) for each in value)
+            and all(_is_number(each.get(name)) for each in value for name in names)
+        )
+
+    return holds
+
+
+_OPTIONAL = ("a number or null", lambda value: value is None or _is_number(value))
+KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("task", "policy", "metric"), ("a name", _is_name)),
+    **dict.fromkeys(
+        ("score", "standard_error", "budget", "kept", "bytes_per_token", "seconds"), _OPTIONAL
+    ),
+    "higher_is_better": ("true or false", lambda value: isinstance(value, bool)),
+    "versions": ("an object", lambda value: isinstance(value, dict)),
+    "kept_by_layer": (
+        "a list of numbers",
+        lambda value: value is None or (isinstance(value, list) and all(map(_is_number, value))),
+    ),
+    "by_position": (
+        "a list of position and agreement",
+        _is_list_of("position", "agreement"),
+    ),
+    "cells": (
+        "a list of length, depth, found and asked",
+        _is_list_of("length", "depth", "found", "asked"),
+    ),
+}
 
 
 def number(value: Any) -> float | None:
@@ -103,9 +151,9 @@ def named(rows: Sequence[Row]) -> list[Row]:
     """Copies with `place` (of the measurement) and `label` (of its curve).
 
     Both say no more than it takes to tell rows apart: a place is the model's name, with its hash
-    and the device where those differ; a label the policy, with the page format unless native, and
-    the engine where one task ran it on several. Curves of speed do not run over budgets: there a
-    label has the budget, too, where there are several.
+    and the device where those differ; a label the policy, with the page format unless native, the
+    start unless always, and the engine where one task ran it on several. Curves of speed do not run
+    over budgets: there a label has the budget, too, where there are several.
     """
     hashes, devices, engines, budgets = (defaultdict(set) for _ in range(4))
     for row in rows:
@@ -130,8 +178,10 @@ def named(rows: Sequence[Row]) -> list[Row]:
 
 def _series(row: Row) -> str:
     name = row["case"] if row["task"] in SPEED and row.get("case") else row["policy"]
-    page_format = row["page_format"]
-    return str(name) if page_format in (NATIVE, None) else f"{name} · {page_format}"
+    parts = [str(name)]
+    parts += [str(row["page_format"])] * (row["page_format"] not in (NATIVE, None))
+    parts += [str(row.get("start"))] * (row.get("start") not in (ALWAYS, None))
+    return " · ".join(parts)
 
 
 def labels(rows: Iterable[Row]) -> list[str]:
@@ -145,7 +195,7 @@ def groups(rows: Iterable[Row]) -> list[Group]:
     found = defaultdict(list)
     for row in rows:
         setting = ", ".join(
-            _setting(name, row[name]) for name in SETTINGS if row.get(name) is not None
+            _setting(name, row[name]) for name in settings(row["task"]) if row.get(name) is not None
         )
         found[row["place"], row["task"], row["metric"], setting].append(row)
     listed = [Group(*key, rows) for key, rows in found.items()]
@@ -155,8 +205,8 @@ def groups(rows: Iterable[Row]) -> list[Group]:
 def _setting(name: str, value: Any) -> str:
     if name in ("subtask", "protocol"):
         return str(value)
-    text = f"{value:,}" if isinstance(value, int) else str(value)
-    return f"{name.replace('_', ' ')} {text}"
+    text = f"{value:,}" if isinstance(value, (int, float)) else str(value)
+    return f"{NAMES.get(name, name.replace('_', ' '))} {text}"
 
 
 def task_order(task: str) -> tuple[int, str]:

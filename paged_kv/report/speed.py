@@ -48,17 +48,18 @@ def throughput(group: Group, looks: Mapping[str, Look]) -> Plot | None:
     for curve in speed:
         charts.draw(axes[0], curve)
     axes[0].set(ylabel="output tokens/s")
-    axes[0].set_ylim(bottom=0)
-    sentences = _draw_ratios(axes[1], ratio) if ratio else []
+    charts.from_zero(axes[0], speed)
+    caption = _draw_ratios(axes[1], ratio) if ratio else ""
     axes[-1].set(xlabel="pool / what all requests need uncompressed  (ample → tight)")
     axes[-1].invert_xaxis()
     charts.name(figure, axes[0], speed)
-    return Plot(group.title, " ".join(sentences), figure)
+    return Plot(group.title, caption, figure)
 
 
-def _draw_ratios(axes: Any, curves: Sequence[Curve]) -> list[str]:
-    """Draws; says for each curve where it passes plain vLLM."""
-    sentences = []
+def _draw_ratios(axes: Any, curves: Sequence[Curve]) -> str:
+    """Draws; says where the curves pass plain vLLM."""
+    equal: list[str] = []
+    never: dict[str, list[str]] = {"Faster": [], "Slower": []}
     for curve in curves:
         charts.draw(axes, curve)
         found = crossings(curve.points)
@@ -68,45 +69,48 @@ def _draw_ratios(axes: Any, curves: Sequence[Curve]) -> list[str]:
             if len(curves) <= style.DIRECT:
                 axes.annotate(f"{x:.2f}", (x, 1), (0, -15), textcoords="offset points",
                               ha="center", fontsize=8.5, color=curve.look.color)  # fmt: skip
-        sentences.append(_crossing_text(curve, found))
+        if found:
+            equal.append(f"{curve.label} {' and '.join(f'{x:.2f}' for x in found)}")
+        else:
+            never["Faster" if curve.points[0][1] > 1 else "Slower"].append(curve.label)
     charts.level(axes, 1, "plain")
     axes.set(ylabel="over plain")
-    axes.set_ylim(bottom=0)
-    return sentences
-
-
-def _crossing_text(curve: Curve, found: Sequence[float]) -> str:
-    if found:
-        return f"{curve.label} equals plain at a pool of {', '.join(f'{x:.2f}' for x in found)}."
-    always = "faster" if curve.points[0][1] > 1 else "slower"
-    return f"{curve.label} is {always} than plain at every size."
+    charts.from_zero(axes, curves, least=1)
+    sentences = [f"As fast as plain at a pool of: {', '.join(equal)}."] if equal else []
+    sentences += [
+        f"{how} at every size measured: {', '.join(names)}."
+        for how, names in never.items()
+        if names
+    ]
+    return " ".join(sentences)
 
 
 def latency(group: Group, looks: Mapping[str, Look]) -> Plot | None:
     """Time to the first token and between tokens, median and 99th percentile, by request rate."""
     rows = [row for row in group.rows if number(row.get("request_rate"))]
     fields = {"ttft": "time to first token (ms)", "itl": "between tokens (ms)"}
-    if not rows or not any(number(row.get(f"{name}_ms")) for row in rows for name in fields):
+    if not any(number(row.get(f"{name}_ms")) for row in rows for name in fields):
         return None
     figure, axes = charts.new(group.title, rows=len(fields))
-    named: list[Curve] = []
+    medians = []
     for chart, (name, text) in zip(axes, fields.items(), strict=True):
-        for label, members in reading.curves(rows).items():
-            median = _points(members, f"{name}_ms")
-            look = looks[label]
-            if median:
-                charts.draw(chart, Curve(label, median, look))
-                if label not in [curve.label for curve in named]:
-                    named.append(Curve(label, median, look))
-            if tail := _points(members, f"{name}_p99_ms"):
-                chart.plot(*zip(*sorted(tail), strict=True), color=look.color, linewidth=0.9,
-                           linestyle=":")  # fmt: skip
+        medians, tails = (_curves(rows, f"{name}_{end}", looks) for end in ("ms", "p99_ms"))
+        for curve in medians:
+            charts.draw(chart, curve)
+        for curve in tails:
+            chart.plot(*zip(*sorted(curve.points), strict=True), color=curve.look.color,
+                       linewidth=0.9, linestyle=":")  # fmt: skip
         chart.set(ylabel=text)
-        chart.set_ylim(bottom=0)
+        charts.from_zero(chart, [*medians, *tails])
     axes[-1].set(xlabel="requests per second")
-    charts.name(figure, axes[0], named)
+    charts.name(figure, axes[-1], medians)
     return Plot(group.title, "With markers: the median. Dotted: the 99th percentile.", figure)
 
 
-def _points(rows: Sequence[Row], field: str) -> list[tuple[float, float]]:
-    return [(row["request_rate"], row[field]) for row in rows if number(row.get(field))]
+def _curves(rows: Sequence[Row], field: str, looks: Mapping[str, Look]) -> list[Curve]:
+    """The field by request rate, of those that have it."""
+    rows = [row for row in rows if number(row.get(field))]
+    return [
+        Curve(label, [(row["request_rate"], row[field]) for row in members], looks[label])
+        for label, members in reading.curves(rows).items()
+    ]

@@ -61,7 +61,7 @@ def drawing() -> AbstractContextManager[None]:
         "axes.titlesize": 9.5,
         "figure.titlesize": 10,
         "figure.titleweight": "bold",
-        "legend.fontsize": 9,
+        "legend.fontsize": 8.5,
         "text.color": INK,
         "axes.labelcolor": INK,
         "axes.edgecolor": MUTED,

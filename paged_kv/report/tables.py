@@ -48,7 +48,10 @@ def _task_table(task: str, rows: list[Row]) -> Table:
         rows, key=lambda row: (str(row["policy"]).lower(), reading.budget_order(row["budget"]))
     )
     places = ["place"] if len({row["place"] for row in rows}) > 1 else []
-    names = [*places, *FIRST, *_more(rows), "score", "metric", *LAST]
+    more = _more(rows)
+    asked = [name for name in more if name in (*reading.SERIES, *reading.settings(task))]
+    measured = [name for name in more if name not in asked]
+    names = [*places, *FIRST, *asked, "score", "metric", *LAST, *measured]
     columns = [
         (HEADINGS.get(name, name.replace("_", " ")), _is_numeric(name, rows)) for name in names
     ]
@@ -85,7 +88,7 @@ def _cell(name: str, row: Row) -> Cell:
 
 def _with_error(value: float, error: float) -> str:
     """2.320 ± 0.020: two digits of the standard error, and the value as exact."""
-    decimals = max(0, 1 - math.floor(math.log10(error)))
+    decimals = min(8, max(0, 1 - math.floor(math.log10(error))))
     return f"{value:,.{decimals}f} ± {error:,.{decimals}f}"
 
 

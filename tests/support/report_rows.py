@@ -104,24 +104,25 @@ def _positions(left: float) -> list[Row]:
 
 def _throughput(policies: Sequence[str]) -> Iterator[Row]:
     more: Row = {"engine": "vllm", "metric": "tokens_per_second", "kept": None, "samples": 3,
-                 "standard_error": 4.0, "bytes_per_token": None, "requests": 48}  # fmt: skip
+                 "standard_error": 4.0, "bytes_per_token": None, "requests": 48,
+                 "request_rate": "inf"}  # fmt: skip
     for share in (1.2, 0.8, 0.5, 0.3, 0.2):
         plain = 420 * min(1, 0.35 + share * 0.7)
         for index, case in enumerate(("plain", *policies)):
-            policy, budget = ("full", None) if case == "plain" else (case, 256)
+            budget = None if case == "plain" else 256
             ratio = 1.0 if case == "plain" else 0.9 + 0.15 * (1.2 - share) * (4 - index % 4)
-            pool = {"case": case, "pool_tokens": round(43008 * share), "share": share}
+            pool = {"pool_tokens": round(43008 * share), "share": share}
             counts = {"ratio": round(ratio, 3), "running": 30.5, "preemptions": 10 - index % 10}
             speed = round(plain * ratio, 1)
-            yield row("throughput", policy, budget, speed, **more, **pool, **counts)
+            yield row("throughput", case, budget, speed, **more, **pool, **counts)
 
 
 def _latency(policies: Sequence[str]) -> Iterator[Row]:
     more: Row = {"engine": "vllm", "metric": "itl_ms", "higher_is_better": False, "kept": None}
     for rate in (0.5, 1.0, 2.0, 4.0):
         for index, case in enumerate(("plain", *policies)):
-            policy, budget = ("full", None) if case == "plain" else (case, 256)
+            budget = None if case == "plain" else 256
             itl = 30 + rate * 22 / (1 + 0.2 * index)
             times = {"ttft_ms": 8 * itl, "ttft_p99_ms": 21 * itl, "itl_ms": itl,
-                     "itl_p99_ms": 2.4 * itl, "case": case, "request_rate": rate}  # fmt: skip
-            yield row("latency", policy, budget, itl, **more, **times)
+                     "itl_p99_ms": 2.4 * itl, "request_rate": rate}  # fmt: skip
+            yield row("latency", case, budget, itl, **more, **times)
