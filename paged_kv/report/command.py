@@ -14,6 +14,7 @@ from pathlib import Path
 from paged_kv import results
 from paged_kv.report import page, quality, speed, style
 from paged_kv.report import rows as reading
+from paged_kv.report.checks import check
 from paged_kv.report.needles import needles
 from paged_kv.report.page import Section
 from paged_kv.report.rows import Group
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Writes and says where. Raises ValueError for what the user got wrong."""
     rows = results.read(args.results)
-    reading.check(rows)
+    check(rows)
     check_out(args.out, args.results)
     kept, replaced = reading.latest(rows)
     with style.drawing():
@@ -107,7 +108,7 @@ def write_pngs(directory: Path, plots: Sequence[Plot]) -> None:
 
 
 def check_out(path: Path, results_: Sequence[Path]) -> None:
-    """Raises ValueError, before anything is drawn, unless the page can be written; makes folders."""
+    """Raises ValueError, before drawing, unless the page can be written; makes folders."""
     if path.resolve() in [each.resolve() for each in results_]:
         raise ValueError(f"out {path}: is one of the results, which it would replace")
     try:

@@ -19,7 +19,7 @@ from paged_kv.bench import plot
 
 INK, MUTED, SURFACE, FULL = "#1f2328", "#59636e", "#fefefe", plot.COLORS[0]
 # After Okabe and Ito, as dark as a white page needs; lightness differs where hues are confused.
-SERIES = ("#0072b2", "#d55e00", "#009e7a", "#a3439b", "#b58900", "#4aa5dd", "#7d1d3f")
+SERIES = ("#0072b2", "#d55e00", "#009e7a", "#a3439b", "#b58900", "#3a97d0", "#7d1d3f")
 VARIABLES = {  # color -> CSS variable; page.css gives the dark ones
     INK: "--ink",
     MUTED: "--muted",

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,12 @@ class Browser:
                 stderr=log,
                 start_new_session=True,
             )
-        self._socket: Any = None
+        self._open = ExitStack()
 
     def __enter__(self) -> Browser:
         try:
-            self._socket = connect(self._address(), max_size=None, compression=None)
+            connected = connect(self._address(), max_size=None, compression=None)
+            self._socket = self._open.enter_context(connected)
             target = self._call("Target.createTarget", url="about:blank")["targetId"]
             attached = self._call("Target.attachToTarget", targetId=target, flatten=True)
             self._session = attached["sessionId"]
@@ -79,8 +81,7 @@ class Browser:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._socket is not None:
-            self._socket.close()
+        self._open.close()
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._folder.cleanup()
