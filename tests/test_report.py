@@ -17,7 +17,7 @@ from paged_kv.report import charts, page, rows, speed, style, tables
 from paged_kv.report.summary import summaries
 
 PNG = b"\x89PNG\r\n"
-PLOTS = 9 + 1 + 4 + 1 + 1 + 1 + 4  # quality, means, agreement, needle, throughput, latency, layers
+PLOTS = 9 + 1 + 4 + 1 + 1 + 2 + 4  # quality, means, agreement, needle, throughput, latency, layers
 
 
 def report(results: Path, *args: object) -> str:

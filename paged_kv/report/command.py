@@ -68,7 +68,7 @@ def make_sections(groups: Sequence[Group], looks: Mapping[str, Look]) -> list[Se
     positions = [plot for group in asked for plot in quality.by_position(group, looks)]
     found = [needles(group) for group in asked]
     speeds = [speed.throughput(group, looks) for group in of_task[reading.THROUGHPUT]]
-    latencies = [speed.latency(group, looks) for group in of_task[reading.LATENCY]]
+    latencies = [plot for g in of_task[reading.LATENCY] for plot in speed.latency(g, looks)]
     return [
         Section("quality", "Quality against memory", "A curve for each policy through its budgets; "
                 "the dashed line is the full cache, with its size in parentheses.",
@@ -77,7 +77,7 @@ def make_sections(groups: Sequence[Group], looks: Mapping[str, Look]) -> list[Se
         Section("needle", "Needles by depth and length", "", _drawn(found)),
         Section("throughput", "Throughput by pool size", "Rings mark where a policy is as fast as "
                 "plain vLLM.", _drawn(speeds)),
-        Section("latency", "Latency by request rate", "", _drawn(latencies)),
+        Section("latency", "Latency by request rate", "", latencies),
         Section("layers", "Memory by layer", "Policies of equal budget.", layers),
     ]  # fmt: skip
 

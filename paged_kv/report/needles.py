@@ -14,7 +14,7 @@ from paged_kv.report.style import Plot
 from paged_kv.results import Row
 
 GAP = 0.8  # cells between two maps
-MAX_TICKS = 4  # of an axis of a map
+TICKS = 12  # at most, below all maps of a row
 SHARES = Normalize(0, 1)
 
 
@@ -31,20 +31,20 @@ def needles(group: Group) -> Plot | None:
     lengths = sorted({cell["length"] for row in rows for cell in row["cells"]})
     depths = sorted({cell["depth"] for row in rows for cell in row["cells"]})
     wide, high = len(lengths) + GAP, len(depths) + GAP
-    title = f"{group.task} found · {group.place}"
+    title = f"{group.name}: what was found · {group.place}"
     figure, (axes,) = charts.new(title, height=1.4 + 0.8 * len(series))
-    for down, (label, members) in enumerate(series.items()):
-        axes.text(-wide / 3, (down + 0.5) * high - GAP / 2, charts.wrapped(label, 18), ha="right",
+    for line, (label, members) in enumerate(series.items()):
+        axes.text(-wide / 3, (line + 0.5) * high - GAP / 2, charts.wrapped(label, 18), ha="right",
                   va="center", fontsize=8.5)  # fmt: skip
         for row in members:
-            corner = (budgets.index(row["budget"]) * wide, down * high)
+            corner = (budgets.index(row["budget"]) * wide, line * high)
             image = _map(axes, row, lengths, depths, corner)
-    for across, budget in enumerate(budgets):
-        axes.text(across * wide + len(lengths) / 2, -0.4, reading.budget_text(budget) or "all",
+    for column, budget in enumerate(budgets):
+        axes.text(column * wide + len(lengths) / 2, -0.4, reading.budget_text(budget) or "all",
                   ha="center", va="bottom", fontsize=9, fontweight="bold")  # fmt: skip
-    _ticks(axes.xaxis, [f"{n / 1024:.3g}k" if n >= 1024 else f"{n}" for n in lengths],
-           [across * wide for across in range(len(budgets))])  # fmt: skip
-    _ticks(axes.yaxis, [f"{n:g}" for n in depths], [down * high for down in range(len(series))])
+    across, down = [n * wide for n in range(len(budgets))], [n * high for n in range(len(series))]
+    _ticks(axes.xaxis, [_short(n) for n in lengths], across, TICKS // len(across))
+    _ticks(axes.yaxis, [f"{n:g}" for n in depths], down, 4)
     axes.set(xlim=(-0.2, len(budgets) * wide - GAP + 0.2), ylim=(len(series) * high - GAP + 0.2, 0))
     axes.grid(False)
     axes.spines[:].set_visible(False)
@@ -71,9 +71,13 @@ def _map(
                            linewidth=0.7)  # fmt: skip
 
 
-def _ticks(axis: Any, labels: Sequence[str], starts: Sequence[float]) -> None:
+def _ticks(axis: Any, labels: Sequence[str], starts: Sequence[float], most: int) -> None:
     """Some of the labels, at the middles of their cells, once for each start of a map."""
-    shown = range(0, len(labels), -(-len(labels) // MAX_TICKS))
+    shown = range(0, len(labels), -(-len(labels) // max(1, most)))
     places = [start + index + 0.5 for start in starts for index in shown]
     axis.set_ticks(places, [labels[index] for index in shown] * len(starts))
     axis.set_tick_params(labelsize=7, length=0, pad=1)
+
+
+def _short(length: int) -> str:
+    return f"{length / 1024:.3g}k" if length >= 1024 else f"{length}"

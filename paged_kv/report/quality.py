@@ -90,7 +90,7 @@ def by_position(group: Group, looks: Looks) -> Iterator[Plot]:
         for label, members in reading.curves(rows).items():
             points = [(each["position"], each["agreement"]) for each in members[0]["by_position"]]
             curves.append(Curve(label, points, looks[label]))
-        title = f"{group.task} by position, budget {reading.budget_text(budget)} · {group.place}"
+        title = f"{group.name} by position, budget {reading.budget_text(budget)} · {group.place}"
         figure, (axes,) = charts.new(title)
         for curve in curves:
             charts.draw(axes, curve)
@@ -101,16 +101,16 @@ def by_position(group: Group, looks: Looks) -> Iterator[Plot]:
 
 
 def by_layer(groups: Sequence[Group], looks: Looks) -> Iterator[Plot]:
-    """Entries by layer, a figure for each budget, from the memory task if it has been run."""
+    """Entries by layer, a figure for each budget: of the memory task, or else of the first."""
     having = [g for g in groups if any(row.get("kept_by_layer") for row in g.rows)]
-    chosen = [g for g in having if g.task == reading.MEMORY] or having
-    for group in chosen[:1]:
+    for group in [g for g in having if g.task == reading.MEMORY] or having[:1]:
         for budget, rows in _by_budget(row for row in group.rows if row.get("kept_by_layer")):
             yield _layers(group, budget, reading.curves(rows), looks)
 
 
 def _layers(group: Group, budget: Any, series: Mapping[str, list[Row]], looks: Looks) -> Plot:
-    title = f"Entries by layer, budget {reading.budget_text(budget)} · {group.place}"
+    parts = ("Entries by layer", f"budget {reading.budget_text(budget)}", group.setting)
+    title = f"{', '.join(filter(None, parts))} · {group.place}"
     figure, (axes,) = charts.new(title)
     curves = []
     same: dict[tuple[float, ...], list[str]] = defaultdict(list)  # many policies hold the same

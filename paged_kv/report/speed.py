@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from paged_kv.registry import FULL
+from paged_kv.core.page_formats import NATIVE
 from paged_kv.report import charts, style
 from paged_kv.report import rows as reading
 from paged_kv.report.charts import Curve, Points
@@ -14,12 +14,12 @@ from paged_kv.report.rows import Group, number
 from paged_kv.report.style import Look, Plot
 from paged_kv.results import Row
 
-PLAIN = "plain"  # how the label of vLLM without us begins
+PLAIN = "plain"  # the policy of vLLM without us
 
 
 def is_plain(row: Row) -> bool:
     """Whether it is what throughput and latency are compared with."""
-    return str(row["label"]).startswith(PLAIN) or (row["policy"] == FULL and not row.get("case"))
+    return PLAIN in (row["policy"], row.get("case")) and row["page_format"] in (NATIVE, None)
 
 
 def crossings(points: Points) -> list[float]:
@@ -85,26 +85,26 @@ def _draw_ratios(axes: Any, curves: Sequence[Curve]) -> str:
     return " ".join(sentences)
 
 
-def latency(group: Group, looks: Mapping[str, Look]) -> Plot | None:
-    """Time to the first token and between tokens, median and 99th percentile, by request rate."""
+def latency(group: Group, looks: Mapping[str, Look]) -> Iterator[Plot]:
+    """By request rate, median above and 99th percentile below: to the first token, between tokens.
+
+    Those that are in the rows.
+    """
     rows = [row for row in group.rows if number(row.get("request_rate"))]
-    fields = {"ttft": "time to first token (ms)", "itl": "between tokens (ms)"}
-    if not any(number(row.get(f"{name}_ms")) for row in rows for name in fields):
-        return None
-    figure, axes = charts.new(group.title, rows=len(fields))
-    medians = []
-    for chart, (name, text) in zip(axes, fields.items(), strict=True):
+    for name, text in (("ttft", "Time to first token"), ("itl", "Time between tokens")):
         medians, tails = (_curves(rows, f"{name}_{end}", looks) for end in ("ms", "p99_ms"))
-        for curve in medians:
-            charts.draw(chart, curve)
-        for curve in tails:
-            chart.plot(*zip(*sorted(curve.points), strict=True), color=curve.look.color,
-                       linewidth=0.9, linestyle=":")  # fmt: skip
-        chart.set(ylabel=text)
-        charts.from_zero(chart, [*medians, *tails])
-    axes[-1].set(xlabel="requests per second")
-    charts.name(figure, axes[-1], medians)
-    return Plot(group.title, "With markers: the median. Dotted: the 99th percentile.", figure)
+        if not medians:
+            continue
+        title = f"{text} · {group.title}"
+        figure, axes = charts.new(title, rows=2 if tails else 1)
+        for chart, curves, which in zip(axes, (medians, tails), ("median", "p99"), strict=False):
+            for curve in curves:
+                charts.draw(chart, curve)
+            chart.set(ylabel=f"{which} (ms)")
+            charts.from_zero(chart, curves)
+        axes[-1].set(xlabel="requests per second")
+        charts.name(figure, axes[-1], tails or medians)
+        yield Plot(title, "Lower is better. p99: the 99th percentile.", figure)
 
 
 def _curves(rows: Sequence[Row], field: str, looks: Mapping[str, Look]) -> list[Curve]:
