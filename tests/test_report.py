@@ -252,9 +252,12 @@ def test_labels_at_the_ends_of_curves_do_not_overlap():
 
 
 def test_tables_show_every_field_of_a_task():
-    given = [row("throughput", "tova", 64, 1234.5678, standard_error=0.5, share=0.5, running=3)]
-    given += [row("throughput", "plain", None, 0.5, standard_error=None, kept=None, samples=1)]
+    given = [row("throughput", "tova", 64, 1234.5678, standard_error=0.5, share=0.5, running=3,
+                 requests=24)]  # fmt: skip
+    given += [row("throughput", "plain", None, 0.5, standard_error=None, kept=None, samples=1,
+                  requests=24)]  # fmt: skip
     (table,) = tables.of_tasks(groups_of(given))
+    assert table.note == "model SmolLM2-135M-Instruct, requests 24"
     assert [name for name, _ in table.columns] == [
         "policy", "budget", "format", "engine", "share", "score", "metric", "kept", "bytes/token",
         "seconds", "samples", "running",

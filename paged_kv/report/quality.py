@@ -121,7 +121,7 @@ def _layers(group: Group, budget: Any, series: Mapping[str, list[Row]], looks: L
         edges = [index - 0.5 for index in range(len(kept) + 1)]
         axes.stairs(kept, edges, baseline=None, color=look.color, linewidth=1.7)
         curves.append(Curve(", ".join(labels), list(enumerate(kept)), look))
-    axes.set(xlabel="layer", ylabel="entries kept")
+    axes.set(xlabel="layer", ylabel="entries kept", xlim=(-0.5, len(curves[0].points) - 0.5))
     charts.from_zero(axes, curves)
     axes.xaxis.get_major_locator().set_params(integer=True)
     charts.name(figure, axes, curves)

@@ -95,7 +95,7 @@ def latency(group: Group, looks: Mapping[str, Look]) -> Iterator[Plot]:
         medians, tails = (_curves(rows, f"{name}_{end}", looks) for end in ("ms", "p99_ms"))
         if not medians:
             continue
-        title = f"{text} · {group.title}"
+        title = f"{', '.join(filter(None, (text, group.setting)))} · {group.place}"
         figure, axes = charts.new(title, rows=2 if tails else 1)
         for chart, curves, which in zip(axes, (medians, tails), ("median", "p99"), strict=False):
             for curve in curves:

@@ -27,11 +27,15 @@ class Cell(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Headings with (text, whether numbers stand below), and rows of as many cells."""
+    """Headings with (text, whether numbers stand below), and rows of as many cells.
+
+    The note says what is the same in all rows and has no column.
+    """
 
     title: str
     columns: list[tuple[str, bool]]
     rows: list[list[Cell]]
+    note: str = ""
 
 
 def of_tasks(groups: Sequence[Group]) -> list[Table]:
@@ -47,15 +51,20 @@ def _task_table(task: str, rows: list[Row]) -> Table:
     rows = sorted(
         rows, key=lambda row: (str(row["policy"]).lower(), reading.budget_order(row["budget"]))
     )
-    places = ["place"] if len({row["place"] for row in rows}) > 1 else []
     more = _more(rows)
     asked = [name for name in more if name in (*reading.SERIES, *reading.settings(task))]
     measured = [name for name in more if name not in asked]
-    names = [*places, *FIRST, *asked, "score", "metric", *LAST, *measured]
-    columns = [
-        (HEADINGS.get(name, name.replace("_", " ")), _is_numeric(name, rows)) for name in names
-    ]
-    return Table(task, columns, [[_cell(name, row) for name in names] for row in rows])
+    asked = ["place", *asked]
+    same = [name for name in asked if len({repr(row.get(name)) for row in rows}) == 1]
+    varied = [name for name in asked if name not in same]
+    names = [*FIRST, *varied, "score", "metric", *LAST, *measured]
+    columns = [(_heading(name), _is_numeric(name, rows)) for name in names]
+    note = ", ".join(f"{_heading(name)} {_cell(name, rows[0]).text}" for name in same)
+    return Table(task, columns, [[_cell(name, row) for name in names] for row in rows], note)
+
+
+def _heading(name: str) -> str:
+    return HEADINGS.get(name, name.replace("_", " "))
 
 
 def _more(rows: Iterable[Row]) -> list[str]:
@@ -82,8 +91,13 @@ def _cell(name: str, row: Row) -> Cell:
         return Cell("–")
     if name == "score":
         error = number(row["standard_error"])
-        return Cell(_with_error(value, error) if error else f"{value:#.4g}", number(value))
+        return Cell(_with_error(value, error) if error else _score(value), number(value))
     return Cell(_figure(value), number(value)) if _scalar(value) else Cell(str(value))
+
+
+def _score(value: float) -> str:
+    """With as many digits as others below it: 0.5000."""
+    return _figure(value) if abs(value) >= 1000 else f"{value:#.4g}"
 
 
 def _with_error(value: float, error: float) -> str:
