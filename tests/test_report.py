@@ -165,8 +165,8 @@ def test_plots_are_of_one_model_task_metric_and_setting():
 
 def test_the_summary_is_a_mean_over_tasks_of_shares():
     nll = {"metric": "nll", "higher_is_better": False}
-    given = [row("ruler", "full", None, 0.8, subtask="a"), row("ruler", "full", None, 0.5)]
-    given += [row("ruler", "tova", 64, 0.4, subtask="a"), row("ruler", "tova", 64, 0.5)]
+    given = [row("ruler", "full", None, 0.8, subtask="a"), row("ruler:b", "full", None, 0.5)]
+    given += [row("ruler", "tova", 64, 0.4, subtask="a"), row("ruler:b", "tova", 64, 0.5)]
     given += [
         row("perplexity", "full", None, 2.0, **nll),
         row("perplexity", "tova", 64, 4.0, **nll),
@@ -187,6 +187,30 @@ def test_the_summary_is_a_mean_over_tasks_of_shares():
         ["snapkv", "64", "80.0 %", "–"],
         ["tova", "64", "50.0 %", "75.0 %"],
     ]
+
+
+def test_subtasks_count_by_their_mean_and_are_folded(tmp_path):
+    given = []
+    for task, full, tova in (("ruler", 0.6, 0.3), ("ruler:vt", 0.2, 0.2), ("ruler:cwe", 1.0, 0.4)):
+        given += [row(task, "full", None, full), row(task, "tova", 64, tova)]
+    groups = groups_of(given)
+    assert [(group.task, group.subtask) for group in groups] == [
+        ("ruler", ""), ("ruler", "cwe"), ("ruler", "vt"),
+    ]  # fmt: skip
+    (summary,) = summaries(groups)
+    assert summary.cells["tova"][64].by_task == {"ruler": 0.5}
+    (table,) = tables.of_tasks(groups)
+    assert len(table.rows) == 6
+    text = report(write(tmp_path / "rows.jsonl", given))
+    assert re.findall(r"<summary>(Subtasks.*)</summary>", text) == [
+        "Subtasks of ruler · SmolLM2-135M-Instruct (2)"
+    ]
+
+
+def test_the_length_asked_for_counts_before_that_of_the_contexts():
+    given = [row("ruler", "tova", 64, 0.5, context_tokens=n, length=1024) for n in (998, 991)]
+    assert len(groups_of(given)) == 1
+    assert len(groups_of([{**each, "length": None} for each in given])) == 2
 
 
 def test_a_policy_is_compared_with_the_full_cache_of_its_engine():

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from paged_kv.report import style
 from paged_kv.report.style import Look
@@ -34,9 +34,9 @@ def new(title: str, rows: int = 1, height: float = 2.9) -> tuple[Figure, list[An
 
 
 def wrapped(title: str, columns: int = 60) -> str:
-    """In lines that a figure holds; breaks stand at blanks."""
+    """In lines that a figure holds; breaks stand at blanks, but not before a dot."""
     lines = [""]
-    for word in title.split(" "):
+    for word in title.replace(" ·", "\u00a0·").split(" "):
         if lines[-1] and len(lines[-1]) + len(word) >= columns:
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()
@@ -131,7 +131,10 @@ def from_zero(axes: Any, curves: Sequence[Curve], least: float = 0) -> None:
 def scale_x(axes: Any, values: Sequence[float]) -> None:
     """Logarithmic for values that double and double again; ticks where the values are."""
     low, high = min(values), max(values)
+    if high < 1.25 * low:  # one budget, whose entries differ a little
+        axes.set_xlim(0.5 * low, 1.5 * high)
     if low <= 0 or high < 3 * low:
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
         return
     axes.set_xscale("log")

@@ -8,16 +8,15 @@ last; the page says so.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from paged_kv import results
 from paged_kv.report import page, quality, speed, style
 from paged_kv.report import rows as reading
 from paged_kv.report.checks import check
-from paged_kv.report.needles import needles
-from paged_kv.report.page import Section
 from paged_kv.report.rows import Group
+from paged_kv.report.sections import make_sections
 from paged_kv.report.style import Look, Plot
 from paged_kv.report.summary import summaries
 
@@ -44,46 +43,11 @@ def main(args: argparse.Namespace) -> None:
         sections = make_sections(groups, looks)
         text = page.render(groups, tops, sections, replaced)
         plots = [plot for _, plot in tops if plot]
-        plots += [plot for section in sections for plot in section.plots]
+        plots += [plot for section in sections for plot in section.all_plots]
         if args.png is not None:
             write_pngs(args.png, plots)
     args.out.write_text(text, encoding="utf-8")
     print(f"{args.out}: rows {len(kept)}, measured again {len(replaced)}, plots {len(plots)}")
-
-
-def make_sections(groups: Sequence[Group], looks: Mapping[str, Look]) -> list[Section]:
-    """All plots, in the order of the page."""
-    asked = [group for group in groups if group.task not in reading.SPEED]
-    of_task = {
-        task: [group for group in groups if group.task == task]
-        for task in (reading.THROUGHPUT, reading.LATENCY)
-    }
-    places = dict.fromkeys(group.place for group in groups)
-    layers = [
-        plot
-        for place in places
-        for plot in quality.by_layer([group for group in groups if group.place == place], looks)
-    ]
-    against = [quality.against_memory(group, looks) for group in asked]
-    positions = [plot for group in asked for plot in quality.by_position(group, looks)]
-    found = [needles(group) for group in asked]
-    speeds = [speed.throughput(group, looks) for group in of_task[reading.THROUGHPUT]]
-    latencies = [plot for g in of_task[reading.LATENCY] for plot in speed.latency(g, looks)]
-    return [
-        Section("quality", "Quality against memory", "A curve for each policy through its budgets; "
-                "the dashed line is the full cache, with its size in parentheses.",
-                _drawn(against)),
-        Section("agreement", "Agreement by position", "", positions),
-        Section("needle", "Needles by depth and length", "", _drawn(found)),
-        Section("throughput", "Throughput by pool size", "Rings mark where a policy is as fast as "
-                "plain vLLM.", _drawn(speeds)),
-        Section("latency", "Latency by request rate", "", latencies),
-        Section("layers", "Memory by layer", "Policies of equal budget.", layers),
-    ]  # fmt: skip
-
-
-def _drawn(plots: Sequence[Plot | None]) -> list[Plot]:
-    return [plot for plot in plots if plot is not None]
 
 
 def _looks(groups: Sequence[Group]) -> dict[str, Look]:

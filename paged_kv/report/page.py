@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,11 @@ class Section(NamedTuple):
     title: str
     text: str
     plots: Sequence[Plot]
+    folded: Mapping[str, Sequence[Plot]] = {}  # title -> more of them, which a reader may open
+
+    @property
+    def all_plots(self) -> list[Plot]:
+        return [*self.plots, *(plot for plots in self.folded.values() for plot in plots)]
 
 
 def render(
@@ -54,7 +60,7 @@ def render(
         commands=sorted({str(row["command"]) for row in rows if row.get("command")}),
         replaced=[_replaced_text(each) for each in replaced],
         summaries=[_summary(summary, plot, n) for n, (summary, plot) in enumerate(summaries)],
-        sections=[_section(section) for section in sections if section.plots],
+        sections=[_section(section) for section in sections if section.all_plots],
         tables=tables.of_tasks(groups),
     )
 
@@ -103,8 +109,13 @@ def _summary(summary: Summary, plot: Plot | None, index: int) -> dict[str, Any]:
 
 
 def _section(section: Section) -> dict[str, Any]:
-    figures = [_figure(plot, f"{section.id}{n}") for n, plot in enumerate(section.plots)]
-    return {**section._asdict(), "plots": figures}
+    numbers = itertools.count()
+
+    def figures(plots: Sequence[Plot]) -> list[Markup]:
+        return [_figure(plot, f"{section.id}{next(numbers)}") for plot in plots]
+
+    folded = {title: figures(plots) for title, plots in section.folded.items()}
+    return {**section._asdict(), "plots": figures(section.plots), "folded": folded}
 
 
 def _figure(plot: Plot, prefix: str) -> Markup:

@@ -20,7 +20,8 @@ ORDER = ("perplexity", "agreement", NEEDLE, "ruler", "longbench")  # then others
 # Fields that tasks add and that say what was asked: rows that differ in them are in plots apart.
 LOAD = ("requests", "input_len", "output_len")
 SETTINGS = {THROUGHPUT: LOAD, LATENCY: ("share", *LOAD), MEMORY: (*LOAD, "length")}
-QUALITY = ("subtask", "protocol", "length", "context_tokens", "prompt_tokens", "score_tokens")
+QUALITY = ("subtask", "question", "protocol", "length", "context_tokens", "prompt_tokens",
+           "score_tokens")  # fmt: skip
 # What the curves of a plot differ in, or run over.
 SERIES = ("policy", "budget", "page_format", "engine", "start", "case", "pool_tokens", "share",
           "request_rate")  # fmt: skip
@@ -45,6 +46,11 @@ class Group(NamedTuple):
     rows: list[Row]
 
     @property
+    def subtask(self) -> str:
+        """Of what the task is a mean over; "" for the mean, and for a task that has none."""
+        return str(self.rows[0].get("subtask") or "")
+
+    @property
     def name(self) -> str:
         """Of what was measured, without the model."""
         parts = (self.task, self.setting, self.metric if self.metric != self.task else "")
@@ -60,7 +66,7 @@ def latest(rows: Iterable[Row]) -> tuple[list[Row], list[Replaced]]:
     kept: dict[tuple[str, ...], Row] = {}
     replaced = []
     for row in sorted(rows, key=lambda row: str(row.get("date") or "")):
-        names = ("task", "metric", *PLACE, *SERIES, *settings(row["task"]))
+        names = ("task", "metric", *PLACE, *SERIES, *settings(row))
         claim = tuple(repr(row.get(name)) for name in names)
         if claim in kept:
             replaced.append((claim, kept.pop(claim)))
@@ -68,9 +74,13 @@ def latest(rows: Iterable[Row]) -> tuple[list[Row], list[Replaced]]:
     return list(kept.values()), [Replaced(row, kept[claim]) for claim, row in replaced]
 
 
-def settings(task: str) -> tuple[str, ...]:
-    """The fields that say what was asked."""
-    return SETTINGS.get(task, ("length",) if task in SPEED else QUALITY)
+def settings(row: Row) -> tuple[str, ...]:
+    """The fields that say what was asked, in a row of this task."""
+    task = row["task"]
+    names = SETTINGS.get(task, ("length",) if task in SPEED else QUALITY)
+    if row.get("length") is not None:  # which was asked for; contexts come out a little shorter
+        names = tuple(name for name in names if name != "context_tokens")
+    return names
 
 
 def number(value: Any) -> float | None:
@@ -95,6 +105,7 @@ def budget_order(budget: Any) -> tuple[int, float]:
 def named(rows: Sequence[Row]) -> list[Row]:
     """Copies with `place` (of the measurement) and `label` (of its curve).
 
+    A task with a colon is split into task and subtask.
     Both say no more than it takes to tell rows apart: a place is the model's name, with its hash
     and the device where those differ; a label the policy, with the page format unless native, the
     start unless always, and the engine where one task ran it on several. Curves of speed do not run
@@ -104,8 +115,9 @@ def named(rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         hashes[row.get("model")].add(row.get("model_hash"))
         devices[row.get("model")].add(row.get("device"))
-        engines[row["task"], _series(row)].add(row["engine"])
-        budgets[row["task"], _series(row)].add(row["budget"])
+        key = (row["task"], _series(row))
+        engines[key].add(row["engine"])
+        budgets[key].add(row["budget"])
     copies = []
     for row in rows:
         model = row.get("model")
@@ -117,7 +129,9 @@ def named(rows: Sequence[Row]) -> list[Row]:
         if row["task"] in (THROUGHPUT, LATENCY) and len(budgets[key]) > 1:
             label.append(budget_text(row["budget"]) or "no budget")
         label += [str(row["engine"])] * (len(engines[key]) > 1)
-        copies.append({**row, "place": " · ".join(place), "label": " · ".join(label)})
+        task, _, subtask = row["task"].partition(":")
+        named = {"task": task, **({"subtask": subtask} if subtask else {})}
+        copies.append({**row, **named, "place": " · ".join(place), "label": " · ".join(label)})
     return copies
 
 
@@ -140,7 +154,7 @@ def groups(rows: Iterable[Row]) -> list[Group]:
     found = defaultdict(list)
     for row in rows:
         setting = ", ".join(
-            _setting(name, row[name]) for name in settings(row["task"]) if row.get(name) is not None
+            _setting(name, row[name]) for name in settings(row) if row.get(name) is not None
         )
         found[row["place"], row["task"], row["metric"], setting].append(row)
     listed = [Group(*key, rows) for key, rows in found.items()]
@@ -148,7 +162,7 @@ def groups(rows: Iterable[Row]) -> list[Group]:
 
 
 def _setting(name: str, value: Any) -> str:
-    if name in ("subtask", "protocol"):
+    if name in ("subtask", "protocol"):  # names that speak for themselves
         return str(value)
     text = f"{value:,}" if isinstance(value, (int, float)) else str(value)
     return f"{NAMES.get(name, name.replace('_', ' '))} {text}"

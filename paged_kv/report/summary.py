@@ -64,7 +64,10 @@ def _summary(place: str, groups: list[Group]) -> Summary:
     shares: dict[Key, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     memory: dict[Key, list[float]] = defaultdict(list)
     left_out = []
+    whole_tasks = {group.task for group in groups if not group.subtask}
     for group in groups:
+        if group.subtask and group.task in whole_tasks:
+            continue  # its mean over subtasks is there
         compared = False
         for row in group.rows:
             full = baseline(row, group)

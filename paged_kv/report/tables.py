@@ -52,7 +52,8 @@ def _task_table(task: str, rows: list[Row]) -> Table:
         rows, key=lambda row: (str(row["policy"]).lower(), reading.budget_order(row["budget"]))
     )
     more = _more(rows)
-    asked = [name for name in more if name in (*reading.SERIES, *reading.settings(task))]
+    settings = {name for row in rows for name in reading.settings(row)}
+    asked = [name for name in more if name in {*reading.SERIES, *settings}]
     measured = [name for name in more if name not in asked]
     asked = ["place", *asked]
     same = [name for name in asked if len({repr(row.get(name)) for row in rows}) == 1]
