@@ -13,7 +13,7 @@ from markupsafe import escape
 from report_rows import row, write
 
 from paged_kv import cli
-from paged_kv.report import charts, page, rows, speed, style, tables
+from paged_kv.report import charts, page, quality, rows, speed, style, tables
 from paged_kv.report.summary import summaries
 
 PNG = b"\x89PNG\r\n"
@@ -260,7 +260,24 @@ def test_throughput_says_where_it_crosses(tmp_path):
     assert "Summary" not in text
 
 
-def test_forty_curves_look_apart():
+def test_a_cache_without_a_budget_is_in_every_plot_by_position():
+    points = [{"position": 0, "agreement": 1.0}, {"position": 64, "agreement": 0.5}]
+    given = [row("agreement", "int4", None, 0.9, by_position=points)]
+    given += [row("agreement", "full", None, 1.0, by_position=points)]
+
+    def legends() -> list[list[str]]:
+        (group,) = groups_of(given)
+        looks = style.looks(rows.labels(group.rows))
+        with style.drawing():
+            plots = list(quality.by_position(group, looks))
+        return [[each.get_text() for each in plot.figure.axes[0].texts] for plot in plots]
+
+    assert legends() == [["int4"]]
+    given += [row("agreement", "tova", n, 0.5, by_position=points[:1]) for n in (64, 128)]
+    assert [sorted(names) for names in legends()] == [["int4", "tova"]] * 2
+
+
+def test_many_curves_look_apart():
     labels = [f"policy {number}" for number in range(28)]
     looks = style.looks(["full", *labels], ["full"])
     assert len(set(looks.values())) == 29

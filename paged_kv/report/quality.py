@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from paged_kv.report import charts
@@ -84,13 +84,21 @@ def _caption(rows: Sequence[Row], better: str) -> str:
 
 
 def by_position(group: Group, looks: Looks) -> Iterator[Plot]:
-    """Agreement by the position of the token, a figure for each budget."""
-    for budget, rows in _by_budget(row for row in group.rows if row.get("by_position")):
+    """Agreement by the position of the token, a figure for each budget.
+
+    What has no budget, as a cache in fewer bits, is in all of them.
+    """
+    having = [row for row in group.rows if row.get("by_position") and not reading.is_full(row)]
+    everywhere = [row for row in having if row["budget"] is None]
+    for budget, rows in _by_budget(having) or [(None, [])]:
         curves = []
-        for label, members in reading.curves(rows).items():
+        for label, members in reading.curves([*rows, *everywhere]).items():
             points = [(each["position"], each["agreement"]) for each in members[0]["by_position"]]
             curves.append(Curve(label, points, looks[label]))
-        title = f"{group.name} by position, budget {reading.budget_text(budget)} · {group.place}"
+        if not curves:
+            return
+        of_budget = f", budget {reading.budget_text(budget)}" if rows else ""
+        title = f"{group.name} by position{of_budget} · {group.place}"
         figure, (axes,) = charts.new(title)
         for curve in curves:
             charts.draw(axes, curve)
@@ -128,8 +136,8 @@ def _layers(group: Group, budget: Any, series: Mapping[str, list[Row]], looks: L
     return Plot(title, f"What each layer held, measured by {group.task}.", figure)
 
 
-def _by_budget(rows: Iterator[Row]) -> list[tuple[Any, list[Row]]]:
-    """Rows of equal budget; those that keep everything have none and are left out."""
+def _by_budget(rows: Iterable[Row]) -> list[tuple[Any, list[Row]]]:
+    """Rows of equal budget, without those that have none."""
     found: dict[Any, list[Row]] = defaultdict(list)
     for row in rows:
         if row["budget"] is not None:
