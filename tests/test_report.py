@@ -180,7 +180,7 @@ def test_the_summary_is_a_mean_over_tasks_of_shares():
     assert tova.share == 0.625
     assert tova.memory == 64 / 2048
     assert texts(tables.of_summary(summary)) == [
-        ["snapkv", "80.0 % (1 of 2 tasks)"],
+        ["snapkv", "80.0 % (1/2)"],
         ["tova", "62.5 %"],
     ]
     assert texts(tables.of_shares(summary)) == [

@@ -133,7 +133,7 @@ def of_summary(summary: Summary) -> Table:
                 continue
             text = f"{100 * cell.share:.1f} %"
             if len(cell.by_task) < len(summary.tasks):
-                text += f" ({len(cell.by_task)} of {len(summary.tasks)} tasks)"
+                text += f" ({len(cell.by_task)}/{len(summary.tasks)})"
             row.append(Cell(text, cell.share, min(cell.share, 1), best.get(budget) == label))
         rows.append(row)
     return Table("of the full cache's score, by budget", columns, rows)
