@@ -16,7 +16,10 @@ function sort(heading) {
   const direction = heading.getAttribute("aria-sort") === "ascending" ? -1 : 1;
   const body = heading.closest("table").tBodies[0];
   const rows = [...body.rows].map((row) => [key(row, heading.cellIndex), row]);
-  rows.sort(([a], [b]) => (a === null) - (b === null) || (a === null ? 0 : direction * compare(a, b)));
+  rows.sort(([a], [b]) => {
+    if (a === null || b === null) return (a === null) - (b === null);
+    return direction * compare(a, b);
+  });
   for (const other of heading.parentNode.cells) other.setAttribute("aria-sort", "none");
   heading.setAttribute("aria-sort", direction === 1 ? "ascending" : "descending");
   body.append(...rows.map(([, row]) => row));
