@@ -59,7 +59,7 @@ SAME_LEVEL = {
 INSIDE = {
     "vllm": ["driver", "frontend", "worker", "scheduler", "swap", ""],
     "hf": ["driver", "batch", ""],
-    "eval": ["", "reference", "tasks"],
+    "eval": ["", "peers", "reference", "tasks", "prompt"],
     "kernels": ["ops", "cpu", "triton", ""],
 }
 

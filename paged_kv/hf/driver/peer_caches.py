@@ -1,0 +1,66 @@
+"""transformers' caches, as peers of ours in evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paged_kv.hf import compat
+from paged_kv.hf.driver.decoding import dynamic_cache
+from paged_kv.hf.driver.loading import load_model
+from paged_kv.hf.driver.peer_protocol import answer
+
+QUANTO = "optimum-quanto==0.2.7"
+
+
+def quantized_cache(model: Any, bits: int) -> Any:
+    """transformers' QuantizedCache with its defaults: a context is packed as a whole, what follows
+    is native up to 128 entries."""
+    from transformers import QuantizedCache
+
+    return QuantizedCache(backend="quanto", config=model.config, nbits=bits)
+
+
+CACHES: dict[str, Callable[[Any], Any]] = {
+    "dynamic": dynamic_cache,
+    "quantized-int4": lambda model: quantized_cache(model, 4),
+    "quantized-int2": lambda model: quantized_cache(model, 2),
+}
+
+
+def check(name: str) -> None:
+    """Raises ValueError: a package is missing."""
+    if name != "dynamic" and not (find_spec("optimum") and find_spec("optimum.quanto")):
+        raise ValueError(f"peer {name} needs {QUANTO}: pip install --no-deps {QUANTO}")
+
+
+def answers(
+    name: str, model_dir: Path, prompts: Iterable[tuple[Any, ...]]
+) -> Iterator[dict[str, Any]]:
+    """One answer for each prompt; see peer_protocol.
+
+    Args:
+        name: one of CACHES.
+        model_dir: of the model, which runs in float32.
+        prompts: see paged_kv.eval.prompt.
+
+    Raises:
+        ValueError: see check; or transformers does not quantize the cache of such a model.
+    """
+    check(name)
+    model = load_model(model_dir)
+    argument = compat.cache_argument()
+    # Quanto compiles its operators when it first unpacks something: not within anyone's seconds.
+    _use_once(CACHES[name](model))
+    for prompt in prompts:
+        yield answer(model, CACHES[name](model), prompt, argument=argument)
+
+
+def _use_once(cache: Any) -> None:
+    numbers = torch.zeros(1, 1, 64, 64)
+    cache.update(numbers, numbers, 0)
+    cache.update(numbers, numbers, 0)
