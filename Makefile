@@ -2,13 +2,14 @@
 # make demo    a real model with a compressed cache, on this CPU
 # make test    lint, types and all tests
 # make lint    ruff, mypy and the width of the documents only
+# make peers   kvpress in an environment of its own, to be compared with
 # make test-versions   with vLLM 0.33 what needs no engine, with transformers 5.24 paged_kv.hf; CI runs this, too
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := setup
-.PHONY: setup venv model demo test lint overlays test-versions
+.PHONY: setup venv model demo test lint peers overlays test-versions
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -67,6 +68,21 @@ lint: venv
 
 test: setup lint
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder # conftest.py orders the files
+
+# Packages that cannot be installed beside ours have environments of their own. As above, the key is written last.
+PEERS := .venv/peers
+
+peers: venv
+	@folder=$(PEERS)/kvpress
+	key="$$("$(PYTHON)" --version) $$(sha256sum < requirements/kvpress.lock | cut -d' ' -f1)"
+	if [ "$$(cat $$folder/.setup-key 2>/dev/null || true)" = "$$key" ]; then exit 0; fi
+	echo "setup: installing requirements/kvpress.lock into $$folder"
+	rm -f $$folder/.setup-key
+	rm -rf $$folder
+	"$(PYTHON)" -m venv $$folder
+	export PIP_DISABLE_PIP_VERSION_CHECK=1
+	$$folder/bin/python -m pip install -qq --no-deps -r requirements/kvpress.lock
+	echo "$$key" > $$folder/.setup-key
 
 # Other versions than those of .venv lie in folders of their own, of packages that come before the installed ones. As
 # above, a folder's key is written last.

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from paged_kv import cli
+from paged_kv.eval.peers import kvpress_process
 
 ROOT = Path(__file__).parent.parent
 LOCK = ROOT / "requirements" / "cpu.lock"
@@ -40,7 +41,7 @@ def test_lock_is_pinned_without_duplicates():
 
 
 @pytest.mark.parametrize(
-    "lock", sorted(set(LOCK.parent.glob("*.lock")) - {LOCK}), ids=lambda lock: lock.stem
+    "lock", sorted(LOCK.parent.glob("*-[0-9]*.lock")), ids=lambda lock: lock.stem
 )
 def test_other_versions_are_put_over_locked_ones(lock):
     """What a folder of `make test-versions` brings, .venv has in another version."""
@@ -51,6 +52,15 @@ def test_other_versions_are_put_over_locked_ones(lock):
         assert version != installed[name]
     name, _, series = lock.stem.rpartition("-")
     assert others[name].startswith(f"{series}.")
+
+
+def test_lock_of_the_peers():
+    """An environment of its own: complete, with our torch and the kvpress that we ask for."""
+    versions = dict(locked(LOCK.parent / "kvpress.lock"))
+    assert len(versions) == len(locked(LOCK.parent / "kvpress.lock"))
+    assert not FORBIDDEN & set(versions)
+    assert versions["torch"] == dict(locked())["torch"]
+    assert versions["kvpress"] == kvpress_process.VERSION
 
 
 def test_lock_has_what_is_wanted():

@@ -14,8 +14,6 @@ from paged_kv.hf.driver.decoding import dynamic_cache
 from paged_kv.hf.driver.loading import load_model
 from paged_kv.hf.driver.peer_protocol import answer
 
-QUANTO = "optimum-quanto==0.2.7"
-
 
 def quantized_cache(model: Any, bits: int) -> Any:
     """transformers' QuantizedCache with its defaults: a context is packed as a whole, what follows
@@ -35,7 +33,10 @@ CACHES: dict[str, Callable[[Any], Any]] = {
 def check(name: str) -> None:
     """Raises ValueError: a package is missing."""
     if name != "dynamic" and not (find_spec("optimum") and find_spec("optimum.quanto")):
-        raise ValueError(f"peer {name} needs {QUANTO}: pip install --no-deps {QUANTO}")
+        raise ValueError(
+            f"peer {name} needs optimum-quanto, which is not installed: pip install "
+            "'paged-kv[peers]'"
+        )
 
 
 def answers(
