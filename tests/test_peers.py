@@ -14,14 +14,15 @@ from paged_kv.config import CompressionConfig
 from paged_kv.eval.peers import kvpress_process, peers
 from paged_kv.eval.prompt import Prompt
 from paged_kv.eval.reference.engine import ReferenceEngine
+from paged_kv.hf import compat
 from paged_kv.hf.driver import kvpress_child, peer_caches, peer_protocol
 from paged_kv.hf.driver.loading import load_model
 from paged_kv.hf.seams import logits_of
 
 TOKENS = torch.randint(30, 200, (260,), generator=torch.Generator().manual_seed(0)).tolist()
-ANSWERED = Prompt(TOKENS[:152], TOKENS[152:160], 12, [])
-SCORED = Prompt(TOKENS[:153], [], 0, TOKENS[153:220])
-SHORT = Prompt(TOKENS[:60], TOKENS[60:63], 12, [])
+ANSWERED = Prompt(TOKENS[:152], TOKENS[152:160], 12)
+SCORED = Prompt(TOKENS[:153], targets=TOKENS[153:220])
+SHORT = Prompt(TOKENS[:60], TOKENS[60:63], 12)
 PYTHON = kvpress_process.interpreter(None)
 REQUIRED = os.environ.get("PAGED_KV_PEERS") == "required"
 
@@ -37,7 +38,6 @@ class Counting:
     """A model that predicts the token after the one it reads; it records what it is given."""
 
     device = torch.device("cpu")
-    generation_config = SimpleNamespace(eos_token_id=9)
 
     def __init__(self):
         self.calls = []
@@ -53,7 +53,7 @@ def empty_cache(lengths=(3, 2)):
     return SimpleNamespace(layers=layers, get_seq_length=lambda layer: lengths[layer])
 
 
-def asked(*prompt):
+def asked(**prompt):
     model = Counting()
     entered = []
 
@@ -63,27 +63,28 @@ def asked(*prompt):
         yield
         entered.append(len(model.calls))
 
-    result = peer_protocol.answer(model, empty_cache(), prompt, compression)
+    fields = Prompt(**prompt)._asdict()
+    result = peer_protocol.answer(model, empty_cache(), compression, **fields)
     assert entered[1] == 1, "only the context is read while the press is on"
     return result, model.calls, entered[0]
 
 
 def test_a_question_is_read_after_the_compression_at_its_true_positions():
-    result, calls, length = asked([1, 2, 3], [4, 5], 3, [])
+    result, calls, length = asked(context=[1, 2, 3], question=[4, 5], max_new_tokens=3)
     assert calls == [([1, 2, 3], [0, 1, 2]), ([4, 5], [3, 4]), ([6], [5]), ([7], [6])]
     assert (result["tokens"], result["nll"], length) == ([6, 7, 8], None, 3)
     assert (result["kept"], result["cache_bytes"]) == (2.5, 4 * (3 + 2) * 4)
 
 
 def test_without_a_question_the_context_predicts_the_first_token():
-    result, calls, _ = asked([1, 2, 6], [], 9, [])
-    assert result["tokens"] == [7, 8, 9], "the end token is the last one"
+    result, calls, _ = asked(context=[1, 2, 6], max_new_tokens=9, stop=frozenset([0, 9]))
+    assert result["tokens"] == [7, 8], "what ends an answer is not part of it"
     assert calls == [([1, 2, 6], [0, 1, 2]), ([7], [3]), ([8], [4])]
 
 
 @pytest.mark.parametrize(("context", "question"), [([1, 2, 3], []), ([1, 2], [3])])
 def test_targets_are_predicted_by_tokens_that_saw_the_compressed_cache(context, question):
-    result, calls, length = asked(context, question, 0, [4, 7])
+    result, calls, length = asked(context=context, question=question, targets=[4, 7])
     assert calls == [([1, 2], [0, 1]), ([3, 4], [2, 3])]
     assert length == 2
     # One-hot logits: 4 is predicted with logit 1, 7 with 0, of 12 tokens.
@@ -104,7 +105,7 @@ def of_reference(model, prompt):
         return [], F.cross_entropy(logits, torch.tensor(prompt.targets)).item()
     hidden = engine.process([*prompt.context, *prompt.question])
     tokens = [int(logits_of(model, hidden[-1:]).argmax())]
-    while len(tokens) < prompt.max_new_tokens and tokens[-1] != 2:
+    while len(tokens) < prompt.max_new_tokens:
         tokens.append(int(logits_of(model, engine.process(tokens[-1:])).argmax()))
     return tokens, None
 
@@ -121,8 +122,9 @@ def test_dynamic_is_our_full(tiny):
         assert answer.cache_bytes == 6 * 2 * 2 * 32 * 4 * 152  # layers, K and V, heads, size, bytes
 
 
-def changed(cache, change):
-    """Every layer's keys and values become what `change` makes of them, after the context."""
+def answered(model, prompt, change):
+    """With a DynamicCache whose keys and values `change` takes and gives, after the context."""
+    cache = peer_caches.CACHES["dynamic"](model)
 
     @contextmanager
     def compression(length):
@@ -130,7 +132,8 @@ def changed(cache, change):
         for layer in cache.layers:
             layer.keys, layer.values = change(layer.keys, layer.values)
 
-    return compression
+    argument = compat.cache_argument()
+    return peer_protocol.answer(model, cache, compression, argument, **prompt._asdict())
 
 
 def rounded(bits):
@@ -152,8 +155,7 @@ def test_quantized_caches_hold_packed_numbers(tiny, bits):
     prompts = [ANSWERED, SCORED]
     found = list(peers.answers(f"quantized-int{bits}", Path(tiny), prompts, None))
     for prompt, answer in zip(prompts, found, strict=True):
-        cache = peer_caches.CACHES["dynamic"](model)
-        expected = peer_protocol.answer(model, cache, prompt, changed(cache, rounded(bits)))
+        expected = answered(model, prompt, rounded(bits))
         assert answer.tokens == expected["tokens"]
         assert answer.nll == pytest.approx(expected["nll"], abs=1e-4)
         assert answer.kept == 152
@@ -192,7 +194,7 @@ def test_there_is_no_interpreter(tmp_path, monkeypatch):
         peers.check("kvpress:knorm", str(tmp_path / "nowhere"))
     monkeypatch.setenv(kvpress_process.VARIABLE, str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=message):
-        next(peers.answers("kvpress:knorm", tmp_path, [ANSWERED], 64))
+        next(peers.answers("kvpress:knorm", tmp_path, [ANSWERED], lambda length: 64))
 
 
 @pytest.mark.parametrize(
@@ -212,7 +214,7 @@ def test_the_process_dies(tmp_path, lines):
     """At once, over a prompt, and before it has read one."""
     python = interpreter(tmp_path, *lines, "echo out of luck >&2", "exit 3")
     with pytest.raises(RuntimeError, match=r"(?s)died \(exit status 3\).*out of luck"):
-        list(kvpress_process.answers(Path(python), tmp_path, "knorm", [ANSWERED], 64))
+        list(kvpress_process.answers(Path(python), tmp_path, "knorm", [ANSWERED], None))
 
 
 # ---- kvpress
@@ -246,11 +248,10 @@ def test_a_press_keeps_the_budget_and_is_measured_as_we_are(tiny):
     """kvpress with its transformers, against the definition of this press with ours."""
     model = load_model(Path(tiny))
     prompts = [ANSWERED, SCORED, SHORT]
-    found = list(peers.answers("kvpress:knorm", Path(tiny), prompts, 70))
+    found = list(peers.answers("kvpress:knorm", Path(tiny), prompts, lambda length: 70))
     assert [answer.kept for answer in found] == [70, 70, 60]
     for prompt, answer in zip(prompts, found, strict=True):
-        cache = peer_caches.CACHES["dynamic"](model)
-        expected = peer_protocol.answer(model, cache, prompt, changed(cache, lowest_norms(70)))
+        expected = answered(model, prompt, lowest_norms(70))
         assert answer.tokens == expected["tokens"]
         assert answer.nll == pytest.approx(expected["nll"], abs=1e-4)
         assert answer.cache_bytes == expected["cache_bytes"]

@@ -6,12 +6,13 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from paged_kv import hf
+from paged_kv.eval.prompt import Prompt
 
 VERSION = "0.5.5"
 VARIABLE = "PAGED_KV_KVPRESS_PYTHON"
@@ -54,12 +55,18 @@ def check(python: Path) -> dict[str, str]:
 
 
 def answers(
-    python: Path, model_dir: Path, press: str, prompts: Iterable[Any], kept: int | None
+    python: Path,
+    model_dir: Path,
+    press: str,
+    prompts: Iterable[Prompt],
+    kept: Callable[[int], int] | None,
 ) -> Iterator[dict[str, Any]]:
-    """One answer for each prompt; see peers.answers."""
+    """The fields of one Answer for each prompt; see peers.answers."""
     with _child(python, str(model_dir), PRESSES[press]) as child:
         for prompt in prompts:
-            yield child.ask([[*prompt], kept])
+            # Before targets the last token is read after the compression; see peer_protocol.
+            length = len(prompt.context) - bool(prompt.targets and not prompt.question)
+            yield child.ask([prompt._asdict(), kept and kept(length)])
 
 
 @contextmanager
@@ -118,7 +125,7 @@ class _Child:
     def ask(self, message: Any) -> Any:
         """The child's reply. Raises RuntimeError if there is none."""
         try:
-            self.process.stdin.write(json.dumps(message) + "\n")  # type: ignore[union-attr]
+            self.process.stdin.write(json.dumps(message, default=list) + "\n")  # type: ignore[union-attr]
             self.process.stdin.flush()  # type: ignore[union-attr]
         except BrokenPipeError:
             pass  # it is dead: _reply says so

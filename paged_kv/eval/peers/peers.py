@@ -8,34 +8,15 @@ kvpress:NAME     a press of kvpress with its defaults, in an interpreter of its 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from paged_kv.eval.peers import kvpress_process
-from paged_kv.eval.prompt import Prompt
+from paged_kv.eval.prompt import Answer, Prompt
 
 PREFIX = "kvpress:"
 CACHES = ("dynamic", "quantized-int4", "quantized-int2")
 NAMES = (*CACHES, *(PREFIX + press for press in kvpress_process.PRESSES))
-
-
-class Answer(NamedTuple):
-    """What a peer made of a prompt.
-
-    Args:
-        tokens: the answer, with the end token if it came; none where targets were scored.
-        nll: of the targets, mean, in nats; None without any.
-        kept: entries of the context per layer after compression, mean over layers.
-        cache_bytes: of their keys and values as they are stored, scales and shifts included.
-        seconds: of this prompt.
-    """
-
-    tokens: list[int]
-    nll: float | None
-    kept: float
-    cache_bytes: int
-    seconds: float
 
 
 def keeps_all(name: str) -> bool:
@@ -67,16 +48,19 @@ def answers(
     name: str,
     model_dir: Path,
     prompts: Iterable[Prompt],
-    kept: int | None,
+    kept: Callable[[int], int] | None,
     kvpress_python: str | None = None,
 ) -> Iterator[Answer]:
     """One answer for each prompt, in order, while they are made.
+
+    Bytes are those of keys and values as the peer stores them, scales and shifts included.
 
     Args:
         name: one of NAMES.
         model_dir: a model directory; it runs in float32.
         prompts: what to answer.
-        kept: entries to keep per layer and head; None for peers that keep all.
+        kept: from the tokens that are compressed to the entries to keep of them, in every layer and
+            head; None keeps all.
         kvpress_python: the interpreter of an environment with kvpress; None for that of the
             variable PAGED_KV_KVPRESS_PYTHON, or of `make peers`.
 
@@ -89,7 +73,7 @@ def answers(
         assert kept is None, f"{name} keeps all entries"
         from paged_kv.hf.driver import peer_caches
 
-        found = peer_caches.answers(name, model_dir, prompts)
+        found = peer_caches.answers(name, model_dir, (prompt._asdict() for prompt in prompts))
     else:
         press, python = name.removeprefix(PREFIX), kvpress_process.interpreter(kvpress_python)
         found = kvpress_process.answers(python, model_dir, press, prompts, kept)

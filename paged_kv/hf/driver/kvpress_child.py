@@ -4,7 +4,7 @@ kvpress wants an older transformers than we do. Started by paged_kv.eval.peers.k
 
     python -I kvpress_child.py MODEL_DIR PRESS THREADS
     stdout   {"kvpress": version or null, ...} at once, before anything is loaded
-    stdin    a line of JSON for each prompt: [[context, question, max_new_tokens, targets], kept]
+    stdin    a line of JSON for each prompt: [its fields by name, kept]
     stdout   a line of JSON for each answer, in order
 
 kept is how many entries of the context each layer keeps, null for all. What libraries print goes to
@@ -45,7 +45,8 @@ def main() -> None:
                 return nullcontext()
             return press_class(compression_ratio=ratio(length, kept))(model)
 
-        print(json.dumps(answer(model, DynamicCache(), prompt, compression)), file=replies)
+        found = answer(model, DynamicCache(), compression, **prompt)
+        print(json.dumps(found), file=replies)
         line = sys.stdin.readline()
 
 

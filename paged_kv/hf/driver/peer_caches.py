@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -40,14 +40,14 @@ def check(name: str) -> None:
 
 
 def answers(
-    name: str, model_dir: Path, prompts: Iterable[tuple[Any, ...]]
+    name: str, model_dir: Path, prompts: Iterable[Mapping[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """One answer for each prompt; see peer_protocol.
+    """The fields of one answer for each prompt; see peer_protocol.
 
     Args:
         name: one of CACHES.
         model_dir: of the model, which runs in float32.
-        prompts: see paged_kv.eval.prompt.
+        prompts: fields of paged_kv.eval.prompt.Prompt.
 
     Raises:
         ValueError: see check; or transformers does not quantize the cache of such a model.
@@ -58,7 +58,7 @@ def answers(
     # Quanto compiles its operators when it first unpacks something: not within anyone's seconds.
     _use_once(CACHES[name](model))
     for prompt in prompts:
-        yield answer(model, CACHES[name](model), prompt, argument=argument)
+        yield answer(model, CACHES[name](model), argument=argument, **prompt)
 
 
 def _use_once(cache: Any) -> None:

@@ -5,14 +5,14 @@ import nothing of paged_kv and nothing that differs between versions of transfor
 
     context   one forward pass, inside which or after which the cache becomes smaller
     question  one more, over what is left, at its true positions
-    answer    greedy, token by token, up to and with an end token
+    answer    greedy, token by token, up to a token that ends it
     targets   instead of an answer: question and targets in one pass, teacher forcing
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -27,11 +27,16 @@ Compression = Callable[[int], AbstractContextManager[Any]]
 def answer(
     model: Any,
     cache: Any,
-    prompt: Sequence[Any],
     compression: Compression = lambda length: nullcontext(),
     argument: str = "past_key_values",
+    *,
+    context: Sequence[int],
+    question: Sequence[int],
+    max_new_tokens: int,
+    stop: Container[int],
+    targets: Sequence[int],
 ) -> dict[str, Any]:
-    """The fields of paged_kv.eval.peers.Answer.
+    """The fields of paged_kv.eval.prompt.Answer; the last arguments are those of a Prompt.
 
     Without a question the first new token is predicted from the context's own pass, as engines do.
     A target never is: then the context's last token is read after the compression, as a question.
@@ -39,11 +44,14 @@ def answer(
     Args:
         model: a causal LM of transformers.
         cache: of this model, empty.
-        prompt: the fields of paged_kv.eval.prompt.Prompt.
         compression: from the length of the context to what is entered around its pass.
         argument: what models call their cache.
+        context: at least one token.
+        question: may be empty.
+        max_new_tokens: most tokens of the answer.
+        stop: what ends an answer, and is not part of it.
+        targets: to be predicted instead, in one pass, whose logits are held at once.
     """
-    context, question, max_new_tokens, targets = prompt
     if targets and not question:
         context, question = context[:-1], context[-1:]
     run = _Run(model, cache, argument)
@@ -58,7 +66,7 @@ def answer(
         tokens, nll = [], F.cross_entropy(logits, wanted).item()
     else:
         logits = run.forward(question) if question else logits
-        tokens, nll = run.generate(logits, max_new_tokens), None
+        tokens, nll = run.generate(logits, max_new_tokens, stop), None
     seconds = time.perf_counter() - start
     return {"tokens": tokens, "nll": nll, **result, "seconds": seconds}
 
@@ -83,13 +91,16 @@ class _Run:
         logits: Tensor = output.logits[0]
         return logits
 
-    def generate(self, logits: Tensor, max_new_tokens: int) -> list[int]:
-        """The likeliest tokens, from the logits of the first on; the end token is one of them."""
-        ends = self.model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        tokens = [int(logits[-1].argmax())]
-        while len(tokens) < max_new_tokens and tokens[-1] not in ends:
-            tokens.append(int(self.forward(tokens[-1:])[-1].argmax()))
+    def generate(self, logits: Tensor, max_new_tokens: int, stop: Container[int]) -> list[int]:
+        """The likeliest tokens, from the logits of the first one on."""
+        tokens: list[int] = []
+        while len(tokens) < max_new_tokens:
+            token = int(logits[-1].argmax())
+            if token in stop:
+                break
+            tokens.append(token)
+            if len(tokens) < max_new_tokens:
+                logits = self.forward([token])
         return tokens
 
 
