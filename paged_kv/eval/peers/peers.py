@@ -24,8 +24,8 @@ def keeps_all(name: str) -> bool:
     return name in CACHES
 
 
-def check(name: str, kvpress_python: str | None = None) -> None:
-    """Looks at what needs no model.
+def check(name: str, kvpress_python: str | None = None) -> dict[str, str]:
+    """Looks at what needs no model; the versions of packages that are the peer's.
 
     Args:
         name: of the peer.
@@ -39,9 +39,8 @@ def check(name: str, kvpress_python: str | None = None) -> None:
     if keeps_all(name):
         from paged_kv.hf.driver import peer_caches
 
-        peer_caches.check(name)
-    else:
-        kvpress_process.check(kvpress_process.interpreter(kvpress_python))
+        return peer_caches.check(name)
+    return kvpress_process.check(kvpress_process.interpreter(kvpress_python))
 
 
 def answers(

@@ -52,7 +52,7 @@ def main() -> None:
 
 def ratio(length: int, kept: int) -> float:
     """The share to remove. Presses keep int(length * (1 - ratio)), or round that."""
-    return 1 - (kept + 0.25) / length
+    return 1 - (kept + 1e-6) / length
 
 
 def version_of(package: str) -> Any:

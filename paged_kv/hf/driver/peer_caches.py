@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib.util import find_spec
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ def quantized_cache(model: Any, bits: int) -> Any:
     return QuantizedCache(backend="quanto", config=model.config, nbits=bits)
 
 
+QUANTO = "optimum-quanto"
 CACHES: dict[str, Callable[[Any], Any]] = {
     "dynamic": dynamic_cache,
     "quantized-int4": lambda model: quantized_cache(model, 4),
@@ -30,13 +31,15 @@ CACHES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def check(name: str) -> None:
-    """Raises ValueError: a package is missing."""
-    if name != "dynamic" and not (find_spec("optimum") and find_spec("optimum.quanto")):
-        raise ValueError(
-            f"peer {name} needs optimum-quanto, which is not installed: pip install "
-            "'paged-kv[peers]'"
-        )
+def check(name: str) -> dict[str, str]:
+    """The version of optimum-quanto, if it is used. Raises ValueError: it is missing."""
+    if name == "dynamic":
+        return {}
+    try:
+        return {QUANTO: metadata.version(QUANTO)}
+    except metadata.PackageNotFoundError:
+        hint = "pip install 'paged-kv[peers]'"
+        raise ValueError(f"peer {name} needs {QUANTO}, which is not installed: {hint}") from None
 
 
 def answers(

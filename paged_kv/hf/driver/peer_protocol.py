@@ -58,7 +58,7 @@ def answer(
     start = time.perf_counter()
     with compression(len(context)):
         logits = run.forward(context)
-    held = [layer_length(cache, layer) for layer in range(len(cache.layers))]
+    held = [cache.get_seq_length(layer) for layer in range(len(cache.layers))]
     result = {"kept": sum(held) / len(held), "cache_bytes": cache_bytes(cache)}
     if targets:
         logits = run.forward([*question, *targets[:-1]], len(targets)).float()
@@ -102,12 +102,6 @@ class _Run:
             if len(tokens) < max_new_tokens:
                 logits = self.forward([token])
         return tokens
-
-
-def layer_length(cache: Any, layer: int) -> int:
-    """Entries that a layer holds, in each of its heads."""
-    length: int = cache.get_seq_length(layer)
-    return length
 
 
 def cache_bytes(cache: Any) -> int:
