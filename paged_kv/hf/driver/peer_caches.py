@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -53,18 +55,30 @@ def answers(
         prompts: fields of paged_kv.eval.prompt.Prompt.
 
     Raises:
-        ValueError: see check; or transformers does not quantize the cache of such a model.
+        ValueError: a package or a compiler is missing, or transformers does not quantize the cache
+            of such a model.
     """
     check(name)
     model = load_model(model_dir)
     argument = compat.cache_argument()
-    # Quanto compiles its operators when it first unpacks something: not within anyone's seconds.
-    _use_once(CACHES[name](model))
+    _use_once(name, model)
     for prompt in prompts:
         yield answer(model, CACHES[name](model), argument=argument, **prompt)
 
 
-def _use_once(cache: Any) -> None:
-    numbers = torch.zeros(1, 1, 64, 64)
-    cache.update(numbers, numbers, 0)
-    cache.update(numbers, numbers, 0)
+def _use_once(name: str, model: Any) -> None:
+    """Quanto compiles its operators when it first unpacks something: not in a prompt's seconds."""
+    cache, numbers = CACHES[name](model), torch.zeros(1, 1, 64, 64)
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = f"{sysconfig.get_path('scripts')}{os.pathsep}{before}"  # ninja is there
+    try:
+        cache.update(numbers, numbers, 0)
+        cache.update(numbers, numbers, 0)
+    except (RuntimeError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"peer {name}: {QUANTO} could not compile its operators, which takes ninja and a C++ "
+            f"compiler ({reason})"
+        ) from None
+    finally:
+        os.environ["PATH"] = before
