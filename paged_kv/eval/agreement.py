@@ -19,6 +19,7 @@ from paged_kv.bench.script import positive
 from paged_kv.config import CompressionConfig
 from paged_kv.eval.answering import run_answers
 from paged_kv.eval.cases import Case, read_cases
+from paged_kv.eval.peer_runs import with_peers
 from paged_kv.eval.prompt import Answer, Prompt
 from paged_kv.eval.record import Place
 from paged_kv.eval.rows import result_row, standard_error
@@ -56,7 +57,8 @@ def main(args: argparse.Namespace) -> None:
         for window in windows
     ]
     rows = partial(make_rows, args, cases, cases.index(whole))
-    evaluate(args, prompts, cases, run_answers(args.engine), Answer, rows, COLUMNS)
+    run = with_peers(run_answers(args.engine), args.kvpress_python)
+    evaluate(args, prompts, cases, run, Answer, rows, COLUMNS)
 
 
 def make_rows(
@@ -78,7 +80,7 @@ def make_rows(
         prefixes = [[*equal, False].index(False) for equal in same]
         answers = [answer for _, answer in found]
         seen = [args.prompt_tokens] * len(found)
-        row = result_row("agreement", case, args.engine, "agreement", shares, answers, seen)
+        row = result_row(args, "agreement", case, "agreement", shares, answers, seen)
         rows.append(
             row
             | {"text": args.text.name, "prefix": round(fmean(prefixes), 2)}

@@ -16,6 +16,7 @@ from typing import Any
 
 from paged_kv.bench.settings import model_config
 from paged_kv.eval.cases import TRUNCATE, Case, read_cases
+from paged_kv.eval.peer_runs import with_peers
 from paged_kv.eval.prompt import Answer, Prompt
 from paged_kv.eval.record import Place
 from paged_kv.eval.rows import result_row
@@ -121,7 +122,7 @@ def run_examples(
         more: fields of a row, from its examples and their scores.
     """
     cases = read_cases(args, model, baselines=[TRUNCATE])
-    engine = run_answers(args.engine)
+    engine = with_peers(run_answers(args.engine), args.kvpress_python)
     rows = partial(make_rows, args, name, asked, cases, more)
     evaluate(args, asked.prompts, cases, engine, Answer, rows, COLUMNS)
 
@@ -140,7 +141,9 @@ def make_rows(
     encoder = PromptEncoder(cases[0].model)
     tasks = list(dict.fromkeys(example.task for example in asked.examples))
     groups = {
-        f"{name}:{task}": [i for i, one in enumerate(asked.examples) if one.task == task]
+        name if task == name else f"{name}:{task}": [
+            i for i, one in enumerate(asked.examples) if one.task == task
+        ]
         for task in tasks
     }
     if len(tasks) != 1:
@@ -158,8 +161,9 @@ def make_rows(
             seen = [len(asked.prompts[place].context) for place, _ in found]
             metrics = {example.metric for example in examples}
             metric = metrics.pop() if len(metrics) == 1 else "mean"
-            row = result_row(group, case, args.engine, metric, scores, answers, seen)
+            row = result_row(args, group, case, metric, scores, answers, seen)
             row |= {"question": args.question, "context_tokens": round(fmean(seen))}
+            row |= {"tasks": sorted({example.task for example in examples})}
             several = zip(examples, scores, texts, strict=True)
             each = [
                 {"id": example.id, "score": round(value, 4), "answer": text}

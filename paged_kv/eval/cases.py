@@ -19,6 +19,7 @@ from paged_kv.core.options import parse_json
 from paged_kv.core.page_formats import NATIVE, layer_formats
 from paged_kv.core.readers import read_budget
 from paged_kv.core.schedule import Schedule
+from paged_kv.eval.peers import peers
 from paged_kv.eval.tasks.longbench import truncated_middle
 from paged_kv.plan import make_plan
 
@@ -62,6 +63,11 @@ class Case:
     config: CompressionConfig
     model: Path
     page_size: int
+
+    @property
+    def is_peer(self) -> bool:
+        """Whether somebody else's cache is asked; the config then says how much it may hold."""
+        return self.policy in peers.NAMES
 
     def __str__(self) -> str:
         return f"{self.policy} {self.budget or ''}".strip()
@@ -147,12 +153,12 @@ def context_of(case: Case, context: Sequence[int]) -> list[int]:
 
 
 def read_cases(args: argparse.Namespace, model: Path, baselines: Sequence[str] = ()) -> list[Case]:
-    """Every page format with every policy and budget; `full` once.
+    """Every page format with every policy and budget, `full` once; then the peers.
 
     Args:
         args: of a command with the common options.
         model: its directory.
-        baselines: names that are no policies and are allowed here.
+        baselines: names that are neither policies nor peers and are allowed here.
 
     Raises:
         ValueError: what the user got wrong.
@@ -163,7 +169,10 @@ def read_cases(args: argparse.Namespace, model: Path, baselines: Sequence[str] =
             raise ValueError(f"policy-config must not have {name}: use {FIXED[name]}")
     cases = []
     budgets = [read_budget("budget", text) for text in args.budget.split(",")]
-    for page_format, policy in product(args.page_format.split(","), args.policy.split(",")):
+    policies = args.policy.split(",")
+    named = [policy for policy in policies if policy in peers.NAMES]
+    policies = [policy for policy in policies if policy not in named]
+    for page_format, policy in product(args.page_format.split(","), policies):
         paging: dict[str, Any] = {"page_format": page_format}
         if page_format != NATIVE or args.page_format == NATIVE:  # a list may begin with native
             paging["residual_pages"] = args.residual_pages
@@ -183,4 +192,20 @@ def read_cases(args: argparse.Namespace, model: Path, baselines: Sequence[str] =
             cases.append(Case(policy, budget, config, model, args.page_size))
     for case in cases:
         case.schedules(args.engine)
+    return cases + [case for name in named for case in _peer_cases(args, model, name, budgets)]
+
+
+def _peer_cases(
+    args: argparse.Namespace, model: Path, name: str, budgets: Sequence[int | Fraction]
+) -> list[Case]:
+    """A peer at every budget; it holds what `streaming` would."""
+    peers.check(name, args.kvpress_python)
+    if peers.keeps_all(name):
+        return [Case(name, None, CompressionConfig(), model, args.page_size)]
+    cases = []
+    for budget in budgets:
+        options = {"policy": "streaming", "budget": budget, "compress_prefill": True}
+        config = CompressionConfig.from_dict(options)
+        cases.append(Case(name, budget, config, model, args.page_size))
+        cases[-1].schedules()
     return cases

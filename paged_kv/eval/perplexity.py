@@ -40,6 +40,7 @@ from typing import Any
 from paged_kv import models
 from paged_kv.bench.script import positive
 from paged_kv.eval.cases import Case, read_cases
+from paged_kv.eval.peer_runs import outcome_of, prompt_of_window, with_peers
 from paged_kv.eval.record import Place
 from paged_kv.eval.rows import result_row, standard_error
 from paged_kv.eval.running import RunAll, add_common, chosen, evaluate
@@ -72,7 +73,9 @@ def main(args: argparse.Namespace) -> None:
     model = models.resolve(args.model)
     cases = read_cases(args, model)
     task = make_task(args, model)
-    run = _engine(args.engine)
+    if args.protocol != "prompt" and any(case.is_peer for case in cases):
+        raise ValueError(f"protocol {args.protocol}: peers compress prompts only")
+    run = with_peers(_engine(args.engine), args.kvpress_python, prompt_of_window, outcome_of)
     stride = args.stride or task.num_tokens
     windows = read_windows(task, args.text, args.offset, args.windows, stride)
     rows = partial(make_rows, args, windows, cases)
@@ -96,7 +99,7 @@ def make_rows(
         several = [outcome for _, outcome in found]
         nll = [outcome.nll for outcome in several]
         seen = [windows[0].num_seen] * len(found)
-        common = "perplexity", case, args.engine, "nll", nll, several, seen
+        common = args, "perplexity", case, "nll", nll, several, seen
         differences = [one.nll - first[place].nll for place, one in found if place in first]
         rows.append(
             result_row(*common, higher_is_better=False)

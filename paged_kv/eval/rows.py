@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -9,7 +10,8 @@ from statistics import fmean, stdev
 from typing import Any, Protocol
 
 from paged_kv import results
-from paged_kv.eval.cases import Case
+from paged_kv.eval.cases import TRUNCATE, Case
+from paged_kv.eval.peers import peers
 
 
 class Measured(Protocol):
@@ -24,9 +26,9 @@ class Measured(Protocol):
 
 
 def result_row(
+    args: argparse.Namespace,
     task: str,
     case: Case,
-    engine: str,
     metric: str,
     values: Sequence[float],
     outcomes: Sequence[Measured],
@@ -36,9 +38,9 @@ def result_row(
     """The fields that the rows of all tasks have; see paged_kv.results.
 
     Args:
+        args: of a command with the common options.
         task: its name.
         case: what was run.
-        engine: where.
         metric: what the values are.
         values: of each sample.
         outcomes: of each sample.
@@ -47,12 +49,12 @@ def result_row(
     """
     budget = case.budget
     shares = [outcome.cache_bytes / seen for outcome, seen in zip(outcomes, num_seen, strict=True)]
-    return {
+    row = {
         "task": task,
         "policy": case.policy,
         "budget": float(budget) if isinstance(budget, Fraction) else budget,
         "page_format": case.config.page_format,
-        "engine": engine,
+        "engine": args.engine,
         "score": round(fmean(values), 6),
         "metric": metric,
         "higher_is_better": higher_is_better,
@@ -61,8 +63,20 @@ def result_row(
         "kept": round(fmean(outcome.kept for outcome in outcomes), 2),
         "bytes_per_token": round(fmean(shares), 2),
         "seconds": round(sum(outcome.seconds for outcome in outcomes), 2),
-        "kept_by_layer": case.held(max(num_seen)).by_layer,
     }
+    if case.is_peer:
+        name = case.policy.partition(":")[0]
+        versions = peers.check(case.policy, args.kvpress_python)
+        return row | {"engine": name if ":" in case.policy else "hf", "versions": versions}
+    return row | {"kept_by_layer": held_by_layer(case, max(num_seen))}
+
+
+def held_by_layer(case: Case, num_tokens: int) -> list[int]:
+    """Entries of each layer, of the longest sample."""
+    if case.policy == TRUNCATE:
+        assert isinstance(case.budget, int)
+        num_tokens = min(num_tokens, case.budget)
+    return case.held(num_tokens).by_layer
 
 
 def standard_error(values: Sequence[float]) -> float | None:

@@ -43,4 +43,4 @@ def main(args: argparse.Namespace) -> None:
     drawn = [ruler.examples(task, *settings) for task in args.tasks.split(",")]
     examples = [example for several in drawn for example in several]
     asked = encode(encoder, examples, args.question, limit_of(model, None))
-    run_examples(args, model, "ruler", asked)
+    run_examples(args, model, "ruler", asked, lambda *_: {"length": args.length})

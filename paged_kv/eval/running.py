@@ -16,6 +16,7 @@ from paged_kv.bench.script import positive
 from paged_kv.config import DEFAULT_PAGE_SIZE
 from paged_kv.core.page_formats import FORMATS, NATIVE
 from paged_kv.eval.cases import Case
+from paged_kv.eval.peers import peers
 from paged_kv.eval.record import Place, Record
 from paged_kv.eval.rows import print_table
 from paged_kv.option_table import OPTIONS
@@ -30,7 +31,8 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     """What is compared, and where the results go."""
     add = parser.add_argument
     add("--model", default="smollm2", help="smollm2 (the default), a directory or a hub name")
-    add("--policy", required=True, metavar="P[,P...]", help=f"{', '.join(registry.available())}")
+    add("--policy", required=True, metavar="P[,P...]", help=f"{', '.join(registry.available())}; "
+        f"peers: {', '.join(peers.NAMES)}")  # fmt: skip
     add("--budget", default="256", metavar="B[,B...]", help="entries kept per layer, or with a "
         "point the fraction kept (default 256; ignored by full)")  # fmt: skip
     add("--policy-config", metavar="JSON", help="more options, for all policies given: see "
@@ -43,6 +45,8 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     add("--engine", choices=ENGINES, default=ENGINES[0], help="default reference")
     add("--page-size", type=positive, default=DEFAULT_PAGE_SIZE, metavar="N",
         help=f"whole pages are evicted (default {DEFAULT_PAGE_SIZE})")  # fmt: skip
+    add("--kvpress-python", metavar="FILE", help="interpreter of an environment with kvpress, for "
+        "kvpress:... (default: that of `make peers`)")  # fmt: skip
     add("--json", action="store_true", help="one JSON object per line instead of a table")
     add("--out", type=Path, metavar="FILE", help="add these lines to a file, too; what is done "
         "lies in FILE.partial until then, and the same command goes on with it")  # fmt: skip
@@ -106,7 +110,8 @@ def publish(
     from paged_kv import models
 
     origin = results.provenance(models.resolve(args.model))
-    rows = [{**row, **origin} for row in rows]
+    versions = origin.pop("versions")
+    rows = [row | origin | {"versions": versions | row.get("versions", {})} for row in rows]
     if args.json:
         for row in rows:
             print(json.dumps(row), flush=True)

@@ -11,12 +11,13 @@ class LayerCache:
     """Fields by name (keys, values, positions, weights, scores), each [kv_heads, entries, ...].
 
     Entries are in no order: a compaction closes the gaps, new ones come at the end. Buffers grow by
-    half as much again; a compaction leaves what it needs.
+    half as much again; a compaction leaves what it needs; copies share them until they take more.
     """
 
     def __init__(self) -> None:
         self.size = 0
         self._buffers: dict[str, Tensor] = {}
+        self._is_shared = False
 
     def __getitem__(self, name: str) -> Tensor:
         """A field's entries: a view."""
@@ -25,15 +26,17 @@ class LayerCache:
     def append(self, num_new: int, **fields: Tensor) -> None:
         """Adds entries; every field, each broadcasting to [kv_heads, num_new, ...]."""
         end = self.size + num_new
-        if not self._buffers or end > next(iter(self._buffers.values())).shape[1]:
+        room = next(iter(self._buffers.values())).shape[1] if self._buffers else 0
+        if self._is_shared or end > room:
             self._grow(end, fields)
+            self._is_shared = False
         for name, new in fields.items():
             self._buffers[name][:, self.size : end] = new
         self.size = end
 
     def replace(self, size: int, **fields: Tensor) -> None:
         """Holds these entries instead, [kv_heads, size, ...] of every field."""
-        self.size, self._buffers = size, fields
+        self.size, self._buffers, self._is_shared = size, fields, False
 
     def _grow(self, needed: int, fields: dict[str, Tensor]) -> None:
         """Amortised: half as much again."""
@@ -45,7 +48,7 @@ class LayerCache:
             self._buffers[name] = buffer
 
     def copy(self, **fields: str) -> LayerCache:
-        """One that shares nothing with this.
+        """One that goes on by itself.
 
         Args:
             fields: name in the copy -> name here; none for all as they are.
@@ -53,7 +56,8 @@ class LayerCache:
         other = LayerCache()
         other.size = self.size
         names = fields or {name: name for name in self._buffers}
-        other._buffers = {name: self[there].clone() for name, there in names.items()}
+        other._buffers = {name: self._buffers[there] for name, there in names.items()}
+        other._is_shared = self._is_shared = True
         return other
 
 
