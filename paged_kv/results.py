@@ -55,6 +55,9 @@ def provenance(model: Path, argv: Sequence[str] | None = None) -> Row:
         argv: the command line; None for this process's.
     """
     words = [Path(sys.argv[0]).name, *sys.argv[1:]] if argv is None else list(argv)
+    if "--out" in words:  # where it went is not what was claimed
+        place = words.index("--out")
+        del words[place : place + 2]
     return {
         "model": model.name,
         "model_hash": identity(model),

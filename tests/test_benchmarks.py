@@ -172,7 +172,8 @@ def test_swap_loses_nothing_in_three_minutes(tmp_path, tiny):
 
 
 def test_every_script_is_here():
-    assert {file.stem for file in BENCHMARKS.glob("*.py")} == set(SCRIPTS)
+    others = {"publish", "tables"}  # test_tables.py, test_publish.py
+    assert {file.stem for file in BENCHMARKS.glob("*.py")} == set(SCRIPTS) | others
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

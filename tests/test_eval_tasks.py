@@ -50,7 +50,7 @@ def longbench(tmp_path_factory) -> Path:
             "dataset": "trec_e",
             "_id": f"t{n}",
             "context": shots,
-            "input": f"Question: Where is river {n}?\nType:",
+            "input": f"Question: Where is town {90 + n}?\nType:",
             "answers": ["Place"],
             "all_classes": ["Place", "Date"],
         }
@@ -104,17 +104,16 @@ def test_ruler(evaluate, smollm2_dir):
 
 @pytest.mark.model
 def test_needle(evaluate, smollm2_dir):
-    args = ["--lengths", 300, 500, "--depths", 0, 100, "--facts", 1, "--budget", "96"]
+    args = ["--lengths", 300, 500, "--depths", 0, 50, "--facts", 1, "--budget", "96"]
     rows = evaluate("needle", *args, "--policy", "full,window")
     check(rows, "needle")
     full, window = rows
-    places = [(length, depth) for length in (300, 500) for depth in (0, 100)]
+    places = [(length, depth) for length in (300, 500) for depth in (0, 50)]
     for row in rows:
         assert [(cell["length"], cell["depth"]) for cell in row["cells"]] == places
         assert sum(cell["found"] for cell in row["cells"]) == row["score"] * 4
         assert {cell["asked"] for cell in row["cells"]} == {1}
-    assert full["score"] > window["score"]
-    assert [cell["found"] for cell in window["cells"] if cell["depth"] == 0] == [0, 0]
+    assert (full["score"], window["score"]) == (1, 0)
 
 
 @pytest.mark.model

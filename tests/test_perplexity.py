@@ -126,7 +126,7 @@ def test_scores_are_not_shared_between_policies(perplexity):
     together = perplexity("--policy", "knorm,h2o,lru,snapkv", "--budget", "96,128", *SHORT)
     for row in together:
         (alone,) = perplexity("--policy", row["policy"], "--budget", row["budget"], *SHORT)
-        assert alone["nll"] == row["nll"]
+        assert alone["nll"] == pytest.approx(row["nll"], abs=2e-6)
 
 
 # ---- page formats
@@ -177,7 +177,33 @@ def test_a_stream_with_a_residual_goes_token_by_token(perplexity, tiny, text):
     assert abs(row["nll"] - expected) < 0.2 * abs(expected - native["nll"])
 
 
-# ---- both engines
+# ---- other engines, and peers
+
+
+@pytest.mark.parametrize("protocol", ["prompt", "stream"])
+def test_transformers_agrees(perplexity, protocol):
+    policies = "full,streaming,pyramidal+streaming,snapkv,h2o,pooling"
+    args = ["--policy", policies, "--budget", "112", "--protocol", protocol, *SHORT]
+    args += ["--policy-config", json.dumps({"pyramid_beta": 1.5})]
+    ours, theirs = perplexity(*args), perplexity(*args, "--engine", "hf")
+    for one, other in zip(ours, theirs, strict=True):
+        assert other["nll"] == pytest.approx(one["nll"], abs=1e-4), one["policy"]
+        assert other["kl"] is None
+        exact = ("policy", "budget", "protocol", "kept", "kept_by_layer", "bytes_per_token")
+        assert [one[name] for name in exact] == [other[name] for name in exact]
+
+
+def test_a_peer_in_the_same_run(perplexity):
+    """Behind the policies; its windows are paired with those of the first case."""
+    args = [*SHORT, "--windows", 2, "--stride", 50, "--budget", 96]
+    full, streaming, peer = perplexity("--policy", "full,dynamic,streaming", *args)
+    assert [row["policy"] for row in (full, streaming, peer)] == ["full", "streaming", "dynamic"]
+    assert (full["engine"], peer["engine"]) == ("reference", "hf")
+    assert peer["nll"] == pytest.approx(full["nll"], abs=1e-5)
+    assert peer["vs_first"] == pytest.approx(0, abs=1e-5)
+    assert peer["nll"] != streaming["nll"]
+    assert (peer["kept"], peer["bytes_per_token"]) == (full["kept"], full["bytes_per_token"])
+    assert (peer["kl"], "kept_by_layer" in peer) == (None, False)
 
 
 @pytest.mark.vllm

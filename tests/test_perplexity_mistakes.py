@@ -103,6 +103,12 @@ def text(tmp_path_factory):
             "spill_dir must be a directory to write to, not '/nowhere': No such file",
         ),
         (["--policy", "full", "--text", "/nowhere"], "text /nowhere: no such file"),
+        (["--policy", "full,dynamic", "--protocol", "stream"], "peers compress prompts only"),
+        (["--policy", "kvpress:nope"], "unknown kv-policy 'kvpress:nope'"),
+        (
+            ["--policy", "kvpress:snapkv", "--kvpress-python", "/nowhere"],
+            "kvpress-python /nowhere",
+        ),
         (["--policy", "full", "--model", "/nowhere"], "model /nowhere: no such directory"),
     ],
 )

@@ -16,14 +16,7 @@ from paged_kv.hf.driver.reading import Reader
 def run_all(
     prompts: Sequence[Prompt], cases: Sequence[Case], todo: Todo, bar: Any
 ) -> Iterator[tuple[int, int, Answer]]:
-    """(index of a prompt, index of a case, answer): of a case to all prompts, then of the next.
-
-    Args:
-        prompts: at least one.
-        cases: all of one model.
-        todo: whether this case's answer to this prompt is wanted.
-        bar: tqdm; it counts answers.
-    """
+    """Answers of a case to all prompts, then of the next; see RunAll."""
     bar.reset(len(prompts) * len(cases))
     reader = Reader(cases[0].model)
     for index, case in enumerate(cases):
@@ -56,14 +49,7 @@ def answer(reader: Reader, prompt: Prompt, case: Case) -> Answer:
 def run_windows(
     windows: Sequence[Task], cases: Sequence[Case], todo: Todo, bar: Any
 ) -> Iterator[tuple[int, int, Outcome]]:
-    """(index of a window, index of a case, outcome): of a case in all windows, then of the next.
-
-    Args:
-        windows: one task in several places.
-        cases: all that will be run.
-        todo: whether this case is wanted in this window.
-        bar: tqdm; it counts the tokens of every window, for each case.
-    """
+    """Predictions of a case in all windows, then of the next; see RunAll. The bar counts tokens."""
     bar.reset(len(windows) * windows[0].num_tokens * len(cases))
     reader = Reader(cases[0].model)
     for index, case in enumerate(cases):

@@ -14,7 +14,7 @@ it. One line per page format, policy and budget, over all windows:
 
 nll              the mean over the targets of -log p, in nats; ppl is its exponential
 kl               the mean of KL(p of the full, native cache || p of this one), in nats: 0 for the
-                 former; empty with engine vllm, which gives no whole distributions
+                 former; only the reference engine says it
 vs_first         nll minus that of the first line, window by window
 ..._se           standard errors of the means over windows, as if those were independent: windows
                  that overlap vary too little. Empty with one window. That of vs_first is paired

@@ -26,14 +26,7 @@ from paged_kv.hf.driver.loading import load_model
 def run_all(
     prompts: Sequence[Prompt], cases: Sequence[Case], todo: Todo, bar: Any
 ) -> Iterator[tuple[int, int, Answer]]:
-    """(index of a prompt, index of a case, answer): of all cases to a prompt, then to the next.
-
-    Args:
-        prompts: at least one.
-        cases: all of one model.
-        todo: whether this case's answer to this prompt is wanted.
-        bar: tqdm; it counts answers.
-    """
+    """Answers of all cases to a prompt, then to the next; see RunAll."""
     model = load_model(cases[0].model)
     cases = settled(cases, model)
     bar.reset(len(prompts) * len(cases))

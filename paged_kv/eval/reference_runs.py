@@ -29,13 +29,10 @@ class _Runs(Protocol):
 def run_all(
     windows: Sequence[Task], cases: Sequence[Case], todo: Todo, bar: Any
 ) -> Iterator[tuple[int, int, Outcome]]:
-    """(index of a window, index of a case, outcome): of every case in a window, then in the next.
+    """Predictions of every case in a window, then in the next; see RunAll.
 
-    Args:
-        windows: one task in several places.
-        cases: all that will be run.
-        todo: whether this case is wanted in this window.
-        bar: tqdm; it counts the tokens of every window, for each case and for the full cache.
+    The bar counts tokens, also those of the full cache, which is run whether or not it is asked
+    for: others are compared with it.
     """
     model = load_model(cases[0].model)
     cases = settled(cases, model)

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from tqdm import tqdm
 
@@ -23,8 +23,23 @@ from paged_kv.option_table import OPTIONS
 
 Outcome = TypeVar("Outcome", bound=NamedTuple)
 Todo = Callable[[int, int], bool]  # of a sample and a case
-RunAll = Callable[[Sequence[Any], Sequence[Case], Todo, Any], Iterator[tuple[int, int, Any]]]
 ENGINES = ("reference", "hf", "vllm")
+
+
+class RunAll(Protocol):
+    """Runs cases on samples, in an order of its own."""
+
+    def __call__(
+        self, samples: Sequence[Any], cases: Sequence[Case], todo: Todo, bar: Any, /
+    ) -> Iterator[tuple[int, int, Any]]:
+        """(index of a sample, index of a case, outcome) of those that are wanted.
+
+        Args:
+            samples: what is asked; at least one.
+            cases: what is compared, all of one model.
+            todo: whether this case is wanted on this sample.
+            bar: tqdm, whose total is not known yet.
+        """
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:

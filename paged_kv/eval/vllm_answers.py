@@ -17,13 +17,9 @@ from paged_kv.vllm.driver.score import continuations
 def run_all(
     prompts: Sequence[Prompt], cases: Sequence[Case], todo: Todo, bar: Any
 ) -> Iterator[tuple[int, int, Answer]]:
-    """(index of a prompt, index of a case, answer): of a case to all prompts, then of the next.
+    """Answers of a case to all prompts, then of the next; see RunAll.
 
-    Args:
-        prompts: at least one, without questions: an engine compresses a prompt at its end.
-        cases: all that will be run.
-        todo: whether this case's answer to this prompt is wanted.
-        bar: tqdm; it counts answers.
+    Prompts have no questions: an engine compresses a prompt at its end.
     """
     bar.reset(len(prompts) * len(cases))
     for index, case in enumerate(cases):

@@ -29,13 +29,9 @@ def prepare() -> None:
 def run_all(
     windows: Sequence[Task], cases: Sequence[Case], todo: Todo, bar: Any
 ) -> Iterator[tuple[int, int, Outcome]]:
-    """(index of a window, index of a case, outcome): of a case in every window, then of the next.
+    """Predictions of a case in every window, then of the next; see RunAll. The bar counts tokens.
 
-    Args:
-        windows: one task in several places; an engine is started once for all of them.
-        cases: all that will be run.
-        todo: whether this case is wanted in this window.
-        bar: tqdm; it counts the tokens of every window, for each case.
+    An engine is started once for all windows.
     """
     task = windows[0]
     bar.reset(len(windows) * task.num_tokens * len(cases))

@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def interpreter(given: str | None) -> Path:
     return Path(given or os.environ.get(VARIABLE) or ROOT / MADE)
 
 
+@cache
 def check(python: Path) -> dict[str, str]:
     """The versions of what the interpreter has.
 

@@ -47,6 +47,15 @@ def explicit(
     return torch.cat(outputs, 1)
 
 
+def plain(query: Tensor, keys: Tensor, values: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """[heads, q, size]: attention whose probabilities nobody wants; see explicit."""
+    states = query[None], keys[None], values[None]
+    if bias is not None:
+        return paged_attention.masked(*states, bias[None], scale)[0]
+    first_slot = keys.shape[1] - query.shape[1]
+    return paged_attention.fused(*states, [first_slot], scale)[0]
+
+
 def outside_window(
     window: int | None, num_queries: int, num_entries: int, device: torch.device
 ) -> Tensor | None:

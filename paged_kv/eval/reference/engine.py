@@ -19,12 +19,12 @@ import torch
 from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig
 from paged_kv.core.page_formats import NATIVE, layer_formats
 from paged_kv.core.schedule import Schedule
-from paged_kv.eval.reference.attention import explicit, outside_window
+from paged_kv.eval.reference.attention import explicit, outside_window, plain
 from paged_kv.eval.reference.layer import Alike, Layer, apply, make_region
 from paged_kv.eval.reference.layer_cache import Window
 from paged_kv.eval.reference.packing import Packing
 from paged_kv.eval.reference.rating import rated
-from paged_kv.hf import dispatch, paged_attention, seams
+from paged_kv.hf import dispatch, seams
 from paged_kv.hf.arguments import check_page_format
 from paged_kv.kernels.operands import Terms
 from paged_kv.plan import make_plan
@@ -229,10 +229,7 @@ class ReferenceEngine(seams.Attends):
         bias = outside_window(sliding_window, num_new, cache.size, key.device)
         if self._scorers or not terms.is_plain:
             return explicit(cache, query, keys, values, positions, terms, bias, self._scorers)
-        states = query[None], keys[None], values[None]
-        if bias is not None:
-            return paged_attention.masked(*states, bias[None], terms.scale)[0]
-        return paged_attention.fused(*states, [cache.size - num_new], terms.scale)[0]
+        return plain(query, keys, values, terms.scale, bias)
 
     def _gather(
         self, layer: int, query: Tensor, key: Tensor, positions: Tensor, terms: Terms

@@ -9,7 +9,7 @@ from random import Random
 
 from paged_kv.eval.tasks.example import Example
 from paged_kv.eval.tasks.haystacks import NOISE, Growing, hide, read_words, sentences
-from paged_kv.eval.tasks.prompts import CountTokens, Draft, Prompt, fit
+from paged_kv.eval.tasks.prompts import CountTokens, Draft, TextPrompt, fit
 
 TASK = "needle"
 FILLER = NOISE
@@ -65,8 +65,10 @@ def _example(
     key = str(Random(f"{TASK}-{seed}-{depth}-{fact}").randrange(10000, 100000))
     needle = NEEDLE.format(key=key)
 
-    def build(count: int) -> Prompt:
-        return Prompt(" ".join(hide(text.first(count), [(depth, needle)])), QUESTION, ANSWER_PREFIX)
+    def build(count: int) -> TextPrompt:
+        return TextPrompt(
+            " ".join(hide(text.first(count), [(depth, needle)])), QUESTION, ANSWER_PREFIX
+        )
 
     prompt = fit(Draft(build, (key,)), length, count_tokens, TASK)
     return Example(

@@ -12,7 +12,7 @@ _FIRST_STEP = 64
 
 
 @dataclass(frozen=True)
-class Prompt:
+class TextPrompt:
     """The three parts of an Example's prompt; what a model reads is one after the other."""
 
     context: str
@@ -38,15 +38,15 @@ class Draft:
         pad: the prompt with so many small pieces of other filler, where pieces are large.
     """
 
-    build: Callable[[int], Prompt]
+    build: Callable[[int], TextPrompt]
     answers: tuple[str, ...]
     info: dict[str, int | float | str] = field(default_factory=dict)
     fewest: int = 0
     most: int | None = None
-    pad: Callable[[Prompt, int], Prompt] | None = None
+    pad: Callable[[TextPrompt, int], TextPrompt] | None = None
 
 
-def fit(draft: Draft, length: int, count_tokens: CountTokens, task: str) -> Prompt:
+def fit(draft: Draft, length: int, count_tokens: CountTokens, task: str) -> TextPrompt:
     """The longest prompt of at most `length` tokens.
 
     Args:
@@ -59,7 +59,7 @@ def fit(draft: Draft, length: int, count_tokens: CountTokens, task: str) -> Prom
         ValueError: the shortest prompt is longer, or no prompt has 95 % of that.
     """
 
-    def tokens(prompt: Prompt) -> int:
+    def tokens(prompt: TextPrompt) -> int:
         return count_tokens(prompt.text)
 
     shortest = tokens(draft.build(draft.fewest))
@@ -78,12 +78,12 @@ def fit(draft: Draft, length: int, count_tokens: CountTokens, task: str) -> Prom
 
 
 def _longest(
-    build: Callable[[int], Prompt],
-    tokens: Callable[[Prompt], int],
+    build: Callable[[int], TextPrompt],
+    tokens: Callable[[TextPrompt], int],
     length: int,
     fewest: int = 0,
     most: int | None = None,
-) -> Prompt:
+) -> TextPrompt:
     """Of at most `length` tokens, which the prompt with the fewest pieces must not exceed.
 
     Tokens grow nearly as the pieces do, so a line through two counts finds the third.

@@ -9,20 +9,20 @@ from itertools import cycle, islice, repeat
 from random import Random
 
 from paged_kv.eval.tasks.haystacks import NOISE, Growing, hide, made_up, sentences
-from paged_kv.eval.tasks.prompts import Draft, Prompt
+from paged_kv.eval.tasks.prompts import Draft, TextPrompt
 from paged_kv.eval.tasks.words import ADJECTIVES, NOUNS
 
 MAX_NEW_TOKENS = 128
 DEPTHS = [(200 * step + 39) // 78 for step in range(40)]  # 0 to 100 percent, as RULER's
 _STRIDE = 23  # through DEPTHS: neighbours lie far apart, and all 40 come before one comes again
 _NEEDLE = "One of the special magic {kind} for {key} is: {value}."
-_ONE = Prompt(
+_ONE = TextPrompt(
     "A special magic {kind} is hidden within the following text. Make sure to memorize it. "
     "I will quiz you about the {kind} afterwards.\n{text}",
     "\nWhat is the special magic {kind} for {query} mentioned in the provided text?",
     " The special magic {kind} for {query} mentioned in the provided text is",
 )
-_SEVERAL = Prompt(
+_SEVERAL = TextPrompt(
     "Some special magic {kind} are hidden within the following text. Make sure to memorize it. "
     "I will quiz you about the {kind} afterwards.\n{text}",
     "\nWhat are all the special magic {kind} for {query} mentioned in the provided text?",
@@ -102,7 +102,7 @@ def _builder(
     facts: Sequence[tuple[int, str]],
     asked: Sequence[str],
     num_answers: int,
-) -> Callable[[int], Prompt]:
+) -> Callable[[int], TextPrompt]:
     """Of a prompt with so many words of an essay, or lines of another haystack."""
     several = num_answers > 1
     template = _SEVERAL if several else _ONE
@@ -111,13 +111,13 @@ def _builder(
         "query": ", ".join(asked[:-1]) + f", and {asked[-1]}" if asked[1:] else asked[0],
     }
 
-    def build(count: int) -> Prompt:
+    def build(count: int) -> TextPrompt:
         pieces = filler.first(count)
         if task.haystack == "essay":
             text = " ".join(hide(sentences(pieces), facts))
         else:
             text = "\n".join(hide(pieces, facts))
-        return Prompt(
+        return TextPrompt(
             template.context.format(text=text, **names),
             template.question.format(**names),
             template.answer_prefix.format(**names),
@@ -126,7 +126,7 @@ def _builder(
     return build
 
 
-def _pad(prompt: Prompt, count: int) -> Prompt:
+def _pad(prompt: TextPrompt, count: int) -> TextPrompt:
     """With so many short sentences of noise at the end: a line of UUIDs has 70 tokens."""
     noise = " ".join(islice(cycle(sentences(NOISE.split())), count))
     return replace(prompt, context=f"{prompt.context}\n{noise}") if count else prompt

@@ -7,13 +7,13 @@ from random import Random
 from string import ascii_uppercase
 
 from paged_kv.eval.tasks.haystacks import NOISE, Growing, hide
-from paged_kv.eval.tasks.prompts import Draft, Prompt
+from paged_kv.eval.tasks.prompts import Draft, TextPrompt
 from paged_kv.eval.tasks.ruler_needles import DEPTHS
 
 MAX_NEW_TOKENS = 30
 _HOPS = 4  # variables of the chain after the first
 _SHOT_LINES = 5  # of noise; RULER's has as many as 500 tokens hold
-_TEMPLATE = Prompt(
+_TEMPLATE = TextPrompt(
     "Memorize and track the chain(s) of variable assignment hidden in the following text."
     "\n\n{text}",
     "\nQuestion: Find all variables that are assigned the value {value} in the text above.",
@@ -31,9 +31,9 @@ def draft(generator: Random) -> Draft:
     facts = list(zip(_depths(generator), chain, strict=True))
     filler = Growing(repeat(NOISE))
 
-    def build(count: int) -> Prompt:
+    def build(count: int) -> TextPrompt:
         asked = _prompt(filler.first(count), facts, value)
-        return Prompt(f"{shot}\n\n{asked.context}", asked.question, asked.answer_prefix)
+        return TextPrompt(f"{shot}\n\n{asked.context}", asked.question, asked.answer_prefix)
 
     return Draft(build, tuple(names))
 
@@ -55,9 +55,9 @@ def _chain(generator: Random, letters: int) -> tuple[list[str], list[str], str]:
     return names, chain, value
 
 
-def _prompt(noise: list[str], facts: list[tuple[int, str]], value: str) -> Prompt:
+def _prompt(noise: list[str], facts: list[tuple[int, str]], value: str) -> TextPrompt:
     text = "\n".join(hide(noise, facts))
-    return Prompt(
+    return TextPrompt(
         _TEMPLATE.context.format(text=text),
         _TEMPLATE.question.format(value=value),
         _TEMPLATE.answer_prefix.format(value=value, count=_HOPS + 1),

@@ -7,20 +7,20 @@ from collections.abc import Sequence
 from random import Random
 from string import ascii_lowercase
 
-from paged_kv.eval.tasks.prompts import Draft, Prompt
+from paged_kv.eval.tasks.prompts import Draft, TextPrompt
 from paged_kv.eval.tasks.words import ADJECTIVES, NOUNS, VERBS
 
 CWE_MAX_NEW_TOKENS = 120
 FWE_MAX_NEW_TOKENS = 50
 _COMMON = 10  # words that are asked for
 _SHORT = 4096  # below it words come less often, or they would not fit
-_CWE = Prompt(
+_CWE = TextPrompt(
     "Below is a numbered list of words. In these words, some appear more often than others. "
     "Memorize the ones that appear most often.\n{text}",
     "\nQuestion: What are the 10 most common words in the above list?",
     " Answer: The top 10 words that appear most often in the list are:",
 )
-_FWE = Prompt(
+_FWE = TextPrompt(
     "Read the following coded text and track the frequency of each coded word. "
     "Find the three most frequently appeared coded words. {text}",
     "\nQuestion: Do not provide any explanation. Please ignore the dots '....'. "
@@ -45,9 +45,9 @@ def common_words(generator: Random, length: int) -> Draft:
     shot = _list(example, shot_often, shot_seldom, shot_order).text + " "
     shot += _numbered(example[:_COMMON])
 
-    def build(count: int) -> Prompt:
+    def build(count: int) -> TextPrompt:
         asked = _list(words[: _COMMON + count], often, seldom, order)
-        return Prompt(f"{shot}\n{asked.context}", asked.question, asked.answer_prefix)
+        return TextPrompt(f"{shot}\n{asked.context}", asked.question, asked.answer_prefix)
 
     return Draft(build, tuple(words[:_COMMON]), most=len(words) - _COMMON)
 
@@ -63,19 +63,19 @@ def frequent_words(generator: Random, length: int) -> Draft:
     words = ["...", *list(coded)[1:]]
     order = generator.getrandbits(32)
 
-    def build(count: int) -> Prompt:
+    def build(count: int) -> TextPrompt:
         drawn = _FEWEST_DRAWN + count
         numbers = [int(drawn * 6 / (math.pi * rank) ** 2) for rank in range(1, len(words) + 1)]
         text = " ".join(_shuffled(words, numbers, order))
-        return Prompt(_FWE.context.format(text=text), _FWE.question, _FWE.answer_prefix)
+        return TextPrompt(_FWE.context.format(text=text), _FWE.question, _FWE.answer_prefix)
 
     return Draft(build, tuple(words[1:4]))
 
 
-def _list(words: Sequence[str], often: int, seldom: int, order: int) -> Prompt:
+def _list(words: Sequence[str], often: int, seldom: int, order: int) -> TextPrompt:
     numbers = [often] * _COMMON + [seldom] * (len(words) - _COMMON)
     text = _numbered(_shuffled(words, numbers, order))
-    return Prompt(_CWE.context.format(text=text), _CWE.question, _CWE.answer_prefix)
+    return TextPrompt(_CWE.context.format(text=text), _CWE.question, _CWE.answer_prefix)
 
 
 def _shuffled(words: Sequence[str], numbers: Sequence[int], order: int) -> list[str]:

@@ -1,0 +1,82 @@
+"""Makes benchmarks/results/*.jsonl: every policy in every task, on SmolLM2. Hours of two cores.
+
+    python benchmarks/publish.py --data DIR              # all runs that are not there yet
+    python benchmarks/publish.py --data DIR needle ruler # these, each anew if it is there
+
+DIR has the texts: wiki.test.raw (WikiText-2), american_adventures.txt and news_from_nowhere.txt
+(Project Gutenberg 18304 and 3261, without its header and footer), and longbench/ (see
+docs/evaluation.md). A run that was stopped goes on where it was: see `paged-kv eval --help`, --out.
+Then `python benchmarks/tables.py` makes the tables in the documents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+POLICIES = (
+    "full,window,streaming,random,lru,h2o,attention,hybrid,snapkv,tova,knorm,keydiff,"
+    "expected_attention,calibrated_attention,past_future,learned,cluster,pooling,value_merge,"
+    "residual,pyramidal,pyramidal+streaming,pyramidal+snapkv"
+)
+BUDGETS = "--budget 128,256,512,1024"
+TEXTS = ("wiki.test.raw", "american_adventures.txt", "news_from_nowhere.txt")
+WINDOWS = (
+    "--offset 8000 --stride 20000 --windows 4 --prompt-tokens 2048 --score-tokens 256 "
+    f"--policy {POLICIES} {BUDGETS}"
+)
+# On prompts of 4,096 tokens merging takes minutes; 128 entries of truncated text are its baseline.
+ANSWERING = POLICIES.replace("value_merge,", "") + ",truncate"
+LONGBENCH = "trec,triviaqa,qasper,samsum,multi_news"
+
+# name -> arguments of `paged-kv eval`, one after the other, into one file
+RUNS: dict[str, list[str]] = {
+    "perplexity": [f"perplexity --text {text} {WINDOWS}" for text in TEXTS],
+    "needle": [f"needle --lengths 4096 --facts 2 --policy {ANSWERING} {BUDGETS}"],
+    "ruler": [f"ruler --length 4096 --examples 20 --policy {ANSWERING} {BUDGETS}"],
+    "longbench": [
+        f"longbench --data longbench --tasks {LONGBENCH} --examples 50 --policy {ANSWERING} "
+        f"{BUDGETS}"
+    ],
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs; the exit code of the first run that failed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the texts")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RUNS)}")
+    args = parser.parse_args(argv)
+    unknown = set(args.names) - set(RUNS)
+    if unknown:
+        parser.error(f"NAME must be one of {', '.join(RUNS)}, not {', '.join(sorted(unknown))}")
+    program = Path(sys.executable).with_name("paged-kv")
+    for name, commands in RUNS.items():
+        out = RESULTS / f"{name}.jsonl"
+        if name not in args.names and (args.names or _is_complete(out)):
+            continue
+        for command in commands:
+            words = [program, "eval", *command.split(), "--out", out]
+            code = subprocess.run(words, cwd=args.data, env={**os.environ, **_offline()}).returncode
+            if code:
+                return code
+    return 0
+
+
+def _is_complete(out: Path) -> bool:
+    return out.exists() and out.stat().st_size > 0 and not Path(f"{out}.partial").exists()
+
+
+def _offline() -> dict[str, str]:
+    return {"HF_HUB_OFFLINE": "1"}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

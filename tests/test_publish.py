@@ -1,0 +1,70 @@
+"""What is published is what commands of today do."""
+
+import runpy
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from paged_kv import cli, registry
+from paged_kv.eval.cases import TRUNCATE, read_cases
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "publish.py"
+NAMES = runpy.run_path(str(SCRIPT))
+COMMANDS = [command for commands in NAMES["RUNS"].values() for command in commands]
+
+
+@pytest.fixture
+def started(monkeypatch, tmp_path):
+    """Commands that would be run, and the exit code of each."""
+    calls, codes = [], [0] * 9
+    module = runpy.run_path(str(SCRIPT))
+    scope = module["main"].__globals__
+    scope["RESULTS"] = tmp_path
+
+    def run(words, **_):
+        calls.append(words)
+        return SimpleNamespace(returncode=codes[len(calls) - 1])
+
+    scope["subprocess"] = SimpleNamespace(run=run)
+    assert subprocess.run is not run
+    return module["main"], calls, codes
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_understood(command, tiny):
+    args = cli.build_parser("eval").parse_args(["eval", *command.split(), "--model", tiny])
+    cases = read_cases(args, Path(tiny), baselines=[TRUNCATE])
+    assert len({(case.policy, case.budget) for case in cases}) == len(cases) > 80
+    assert {case.policy for case in cases} >= set(registry.available()) - {"value_merge"}
+
+
+def test_one_run_after_the_other_into_a_file_of_its_own(started, tmp_path):
+    main, calls, _ = started
+    assert main(["--data", "."]) == 0
+    assert [words[2] for words in calls] == [command.split()[0] for command in COMMANDS]
+    assert all(words[-1] == tmp_path / f"{words[2]}.jsonl" for words in calls)
+
+
+def test_what_is_there_is_left_unless_named(started, tmp_path):
+    main, calls, codes = started
+    for name in NAMES["RUNS"]:
+        (tmp_path / f"{name}.jsonl").write_text("{}")
+    (tmp_path / "ruler.jsonl.partial").write_text("")  # was stopped
+    assert main(["--data", "."]) == 0
+    assert [words[2] for words in calls] == ["ruler"]
+    calls.clear()
+    codes[0] = 3
+    assert main(["--data", ".", "needle", "ruler"]) == 3
+    assert [words[2] for words in calls] == ["needle"]
+
+
+def test_an_unknown_name(started, capsys):
+    main, calls, _ = started
+    with pytest.raises(SystemExit, match="2"):
+        main(["--data", ".", "nope"])
+    assert "NAME must be one of perplexity, needle, ruler, longbench, not nope" in (
+        capsys.readouterr().err
+    )
+    assert not calls
