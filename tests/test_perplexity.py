@@ -126,7 +126,7 @@ def test_scores_are_not_shared_between_policies(perplexity):
     together = perplexity("--policy", "knorm,h2o,lru,snapkv", "--budget", "96,128", *SHORT)
     for row in together:
         (alone,) = perplexity("--policy", row["policy"], "--budget", row["budget"], *SHORT)
-        assert alone["nll"] == pytest.approx(row["nll"], abs=2e-6)
+        assert alone["nll"] == pytest.approx(row["nll"], abs=1e-5)
 
 
 # ---- page formats
