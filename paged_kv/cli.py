@@ -103,13 +103,21 @@ COMMANDS = {
         "hf",
     ),
     "bench": Command(
-        "measure speed",
+        "measure speed and memory",
         from_modules(
             {
+                "throughput": (
+                    "output tokens per second of servers, in pools of one size",
+                    "paged_kv.bench.throughput",
+                ),
+                "latency": (
+                    "the time to the first token of servers, and from token to token",
+                    "paged_kv.bench.latency",
+                ),
                 "cache-speedup": (
                     "what a token costs with a cache and without one",
                     "paged_kv.bench.cache_speedup",
-                )
+                ),
             }
         ),
         "hf,bench",

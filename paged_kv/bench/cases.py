@@ -1,0 +1,219 @@
+"""What throughput, latency and memory compare, and with which load; read and checked.
+
+A case is a policy with a budget, or a peer: vLLM as it is. A load is what is asked of each of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from paged_kv import registry
+from paged_kv.bench.held import layer_schedules
+from paged_kv.bench.settings import kv_bytes_per_token, model_config
+from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig
+from paged_kv.core.options import parse_json
+from paged_kv.core.page_formats import NATIVE
+from paged_kv.core.readers import read_budget
+from paged_kv.core.schedule import cdiv
+
+PLAIN, PLAIN_FP8 = "plain", "plain-fp8"
+PEERS = {PLAIN: "auto", PLAIN_FP8: "fp8"}  # name -> vLLM's kv_cache_dtype
+OWN_FLAGS = {
+    "policy": "--policy",
+    "budget": "--budget",
+    "page_format": "--page-format",
+    "start": "--start",
+}
+SLACK = DEFAULT_PAGE_SIZE  # tokens by which a prompt of random words may turn out longer
+
+
+@dataclass(frozen=True, eq=False)  # the same case is the same object
+class Case:
+    """One line of the result.
+
+    Args:
+        policy: a policy, or one of PEERS.
+        budget: None for what keeps everything.
+        config: the policy's options; a peer has none that differ from the defaults.
+        options: those given, as in additional_config["paged_kv"]; empty for peers.
+    """
+
+    policy: str
+    budget: int | Fraction | None
+    config: CompressionConfig
+    options: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        """Names it among others."""
+        parts = (self.policy, self.shown_budget, self.page_format)
+        return " ".join(str(part) for part in parts if part not in (None, NATIVE))
+
+    @property
+    def shown_budget(self) -> int | float | None:
+        """The budget as JSON can carry it."""
+        return float(self.budget) if isinstance(self.budget, Fraction) else self.budget
+
+    @property
+    def kv_cache_dtype(self) -> str:
+        """vLLM's option of that name."""
+        return PEERS.get(self.policy, "auto")
+
+    @property
+    def page_format(self) -> str:
+        """Of the policy's pages; of a peer's, vLLM's word for it."""
+        return "fp8" if self.policy == PLAIN_FP8 else self.config.page_format
+
+    def flags(self) -> list[str]:
+        """Of `vllm serve`."""
+        if self.policy in PEERS:
+            return ["--kv-cache-dtype", self.kv_cache_dtype]
+        more = {k: v for k, v in self.options.items() if k not in ("policy", "budget", "start")}
+        flags = ["--kv-policy", self.policy]
+        if self.budget is not None:
+            flags += ["--kv-budget", str(self.options["budget"])]
+        if "start" in self.options:
+            flags += ["--kv-start", self.options["start"]]
+        return [*flags, "--kv-policy-config", json.dumps(more)]
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests of one size, and the pool that they share.
+
+    Args:
+        input_len: tokens of a prompt.
+        output_len: tokens generated for each.
+        requests: how many.
+        pool_tokens: tokens whose keys and values fit into the pool, uncompressed in bfloat16.
+    """
+
+    input_len: int
+    output_len: int
+    requests: int
+    pool_tokens: int
+
+    @property
+    def share(self) -> float:
+        """The pool over what all requests need uncompressed."""
+        return self.pool_tokens / (self.requests * self.request_tokens)
+
+    @property
+    def request_tokens(self) -> int:
+        """Of one request, in whole pages."""
+        return whole_pages(self.input_len + self.output_len)
+
+    @property
+    def max_model_len(self) -> int:
+        """The longest sequence that an engine for this load admits."""
+        return self.request_tokens + SLACK
+
+
+def whole_pages(num_tokens: int) -> int:
+    """Tokens that fit into the pages of so many."""
+    return cdiv(num_tokens, DEFAULT_PAGE_SIZE) * DEFAULT_PAGE_SIZE
+
+
+def read_cases(
+    policies: str, budgets: str, page_formats: str, start: str | None, more: str | None
+) -> list[Case]:
+    """Every page format with every policy and budget; what keeps everything, and peers, once.
+
+    Args:
+        policies: names with commas between.
+        budgets: the same of budgets.
+        page_formats: the same of page formats.
+        start: of the policies; None for the default.
+        more: a JSON object of further options for all policies.
+
+    Raises:
+        ValueError: names the option.
+    """
+    given = parse_json(more, "policy-config") if more else {}
+    for name in set(OWN_FLAGS) & set(given):
+        raise ValueError(f"policy-config must not have {name}: use {OWN_FLAGS[name]}")
+    cases = []
+    for policy in policies.split(","):
+        if policy in PEERS:
+            cases.append(Case(policy, None, CompressionConfig(), {}))
+            continue
+        try:
+            registry.check(policy)
+        except ValueError as error:
+            raise ValueError(f"{error}; or a peer: {', '.join(PEERS)}") from None
+        sizes = [None] if policy == registry.FULL else budgets.split(",")
+        for page_format, size in product(page_formats.split(","), sizes):
+            cases.append(_case(policy, size, page_format, start, given))
+    labels = [case.label for case in cases]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ValueError(f"policy {policies}: {label} is there {labels.count(label)} times")
+    return cases
+
+
+def _case(
+    policy: str, size: str | None, page_format: str, start: str | None, given: dict[str, Any]
+) -> Case:
+    options: dict[str, Any] = {"policy": policy, "page_format": page_format}
+    if size is None:
+        return Case(policy, None, CompressionConfig.from_dict(options), options)
+    options = {**given, **options, "budget": size} | ({"start": start} if start else {})
+    return Case(policy, read_budget("budget", size), CompressionConfig.from_dict(options), options)
+
+
+def read_loads(
+    model: Path,
+    inputs: Sequence[int],
+    output_len: int,
+    requests: Sequence[int],
+    pools: Sequence[int | float],
+) -> list[Load]:
+    """Every prompt length with every number of requests and every pool.
+
+    Args:
+        model: a model directory.
+        inputs: tokens of a prompt.
+        output_len: tokens generated.
+        requests: how many at once.
+        pools: tokens, or as a float the share of what all requests need.
+
+    Raises:
+        ValueError: longer than the model's context, or a pool without room for one request.
+    """
+    limit = model_config(model).get("max_position_embeddings")
+    loads = []
+    for input_len, count, pool in product(inputs, requests, pools):
+        load = Load(input_len, output_len, count, 0)
+        if limit is not None and load.max_model_len > limit:
+            raise ValueError(
+                f"input-len {input_len} with output-len {output_len} needs a context of "
+                f"{load.max_model_len} tokens (whole pages, and one to spare); the model has "
+                f"{limit}"
+            )
+        tokens = pool
+        if isinstance(pool, float):
+            tokens = whole_pages(round(pool * count * load.request_tokens))
+        load = Load(input_len, output_len, count, int(tokens))
+        needed = load.max_model_len + DEFAULT_PAGE_SIZE  # one page is vLLM's null page
+        if load.pool_tokens < needed:
+            what = f"{pool} ({load.pool_tokens} tokens)" if isinstance(pool, float) else pool
+            raise ValueError(
+                f"pool {what} has no room for one request: input-len {input_len} with output-len "
+                f"{output_len} needs {needed} tokens; a share of what all {count} requests need "
+                "is written with a point"
+            )
+        loads.append(load)
+    return loads
+
+
+def check(cases: Sequence[Case], model: Path) -> None:
+    """Refuses budgets and page formats that the model cannot have. Raises ValueError."""
+    kv_bytes_per_token(model)
+    for case in cases:
+        layer_schedules(case.config, model, DEFAULT_PAGE_SIZE)

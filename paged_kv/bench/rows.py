@@ -1,0 +1,79 @@
+"""Result rows of throughput, latency and memory: the fields that say what ran, and their table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Sequence
+
+from paged_kv.bench.cases import PEERS, Case, Load
+from paged_kv.bench.held import entries, entry_bytes, layer_schedules
+from paged_kv.config import DEFAULT_PAGE_SIZE
+from paged_kv.results import Row, append
+
+
+def case_fields(args: argparse.Namespace, case: Case, load: Load) -> Row:
+    """Which case and load, and what a sequence of it holds at its end.
+
+    What is kept under pressure nobody knows beforehand: null.
+    """
+    kept = kept_by_layer(args, case, load)
+    num_bytes = held_bytes(args, case, kept)
+    length = load.input_len + load.output_len
+    known = not case.config.waits_for_pressure
+    return {
+        "policy": case.policy,
+        "budget": case.shown_budget,
+        "page_format": case.page_format,
+        "kept": round(statistics.fmean(kept), 2) if known else None,
+        "bytes_per_token": round(num_bytes / length, 2) if known else None,
+        "start": case.config.start if case.config.enabled else None,
+        "pool_tokens": load.pool_tokens,
+        "share": round(load.share, 4),
+        "input_len": load.input_len,
+        "output_len": load.output_len,
+        "requests": load.requests,
+    }
+
+
+def kept_by_layer(args: argparse.Namespace, case: Case, load: Load) -> list[int]:
+    """Entries of each layer when prompt and output are done."""
+    schedules = layer_schedules(case.config, args.model, DEFAULT_PAGE_SIZE)
+    return entries(schedules, load.input_len + load.output_len, load.input_len)
+
+
+def held_bytes(args: argparse.Namespace, case: Case, kept: Sequence[int]) -> int:
+    """Of so many entries in each layer, as pages store them; the model runs in bfloat16."""
+    import torch
+
+    native = 1 if case.policy in PEERS and case.kv_cache_dtype == "fp8" else 0
+    sizes = entry_bytes(case.config, args.model, DEFAULT_PAGE_SIZE, torch.bfloat16, native)
+    return sum(count * size for count, size in zip(kept, sizes, strict=True))
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean of independent values; None of fewer than two."""
+    if len(values) < 2:
+        return None
+    return round(statistics.stdev(values) / math.sqrt(len(values)), 6)
+
+
+def write(args: argparse.Namespace, row: Row) -> None:
+    """To args.out if there is one, and with args.json to stdout."""
+    if args.out is not None:
+        append(args.out, row)
+    if args.json:
+        print(json.dumps(row), flush=True)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Row]) -> None:
+    """Names to the left, numbers to the right, nothing where a number is not known."""
+    shown = [["" if row[name] is None else str(row[name]) for name in columns] for row in rows]
+    lines = [list(columns), *shown]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = [f"{line[0]:{widths[0]}}"]
+        cells += [f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True)]
+        print("  ".join(cells), flush=True)

@@ -1,0 +1,39 @@
+"""`paged-kv bench throughput`: output tokens per second of `vllm serve`, for policies and peers.
+
+Requests arrive all at once (a closed batch), or with --request-rate as a Poisson process; vLLM's
+own client (`vllm bench serve`) sends them and takes the times. Every case has a server of its own,
+with the same memory for its KV cache, and they take turns. Fields: benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+from paged_kv.bench import arguments, serving
+from paged_kv.bench.script import add_start, positive
+
+SCORE = serving.Score(
+    "throughput",
+    "tokens_per_second",
+    True,
+    lambda served: served.tokens_per_second,
+    ("share", "input_len", "requests", "request_rate", "score", "ratio", "running", "preemptions",
+        "ttft_ms", "itl_ms"),
+)  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `paged-kv bench throughput`."""
+    arguments.add_shared(parser, policy="plain,pyramidal", input_len=512, output_len=256,
+        requests=48, pool=0.5)  # fmt: skip
+    add_start(parser)
+    parser.add_argument("--request-rate", type=arguments.listed(arguments.rate), default=[math.inf],
+        metavar="R[,R...]", help="requests per second; inf: all at once (default inf)")  # fmt: skip
+    parser.add_argument("--rounds", type=positive, default=3, metavar="N",
+        help="times that every case runs; medians are over these (default 3)")  # fmt: skip
+
+
+def main(args: argparse.Namespace) -> None:
+    """Runs, writes, prints. Raises ValueError for what the user got wrong."""
+    serving.main(args, SCORE)
