@@ -114,6 +114,10 @@ COMMANDS = {
                     "the time to the first token of servers, and from token to token",
                     "paged_kv.bench.latency",
                 ),
+                "memory": (
+                    "what sequences hold, by three counts that must agree",
+                    "paged_kv.bench.memory",
+                ),
                 "cache-speedup": (
                     "what a token costs with a cache and without one",
                     "paged_kv.bench.cache_speedup",

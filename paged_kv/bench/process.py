@@ -26,7 +26,15 @@ from typing import Any
 from typing_extensions import Self
 
 from paged_kv.vllm.driver.engine import Engine, engine_environment
-from paged_kv.vllm.driver.workload import EngineInfo, EngineSettings, RunResult, Tokens, Workload
+from paged_kv.vllm.driver.memory import measure
+from paged_kv.vllm.driver.workload import (
+    EngineInfo,
+    EngineSettings,
+    MemoryReport,
+    RunResult,
+    Tokens,
+    Workload,
+)
 
 PROGRESS_SECONDS = 0.25
 
@@ -68,6 +76,11 @@ class EngineProcess:
         """Runs a workload; progress gets the output tokens so far, a few times per second."""
         result: RunResult = self._ask(("run", workload), progress)
         return result
+
+    def memory(self, *workloads: Workload) -> MemoryReport:
+        """What the engine holds: memory.measure with a workload and a single request."""
+        report: MemoryReport = self._ask(("memory", workloads))
+        return report
 
     def cpu_seconds(self) -> float:
         """Processor time that the child has used so far."""
@@ -121,6 +134,9 @@ def _serve(pipe: Connection) -> None:
         command, argument = pipe.recv()
         if command == "encode":
             pipe.send(("done", engine.encode(argument)))
+            continue
+        if command == "memory":
+            pipe.send(("done", measure(engine, *argument)))
             continue
         reported = time.perf_counter()
         for content in engine.run(argument):

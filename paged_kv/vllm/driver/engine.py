@@ -15,6 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from paged_kv.vllm.driver.memory import cache_allocation
 from paged_kv.vllm.driver.workload import (
     EngineInfo,
     EngineSettings,
@@ -112,21 +113,24 @@ class Engine:
 
         start = time.perf_counter()
         block_size = {} if settings.block_size is None else {"block_size": settings.block_size}
-        self.llm = LLM(
-            settings.model,
-            dtype="bfloat16",
-            enforce_eager=True,
-            seed=0,
-            max_model_len=settings.max_model_len,
-            max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=MAX_BATCHED_TOKENS,
-            kv_cache_memory_bytes=settings.pool_bytes,
-            enable_prefix_caching=settings.prefix_caching,
-            disable_log_stats=False,
-            additional_config={"paged_kv": dict(settings.policy)} if settings.policy else {},
-            **block_size,
-            **more,
-        )
+        with cache_allocation() as allocated:
+            self.llm = LLM(
+                settings.model,
+                dtype="bfloat16",
+                enforce_eager=True,
+                seed=0,
+                max_model_len=settings.max_model_len,
+                max_num_seqs=settings.max_num_seqs,
+                max_num_batched_tokens=MAX_BATCHED_TOKENS,
+                kv_cache_memory_bytes=settings.pool_bytes,
+                enable_prefix_caching=settings.prefix_caching,
+                kv_cache_dtype=settings.kv_cache_dtype,
+                disable_log_stats=False,
+                additional_config={"paged_kv": dict(settings.policy)} if settings.policy else {},
+                **block_size,
+                **more,
+            )
+        self.cache_bytes = sum(allocated)  # of memory, by which it grew for the cache
         self.seconds = time.perf_counter() - start
         self.core = self.llm.llm_engine.engine_core.engine_core
         self.recorder = _Recorder(self.info().num_pages)

@@ -23,6 +23,7 @@ class EngineSettings:
         block_size: tokens per page; None for vLLM's default.
         max_num_seqs: sequences that may run at once.
         prefix_caching: whether vLLM's prefix cache is on.
+        kv_cache_dtype: vLLM's option of that name.
     """
 
     model: str
@@ -32,6 +33,7 @@ class EngineSettings:
     block_size: int | None = DEFAULT_PAGE_SIZE
     max_num_seqs: int = 64
     prefix_caching: bool = True
+    kv_cache_dtype: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,21 @@ class EngineInfo(NamedTuple):
     kv_sequences: float  # "Maximum concurrency" as vLLM reports it
     decode_sequences: float  # sequences of max_model_len once their prompts are done
     start_seconds: float
+
+
+class MemoryReport(NamedTuple):
+    """What an engine holds, counted in several places."""
+
+    pool_pages: int  # of vLLM's block pool, its null page included
+    tensor_bytes: int  # of the tensors for keys and values
+    beside_bytes: int  # of a policy's tensors beside them
+    grown_bytes: int  # of the process's or the GPU's memory, when the tensors were made
+    num_tokens: int  # of a single request, when the following are counted
+    held_pages: int  # of the block pool, in use
+    held_groups: list[tuple[list[int], int, int]]  # (layers, entries of each, pages) of managers
+    peak_pages: int  # in use during the workload
+    peak_running: int  # sequences
+    seconds: float  # of the workload
 
 
 class Step(NamedTuple):
