@@ -52,7 +52,7 @@ class Case:
     @property
     def label(self) -> str:
         """Names it among others."""
-        parts = (self.policy, self.shown_budget, self.page_format)
+        parts = (self.policy, self.shown_budget, self.config.page_format)
         return " ".join(str(part) for part in parts if part not in (None, NATIVE))
 
     @property

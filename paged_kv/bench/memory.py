@@ -126,44 +126,53 @@ def disagreements(
         info: vLLM's figures.
         report: what was counted.
     """
-    found = []
-    pool_bytes = report.pool_pages * info.page_bytes
-    if pool_bytes != report.tensor_bytes:
-        found.append(
-            f"{report.pool_pages} pages of {info.page_bytes} bytes are {pool_bytes} bytes, but the "
-            f"tensors have {report.tensor_bytes}"
-        )
-    if info.num_pages + 1 != report.pool_pages:
-        found.append(f"vLLM reports {info.num_pages + 1} pages, its pool has {report.pool_pages}")
+    pool_bytes, tensors = report.pool_pages * info.page_bytes, report.tensor_bytes
     tokens = info.kv_sequences * load.max_model_len
-    if abs(tokens - info.kv_tokens) > 1:
-        found.append(
+    tolerance = TOLERANCE_BYTES + TOLERANCE_SHARE * tensors
+    checks = [
+        (
+            pool_bytes == tensors,
+            f"{report.pool_pages} pages of {info.page_bytes} bytes are {pool_bytes} bytes, but the "
+            f"tensors have {tensors}",
+        ),
+        (
+            abs(report.grown_bytes - tensors) <= tolerance,
+            f"the process grew by {report.grown_bytes} bytes for tensors of {tensors} (tolerance "
+            f"{tolerance:.0f})",
+        ),
+        (
+            tensors + report.beside_bytes <= pool_limit,
+            f"tensors of {tensors} bytes and {report.beside_bytes} bytes beside them are more than "
+            f"the {pool_limit} that the KV cache was given",
+        ),
+        (
+            abs(tokens - info.kv_tokens) <= 1,
             f"vLLM reports {info.kv_tokens} tokens, but {info.kv_sequences:.2f} sequences of "
-            f"{load.max_model_len}"
-        )
-    if report.num_tokens != load.input_len + load.output_len:
-        found.append(f"counted at {report.num_tokens} tokens")
+            f"{load.max_model_len}",
+        ),
+    ]
+    return [text for agrees, text in checks if not agrees] + _of_sequence(kept, load, report)
+
+
+def _of_sequence(kept: Sequence[int], load: Load, report: MemoryReport) -> list[str]:
+    """The same of the single request."""
     entries = {layer: held for layers, held, _ in report.held_groups for layer in layers}
-    if entries != dict(enumerate(kept)):
-        by_layer = [entries.get(layer) for layer in range(len(kept))]
-        found.append(f"the plan keeps {list(kept)} entries by layer, the engine {by_layer}")
-    pages = [group_pages for _, _, group_pages in report.held_groups]
-    if sum(pages) != report.held_pages:
-        found.append(f"the groups have {pages} pages, of the pool {report.held_pages} are in use")
-    for layers, held, group_pages in report.held_groups:
-        slots = group_pages * DEFAULT_PAGE_SIZE  # what a compaction emptied goes at the next step
-        if not held <= slots < held + 2 * DEFAULT_PAGE_SIZE:
-            found.append(f"layers {layers} hold {held} entries in {group_pages} pages")
-    tolerance = TOLERANCE_BYTES + TOLERANCE_SHARE * report.tensor_bytes
-    if abs(report.grown_bytes - report.tensor_bytes) > tolerance:
-        found.append(
-            f"the process grew by {report.grown_bytes} bytes for tensors of {report.tensor_bytes} "
-            f"(tolerance {tolerance:.0f})"
-        )
-    taken = report.tensor_bytes + report.beside_bytes
-    if taken > pool_limit:
-        found.append(
-            f"tensors of {report.tensor_bytes} bytes and {report.beside_bytes} beside them are "
-            f"more than the {pool_limit} that the KV cache was given"
-        )
-    return found
+    by_layer = [entries.get(layer) for layer in range(len(kept))]
+    pages = [count for _, _, count in report.held_groups]
+    length = load.input_len + load.output_len
+    checks = [
+        (report.num_tokens == length, f"counted at {report.num_tokens} tokens, not {length}"),
+        (
+            by_layer == list(kept),
+            f"the plan keeps {list(kept)} entries by layer, the engine {by_layer}",
+        ),
+        (
+            sum(pages) == report.held_pages,
+            f"the layer groups hold {pages} pages, {report.held_pages} of the pool are in use",
+        ),
+    ]
+    for layers, held, count in report.held_groups:
+        slots = count * DEFAULT_PAGE_SIZE  # what a compaction empties is given back one step later
+        fits = held <= slots < held + 2 * DEFAULT_PAGE_SIZE
+        checks.append((fits, f"layers {layers} hold {held} entries in {count} pages"))
+    return [text for agrees, text in checks if not agrees]

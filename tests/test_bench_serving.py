@@ -1,0 +1,256 @@
+"""`paged-kv bench throughput` and `latency`: what they read, refuse and compute, and one run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import psutil
+import pytest
+
+from paged_kv import cli, results
+from paged_kv.bench import arguments, client, serving, throughput
+from paged_kv.bench.cases import Load, read_cases, read_loads
+from paged_kv.bench.client import PREEMPTIONS, PROMPT_TOKENS, Served
+from paged_kv.bench.server import Refused, Server, first_reason
+
+LOAD = Load(input_len=100, output_len=20, requests=4, pool_tokens=320)
+# What `vllm bench serve --save-result` writes, as far as it is read.
+RESULT = {
+    "completed": 4,
+    "total_output_tokens": 80,
+    "duration": 2.0,
+    "output_throughput": 40.0,
+    "median_ttft_ms": 11.0,
+    "mean_ttft_ms": 12.0,
+    "p99_ttft_ms": 13.0,
+    "median_itl_ms": 1.0,
+    "mean_itl_ms": 2.0,
+    "p99_itl_ms": 3.0,
+}
+
+
+def served(tokens_per_second: float, itl: float = 1.0, preemptions: int = 0) -> Served:
+    times = dict.fromkeys(serving.TIMES, 10.0) | {"itl_ms": itl}
+    return Served(2.0, tokens_per_second, times, 3, preemptions, 400)
+
+
+def children() -> set[int]:
+    return {each.pid for each in psutil.Process().children(recursive=True)}
+
+
+def test_the_clients_result_is_read():
+    counted = {PREEMPTIONS: 5.0, PROMPT_TOKENS: 400.0}
+    one = client.read_result(RESULT, LOAD, "plain", 3.0, counted)
+    expected = {"ttft_ms": 11, "ttft_mean_ms": 12, "ttft_p99_ms": 13}
+    expected |= {"itl_ms": 1, "itl_mean_ms": 2, "itl_p99_ms": 3}
+    assert one == Served(2.0, 40.0, expected, 3, 5, 400)
+    assert set(one.times) == set(serving.TIMES)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"completed": 3}, "plain: 3 of 4 requests were answered, with 80 of 80 tokens"),
+        ({"total_output_tokens": 79}, "plain: 4 of 4 requests were answered, with 79 of 80"),
+    ],
+)
+def test_an_answer_that_is_missing_is_an_error(change, message):
+    with pytest.raises(RuntimeError, match=message):
+        client.read_result({**RESULT, **change}, LOAD, "plain", 3.0, {})
+
+
+def test_rows_have_medians_over_rounds_and_ratios_of_each(tiny):
+    args = argparse.Namespace(model=Path(tiny))
+    plain, policy = read_cases("plain,streaming", "96", "native", "always", None)
+    turns = {
+        (math.inf, plain): serving.Series([served(10), served(40), served(20)], 0.012345),
+        (math.inf, policy): serving.Series([served(20, 4, 2), served(30, 5), served(60, 9)]),
+    }
+    first, second = serving.make_rows(args, throughput.SCORE, LOAD, turns)
+    assert set(results.FIELDS) | set(results.PROVENANCE) <= set(first)
+    assert (first["score"], first["ratio"], first["idle_cpu"]) == (20, 1.0, 0.0123)
+    # 20/10, 30/40, 60/20; the standard deviation of 20, 30, 60 by the root of 3
+    assert (second["score"], second["ratios"], second["ratio"]) == (30, [2.0, 0.75, 3.0], 2.0)
+    assert second["standard_error"] == pytest.approx(12.018504)
+    assert (second["itl_ms"], second["preemptions"], second["samples"]) == (5, 0, 3)
+    assert (second["seconds"], second["request_rate"], second["running"]) == (6, "inf", 3)
+    # 120 tokens: whole pages of 32 go while more than 96 are left; 6 layers of 128 numbers
+    assert (second["kept"], second["bytes_per_token"]) == (120, 6 * 128 * 2)
+    assert (second["share"], second["pool_tokens"]) == (320 / (4 * 128), 320)
+    json.dumps([first, second])
+
+
+def test_what_is_kept_after_prompt_and_output(tiny):
+    args, load = argparse.Namespace(model=Path(tiny)), Load(200, 56, 1, 1024)
+    kept = {}
+    for case in read_cases("plain,plain-fp8,streaming", "96", "native,int8", "always", None):
+        row = serving.case_fields(args, case, load)
+        kept[case.label] = row["kept"], row["bytes_per_token"]
+    entry = 6 * 2 * 2 * 32  # numbers: layers, keys and values, heads, size
+    assert kept["plain"] == (256, 2 * entry)
+    assert kept["plain-fp8"] == (256, entry)
+    assert kept["streaming 96"] == (96, round(2 * entry * 96 / 256, 2))
+    assert entry * 96 / 256 < kept["streaming 96 int8"][1] < 1.2 * entry * 96 / 256
+    (waiting,) = read_cases("streaming", "96", "native", "pressure", None)
+    assert serving.case_fields(args, waiting, load)["kept"] is None, "nobody knows beforehand"
+
+
+def test_latency_is_scored_by_the_time_between_tokens():
+    from paged_kv.bench.latency import SCORE
+
+    one = served(10, itl=7.5)
+    assert (SCORE.value(one), SCORE.higher_is_better) == (7.5, False)
+    assert throughput.SCORE.value(one) == 10
+
+
+def test_cases_become_flags():
+    found = read_cases("plain,plain-fp8,full,pyramidal", "0.25,256", "int8", "pressure", None)
+    labels = ["plain", "plain-fp8", "full int8", "pyramidal 0.25 int8", "pyramidal 256 int8"]
+    assert [case.label for case in found] == labels
+    plain, fp8, full, share, entries = (case.flags() for case in found)
+    assert plain == ["--kv-cache-dtype", "auto"]
+    assert fp8 == ["--kv-cache-dtype", "fp8"]
+    assert full == ["--kv-policy", "full", "--kv-policy-config", '{"page_format": "int8"}']
+    assert share[:4] == ["--kv-policy", "pyramidal", "--kv-budget", "0.25"]
+    assert entries[2:6] == ["--kv-budget", "256", "--kv-start", "pressure"]
+    assert found[3].budget == Fraction(1, 4)
+    more = read_cases("streaming", "128", "native", "always", '{"num_sink_tokens": 8}')[0]
+    assert json.loads(more.flags()[-1]) == {"num_sink_tokens": 8, "page_format": "native"}
+
+
+def test_pools_are_shares_of_what_all_need_or_tokens(tiny):
+    loads = read_loads(Path(tiny), [100, 200], 20, [4], [0.5, 600])
+    assert [(load.input_len, load.pool_tokens) for load in loads] == [
+        (100, 256),  # half of four times 128
+        (100, 600),
+        (200, 448),
+        (200, 600),
+    ]
+    assert [load.share for load in loads] == [0.5, 600 / 512, 0.5, 600 / 896]
+
+
+MISTAKES = {
+    "--policy nope": "known are: full, .*; or a peer: plain, plain-fp8",
+    "--policy plain,plain": "policy plain,plain: plain is there 2 times",
+    "--policy streaming --budget 64": "budget 64 is too small: it must be at least 68",
+    "--page-format int3": "page_format must be one of",
+    '--policy-config {"budget":1}': "policy-config must not have budget: use --budget",
+    "--input-len 2048": "needs a context of 2112 tokens .* the model has 2048",
+    "--pool 100": "pool 100 has no room for one request: .* needs 192 tokens",
+    "--pool 0.1": r"pool 0.1 \(64 tokens\) has no room for one request",
+    "--out /proc/none/rows.jsonl": "out /proc/none/rows.jsonl: No such file",
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+@pytest.mark.parametrize("command", ["throughput", "latency", "memory"])
+def test_mistakes_are_found_before_anything_starts(command, words, tiny, capsys, monkeypatch):
+    monkeypatch.setattr("subprocess.Popen", None)
+    line = ["bench", command, "--model", tiny, "--input-len", "100", "--output-len", "20"]
+    line += ["--requests", "4", *words.split(" ")]
+    assert cli.main(line) == 2
+    assert re.search(MISTAKES[words], capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("read", "text"),
+    [(arguments.pool, "0.0"), (arguments.pool, "x.5"), (arguments.pool, "0"),
+        (arguments.rate, "0"), (arguments.rate, "nan"), (arguments.rate, "fast")],
+)  # fmt: skip
+def test_numbers_that_make_no_sense(read, text):
+    with pytest.raises(argparse.ArgumentTypeError, match=repr(text)):
+        read(text)
+    assert (arguments.pool("1.0"), arguments.pool("1")) == (1.0, 1)
+    assert arguments.rate("inf") == math.inf
+
+
+def test_the_first_error_of_a_log_is_the_reason():
+    log = """INFO starting
+    (EngineCore pid=7) ERROR 11-29 [core.py:1] ValueError: no fp8 here
+    (APIServer pid=6) RuntimeError: Engine core initialization failed. See root cause above."""
+    assert first_reason(log) == "no fp8 here"
+    assert first_reason("vllm: error: kv-budget must be") == "kv-budget must be"
+    assert first_reason("killed") is None
+
+
+def test_servers_stay_up_if_there_is_memory():
+    gib = 1 << 30
+    assert serving.has_room((10 * gib, 0), (2 * gib, 0), 4)
+    assert not serving.has_room((10 * gib, 0), (2 * gib, 0), 5)
+    assert not serving.has_room((99 * gib, 3 * gib), (gib, 3 * gib), 1), "the GPU's is short"
+
+
+def test_a_server_that_dies_says_why(monkeypatch):
+    code = "import sys; print('working'); sys.exit('ValueError: no such thing')"
+    monkeypatch.setattr("paged_kv.bench.server.VLLM", [sys.executable, "-c", code])
+    with Server("plain-fp8", []) as server, pytest.raises(Refused) as error:
+        server.wait_until_ready()
+    assert "the server of plain-fp8 died (1); it printed:\nworking" in str(error.value)
+    assert error.value.reason == "no such thing"
+    case = read_cases("plain-fp8", "256", "native", None, None)[0]
+    monkeypatch.setattr(serving, "server_flags", lambda *_: [])
+    message = "peer plain-fp8: vLLM refuses it: no such thing"
+    with pytest.raises(ValueError, match=message), serving.ready_server(Path(), case, LOAD):
+        pass
+
+
+def test_nothing_of_a_server_is_left(monkeypatch):
+    """Also what it has started, and if it does not end when it is asked to."""
+    code = """if True:
+        import signal, subprocess, sys, time
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        time.sleep(600)"""
+    monkeypatch.setattr("paged_kv.bench.server.VLLM", [sys.executable, "-c", code])
+    monkeypatch.setattr("paged_kv.bench.server.STOP_SECONDS", 0.5)
+    before = children()
+    server = Server("x", [])
+    with pytest.raises(KeyboardInterrupt):
+        terminated_beside(server)
+    assert children() == before
+    assert server._processes() == []
+
+
+def terminated_beside(server: Server) -> None:
+    with serving.ended_by_sigterm(), server:
+        while len(server._processes()) < 2:
+            server.check()
+        assert server.memory_bytes() > 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_run_of_real_servers(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")
+    out, before = tmp_path / "new" / "rows.jsonl", children()
+    line = ["bench", "throughput", "--model", tiny, "--policy", "plain,streaming"]
+    line += ["--budget", "96", "--requests", "6", "--input-len", "96", "--output-len", "96"]
+    assert cli.main([*line, "--pool", "0.5", "--rounds", "1", "--out", str(out)]) == 0
+    assert children() == before
+    plain, streaming = results.read([out])
+    assert (plain["policy"], plain["kept"]) == ("plain", 192)
+    assert (streaming["policy"], streaming["kept"]) == ("streaming", 96)
+    for row in (plain, streaming):
+        assert row["task"] == "throughput"
+        assert row["prompt_tokens"] == 6 * 96
+        assert 0 < row["itl_ms"] <= row["itl_p99_ms"]
+        assert 0 < row["ttft_ms"] <= row["ttft_p99_ms"]
+        assert 1 <= row["running"] <= 6
+        assert row["seconds"] * row["score"] == pytest.approx(6 * 96, rel=0.05)
+        assert 0 <= row["idle_cpu"] < 0.3
+    assert plain["preemptions"] > 0, "half of what they need"
+    assert streaming["preemptions"] == 0
+    assert streaming["ratio"] == pytest.approx(streaming["score"] / plain["score"], rel=0.01)
+    table = capsys.readouterr().out.splitlines()
+    assert [words.split()[0] for words in table] == ["policy", "plain", "streaming"]
