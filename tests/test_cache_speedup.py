@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from paged_kv import cli
+from paged_kv import cli, results
 from paged_kv.hf import PagedCache
 from paged_kv.hf.driver.decoding import Decoder, dynamic_cache, interleaved
 
@@ -49,6 +49,9 @@ def test_a_line_for_each_length_and_a_plot(tiny, tmp_path, capsys):
     assert [case["length"] for case in cases] == [40, 600]
     for case in cases:
         assert case["benchmark"] == "cache_speedup"
+        assert set(results.FIELDS) | set(results.PROVENANCE) <= set(case)
+        assert (case["score"], case["kept"]) == (case["speedup"], case["length"])
+        assert case["bytes_per_token"] == 6 * 2 * 2 * 32 * 4  # in float32
         assert case["speedup"] == pytest.approx(case["uncached_ms"] / case["cached_ms"], rel=0.02)
     assert cases[1]["speedup"] > cases[0]["speedup"]
     assert (tmp_path / "new" / "cache_speedup.png").read_bytes().startswith(PNG)

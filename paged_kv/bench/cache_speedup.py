@@ -3,20 +3,27 @@
 One sequence, in transformers: a PagedCache that drops nothing against use_cache=False. At each
 context length both produce one token in turn, so many times as there are rounds; the time of a
 token is that of one forward pass, without the prompt's, and the figures are medians. Both contexts
-grow by a token in each round. Prints a line of JSON per length and draws cache_speedup.png.
+grow by a token in each round. Prints a result row per length and draws cache_speedup.png.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
-from paged_kv import models
+from paged_kv import models, registry, results
 from paged_kv.bench import script
-from paged_kv.bench.settings import model_config, random_prompts
+from paged_kv.bench.settings import (
+    KV_DTYPE_BYTES,
+    kv_bytes_per_token,
+    model_config,
+    random_prompts,
+)
+from paged_kv.core.page_formats import NATIVE
 
 LENGTHS = (50, 200, 800, 2000)
 CACHED, UNCACHED = "PagedCache", "no cache"
@@ -57,7 +64,7 @@ def main(args: argparse.Namespace) -> None:
     plot.per_token(args.out / "cache_speedup.png", title, times)
 
 
-def measure(args: argparse.Namespace) -> list[script.Json]:
+def measure(args: argparse.Namespace) -> list[results.Row]:
     """A case for each length, printed when it is known."""
     from paged_kv.hf import PagedCache
     from paged_kv.hf.driver.decoding import Decoder, interleaved, load
@@ -71,14 +78,34 @@ def measure(args: argparse.Namespace) -> list[script.Json]:
                 decoder.read(random_prompts(args.model, 1, length, args.seed))
             interleaved(decoders, 1)  # the first pass of a shape is slow
             seconds = interleaved(decoders, args.rounds)
-        cached, uncached = (1e3 * statistics.median(seconds[name]) for name in decoders)
-        cases.append(
-            {
-                "length": length,
-                "cached_ms": round(cached, 3),
-                "uncached_ms": round(uncached, 3),
-                "speedup": round(uncached / cached, 2),
-            }
-        )
+        cases.append(make_row(args, length, seconds))
         script.emit("cache_speedup", args, cases[-1])
     return cases
+
+
+def make_row(
+    args: argparse.Namespace, length: int, seconds: Mapping[str, Sequence[float]]
+) -> results.Row:
+    """The result row of a length, from the seconds of each token with a cache and without."""
+    cached, uncached = (1e3 * statistics.median(seconds[name]) for name in (CACHED, UNCACHED))
+    number_bytes = {"float32": 4, "bfloat16": 2}[args.dtype]
+    return {
+        "task": "cache-speedup",
+        "policy": registry.FULL,
+        "budget": None,
+        "page_format": NATIVE,
+        "engine": "transformers",
+        "score": round(uncached / cached, 2),
+        "metric": "speedup",
+        "higher_is_better": True,
+        "standard_error": None,
+        "samples": args.rounds,
+        "kept": length,
+        "bytes_per_token": kv_bytes_per_token(args.model) // KV_DTYPE_BYTES * number_bytes,
+        "seconds": round(sum(map(sum, seconds.values())), 3),
+        **results.provenance(args.model),
+        "length": length,
+        "cached_ms": round(cached, 3),
+        "uncached_ms": round(uncached, 3),
+        "speedup": round(uncached / cached, 2),
+    }

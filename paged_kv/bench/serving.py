@@ -21,7 +21,6 @@ from statistics import median
 from typing import Any
 
 import psutil
-import torch
 from tqdm import tqdm
 
 from paged_kv import results
@@ -186,7 +185,7 @@ def server_flags(model: Path, case: Case, load: Load) -> list[str]:
     }
     flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     # On a GPU CUDA graphs are half of the speed; on CPUs compiling costs minutes and gains little.
-    eager = [] if torch.cuda.is_available() else ["--enforce-eager"]
+    eager = [] if free_device_memory() else ["--enforce-eager"]
     return [str(model), *flags, *eager, *case.flags()]
 
 
@@ -224,6 +223,8 @@ def make_rows(
 
 def free_device_memory() -> int:
     """Bytes, of the GPU; 0 if there is none."""
+    import torch
+
     return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else 0
 
 

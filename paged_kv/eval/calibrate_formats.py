@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from paged_kv import models
+from paged_kv.bench.held import full_layers
 from paged_kv.bench.script import positive
 from paged_kv.bench.settings import model_config
 from paged_kv.core.page_formats import NATIVE
-from paged_kv.eval.cases import full_layers
 from paged_kv.eval.task import Task, read_windows
 
 if TYPE_CHECKING:

@@ -9,19 +9,17 @@ from fractions import Fraction
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from paged_kv import registry
-from paged_kv.bench.settings import model_config
+from paged_kv.bench.held import entries, entry_bytes, layer_schedules
 from paged_kv.config import CompressionConfig
 from paged_kv.core.options import parse_json
-from paged_kv.core.page_formats import NATIVE, layer_formats
+from paged_kv.core.page_formats import NATIVE
 from paged_kv.core.readers import read_budget
 from paged_kv.core.schedule import Schedule
 from paged_kv.eval.peers import peers
 from paged_kv.eval.tasks.longbench import truncated_middle
-from paged_kv.plan import make_plan
 
 TRUNCATE = "truncate"  # no policy: the context's first and last half of the budget, all kept
 FIXED = {  # options that the command line or the protocol decides on -> what to use
@@ -72,13 +70,6 @@ class Case:
     def __str__(self) -> str:
         return f"{self.policy} {self.budget or ''}".strip()
 
-    @cached_property
-    def decoder(self) -> dict[str, Any]:
-        """config.json of the model, of its text part."""
-        config = model_config(self.model)
-        decoder: dict[str, Any] = config.get("text_config", config)
-        return decoder
-
     def schedules(self, engine: str = "reference") -> list[Schedule | None]:
         """The schedule of each layer, None for one that keeps everything.
 
@@ -90,58 +81,19 @@ class Case:
             ValueError: the budget or the page format does not fit the model, the page size or the
                 engine.
         """
-        from paged_kv.hf.arguments import check_page_format
-        from paged_kv.tiers.files import check_spill_dir
-
-        num_layers = self.decoder["num_hidden_layers"]
-        check_spill_dir(self.config.spill_dir)
-        check_page_format(self.config, SimpleNamespace(**self.decoder), self.page_size)
-        if not self.config.enabled:
-            return [None] * num_layers
-        full = full_layers(self.decoder.get("layer_types"), num_layers)
-        plan = make_plan(self.config, self.page_size, num_layers, full)
-        if engine == "vllm":
-            from paged_kv.vllm.frontend.grouping import group_layers
-
-            group_layers(plan, self.config, num_layers - len(full))
-        return [plan.schedule(layer) for layer in range(num_layers)]
+        return layer_schedules(self.config, self.model, self.page_size, engine)
 
     def held(self, num_tokens: int) -> Held:
         """What is held after so many tokens: the schedules say it."""
-        kept = [
-            num_tokens - (schedule.evicted(num_tokens, 0) if schedule else 0)
-            for schedule in self.schedules()
-        ]
+        kept = entries(self.schedules(), num_tokens, 0)
         return Held(kept, sum(map(int.__mul__, kept, self._entry_bytes)))
 
     @cached_property
     def _entry_bytes(self) -> list[int]:
-        """Bytes of an entry in each layer, all KV heads, as float32 engines store it."""
+        """In each layer, all KV heads; engines that evaluate store float32."""
         import torch
 
-        from paged_kv.quant import make_layout
-
-        heads = self.decoder["num_attention_heads"]
-        kv_heads = self.decoder.get("num_key_value_heads") or heads
-        size = self.decoder.get("head_dim") or self.decoder["hidden_size"] // heads
-        native = 2 * size * torch.float32.itemsize
-        formats = layer_formats(self.config.page_format, self.decoder["num_hidden_layers"])
-        return [
-            kv_heads
-            * (
-                native
-                if name == NATIVE
-                else make_layout(name, torch.float32, size, size, self.page_size).entry_bytes
-            )
-            for name in formats
-        ]
-
-
-def full_layers(types: Sequence[str] | None, num_layers: int) -> list[int]:
-    """Layers with full attention; the engines check again what a model says in other ways."""
-    if types is None:
-        return list(range(num_layers))
-    return [layer for layer, kind in enumerate(types) if kind == "full_attention"]
+        return entry_bytes(self.config, self.model, self.page_size, torch.float32)
 
 
 def context_of(case: Case, context: Sequence[int]) -> list[int]:

@@ -11,11 +11,12 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from paged_kv.vllm.driver.workload import MemoryReport, RunResult, Workload
+
+if TYPE_CHECKING:
+    import torch
 
 
 @contextmanager
@@ -127,6 +128,8 @@ def _num_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 def _bytes_in_use() -> int:
     """Of torch on a GPU; else of this process: not a file's, nor what malloc keeps for later."""
+    import torch  # not before engine_environment is set
+
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
     gc.collect()
