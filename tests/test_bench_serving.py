@@ -35,6 +35,7 @@ RESULT = {
     "median_itl_ms": 1.0,
     "mean_itl_ms": 2.0,
     "p99_itl_ms": 3.0,
+    "median_tpot_ms": 4.0,
 }
 
 
@@ -51,7 +52,7 @@ def test_the_clients_result_is_read():
     counted = {PREEMPTIONS: 5.0, PROMPT_TOKENS: 400.0}
     one = client.read_result(RESULT, LOAD, "plain", 3.0, counted)
     expected = {"ttft_ms": 11, "ttft_mean_ms": 12, "ttft_p99_ms": 13}
-    expected |= {"itl_ms": 1, "itl_mean_ms": 2, "itl_p99_ms": 3}
+    expected |= {"itl_ms": 1, "itl_mean_ms": 2, "itl_p99_ms": 3, "tpot_ms": 4}
     assert one == Served(2.0, 40.0, expected, 3, 5, 400)
     assert set(one.times) == set(serving.TIMES)
 
@@ -110,6 +111,13 @@ def test_latency_is_scored_by_the_time_between_tokens():
     one = served(10, itl=7.5)
     assert (SCORE.value(one), SCORE.higher_is_better) == (7.5, False)
     assert throughput.SCORE.value(one) == 10
+
+
+def test_a_time_of_0_has_no_ratio():
+    plain = serving.Series([served(10, itl=0.0), served(10, itl=2.0)])
+    policy = serving.Series([served(10, itl=1.0), served(10, itl=1.0)])
+    assert policy.ratios(plain, lambda one: one.times["itl_ms"]) == []
+    assert plain.ratios(policy, lambda one: one.times["itl_ms"]) == [0, 2]
 
 
 def test_cases_become_flags():
@@ -236,7 +244,7 @@ def test_a_run_of_real_servers(tiny, tmp_path, monkeypatch, capsys):
     out, before = tmp_path / "new" / "rows.jsonl", children()
     line = ["bench", "throughput", "--model", tiny, "--policy", "plain,streaming"]
     line += ["--budget", "96", "--requests", "6", "--input-len", "96", "--output-len", "96"]
-    assert cli.main([*line, "--pool", "0.5", "--rounds", "1", "--out", str(out)]) == 0
+    assert cli.main([*line, "--pool", "0.75", "--rounds", "1", "--out", str(out)]) == 0
     assert children() == before
     plain, streaming = results.read([out])
     assert (plain["policy"], plain["kept"]) == ("plain", 192)
@@ -244,12 +252,13 @@ def test_a_run_of_real_servers(tiny, tmp_path, monkeypatch, capsys):
     for row in (plain, streaming):
         assert row["task"] == "throughput"
         assert row["prompt_tokens"] == 6 * 96
-        assert 0 < row["itl_ms"] <= row["itl_p99_ms"]
+        assert row["tpot_ms"] > 0
+        assert 0 <= row["itl_ms"] <= row["itl_p99_ms"]
         assert 0 < row["ttft_ms"] <= row["ttft_p99_ms"]
         assert 1 <= row["running"] <= 6
         assert row["seconds"] * row["score"] == pytest.approx(6 * 96, rel=0.05)
         assert 0 <= row["idle_cpu"] < 0.3
-    assert plain["preemptions"] > 0, "half of what they need"
+    assert plain["preemptions"] > 0, "three quarters of what they need"
     assert streaming["preemptions"] == 0
     assert streaming["ratio"] == pytest.approx(streaming["score"] / plain["score"], rel=0.01)
     table = capsys.readouterr().out.splitlines()

@@ -12,6 +12,7 @@ from typing import Any
 
 from paged_kv.bench.cases import Load
 from paged_kv.bench.server import VLLM, Server, environment
+from paged_kv.bench.settings import random_prompts
 
 POLL_SECONDS = 0.5  # between looks at the server's metrics
 MODEL_NAME = "model"  # as the server is told to call it
@@ -27,7 +28,8 @@ class Served:
     Args:
         seconds: by the client's clock.
         tokens_per_second: of output.
-        times: milliseconds, "ttft_ms" (median), "ttft_mean_ms", "ttft_p99_ms", the same of "itl".
+        times: milliseconds, "ttft_ms" (median), "ttft_mean_ms", "ttft_p99_ms", the same of "itl";
+            "tpot_ms" (median).
         running: most sequences that the server said it was running, of those looks.
         preemptions: by the server's counter.
         prompt_tokens: of all requests, as the server counted them.
@@ -110,6 +112,7 @@ def read_result(
     for what in ("ttft", "itl"):
         for prefix, suffix in (("median", ""), ("mean", "_mean"), ("p99", "_p99")):
             times[f"{what}{suffix}_ms"] = float(result[f"{prefix}_{what}_ms"])
+    times["tpot_ms"] = float(result["median_tpot_ms"])
     assert all(math.isfinite(value) for value in times.values()), times
     return Served(
         seconds=float(result["duration"]),
@@ -122,9 +125,10 @@ def read_result(
 
 
 def warm_up(server: Server, model: Path, load: Load, seed: int) -> None:
-    """A few requests: the first steps are slow. Raises RuntimeError, see run."""
-    few = Load(load.input_len, min(8, load.output_len), min(4, load.requests), load.pool_tokens)
-    run(server, model, few, math.inf, seed)
+    """A few prompts that nobody has again: the first steps are slow. Raises RuntimeError."""
+    prompts = random_prompts(model, min(4, load.requests), load.input_len, seed)
+    body = {"model": MODEL_NAME, "prompt": prompts, "temperature": 0, "ignore_eos": True}
+    server.post("/v1/completions", {**body, "max_tokens": min(8, load.output_len)})
 
 
 def _line(
@@ -144,7 +148,7 @@ def _line(
         "request-rate": rate,
         "seed": seed,
         "temperature": 0,
-        "percentile-metrics": "ttft,itl",
+        "percentile-metrics": "ttft,itl,tpot",
         "metric-percentiles": "99",
         "result-dir": directory,
         "result-filename": "result.json",

@@ -6,6 +6,7 @@ turns on the same cores. They end with us, whatever happens.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -18,6 +19,7 @@ import urllib.request
 from collections.abc import Sequence
 from contextlib import suppress
 from types import TracebackType
+from typing import Any
 
 import psutil
 from typing_extensions import Self
@@ -98,6 +100,19 @@ class Server:
         """What a GET answers. Raises OSError."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60) as answer:
             text: str = answer.read().decode()
+        return text
+
+    def post(self, path: str, body: dict[str, Any]) -> str:
+        """What a POST of JSON answers. Raises RuntimeError: it has died, or refuses."""
+        headers = {"Content-Type": "application/json"}
+        url = f"http://127.0.0.1:{self.port}{path}"
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=START_SECONDS) as answer:
+                text: str = answer.read().decode()
+        except OSError as error:
+            self.check()
+            raise RuntimeError(f"the server of {self.name} answers {path}: {error}") from None
         return text
 
     def metrics(self) -> dict[str, float]:

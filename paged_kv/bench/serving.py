@@ -32,7 +32,7 @@ from paged_kv.bench.server import Refused, Server
 from paged_kv.bench.settings import kv_bytes_per_token
 from paged_kv.config import DEFAULT_PAGE_SIZE
 
-TIMES = ("ttft_ms", "ttft_mean_ms", "ttft_p99_ms", "itl_ms", "itl_mean_ms", "itl_p99_ms")
+TIMES = ("ttft_ms", "ttft_mean_ms", "ttft_p99_ms", "itl_ms", "itl_mean_ms", "itl_p99_ms", "tpot_ms")
 SPARE = 1.25  # of the first server's memory, for each further one
 
 
@@ -53,9 +53,9 @@ class Series:
         return median(value(one) for one in self.served)
 
     def ratios(self, plain: Series, value: Callable[[Served], float]) -> list[float]:
-        """A value over plain vLLM's, round by round."""
-        pairs = zip(self.served, plain.served, strict=True)
-        return [value(one) / value(other) for one, other in pairs]
+        """A value over plain vLLM's, round by round; none if that is 0 (see itl_ms)."""
+        pairs = [(value(a), value(b)) for a, b in zip(self.served, plain.served, strict=True)]
+        return [one / other for one, other in pairs] if all(other for _, other in pairs) else []
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ def measure(args: argparse.Namespace, cases: Sequence[Case], load: Load, bar: An
         turns = {(rate, case): Series() for rate in rates for case in cases}
         cpu_before = {case: server.cpu_seconds() for case, server in servers.items()}
         cpu_busy, busy = dict.fromkeys(cases, 0.0), dict.fromkeys(cases, 0.0)
-        # The warm-up has the seed; prompts that a server has seen would be in its prefix cache.
-        for seed, (_, rate) in enumerate(product(range(args.rounds), rates), args.seed + 1):
+        # A seed of its own for each: prompts that a server has seen are in its prefix cache.
+        for seed, (_, rate) in enumerate(product(range(args.rounds), rates), args.seed):
             for case in cases:
                 bar.set_description(case.label)
                 with turn(servers, args.model, case, load, args.seed) as server:
