@@ -30,6 +30,7 @@ VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 START_SECONDS = 1800.0  # a large model is read, and compiled for a GPU
 STOP_SECONDS = 20.0
 _REASON = re.compile(r"(?:^|\s)(?:\w+\.)*(\w*Error|vllm: error): (?P<reason>\S.*)$")
+_NOISE = re.compile(r"nanobind: | - (leaked|\.\.\. skipped)|See https://nanobind")
 
 
 class Refused(RuntimeError):
@@ -80,7 +81,7 @@ class Server:
             if self.process.poll() is not None:
                 text = self._printed()
                 reason = first_reason(text) or f"exit status {self.process.returncode}"
-                raise Refused(f"{self._died()}:\n{_tail(text)}", reason)
+                raise Refused(self._died(text), reason)
             try:
                 self.get("/health")
                 return
@@ -94,7 +95,7 @@ class Server:
     def check(self) -> None:
         """Raises RuntimeError, with the end of what it printed, if it has died."""
         if self.process.poll() is not None:
-            raise RuntimeError(f"{self._died()}:\n{_tail(self._printed())}")
+            raise RuntimeError(self._died(self._printed()))
 
     def get(self, path: str) -> str:
         """What a GET answers. Raises OSError."""
@@ -185,8 +186,10 @@ class Server:
                 continue
         return found
 
-    def _died(self) -> str:
-        return f"the server of {self.name} died ({self.process.returncode}); it printed"
+    def _died(self, printed: str) -> str:
+        status, reason = self.process.returncode, first_reason(printed)
+        why = f", {reason}" if reason else ""
+        return f"the server of {self.name} died ({status}{why}); it printed:\n{_tail(printed)}"
 
     def _printed(self) -> str:
         self.log.seek(0)
@@ -202,4 +205,5 @@ def first_reason(text: str) -> str | None:
 
 
 def _tail(text: str) -> str:
-    return "\n".join(text.splitlines()[-30:])
+    """The end of a log, without what libraries say when they are unloaded."""
+    return "\n".join([line for line in text.splitlines() if not _NOISE.match(line)][-30:])
