@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import os
@@ -67,6 +68,14 @@ def test_the_clients_result_is_read():
 def test_an_answer_that_is_missing_is_an_error(change, message):
     with pytest.raises(RuntimeError, match=message):
         client.read_result({**RESULT, **change}, LOAD, "plain", 3.0, {})
+
+
+def test_a_client_that_fails_says_why(tmp_path):
+    log = io.StringIO("starting\nno route\n")
+    with pytest.raises(RuntimeError, match=r"client failed \(1\); it printed:\nstarting\nno route"):
+        client._saved(tmp_path / "result.json", 1, log)
+    (tmp_path / "result.json").write_text('{"completed": 4}')
+    assert client._saved(tmp_path / "result.json", 0, log) == {"completed": 4}
 
 
 def test_rows_have_medians_over_rounds_and_ratios_of_each(tiny):

@@ -196,20 +196,24 @@ def read_loads(
                 f"{load.max_model_len} tokens (whole pages, and one to spare); the model has "
                 f"{limit}"
             )
-        tokens = pool
-        if isinstance(pool, float):
-            tokens = whole_pages(round(pool * count * load.request_tokens))
-        load = Load(input_len, output_len, count, int(tokens))
-        needed = load.max_model_len + DEFAULT_PAGE_SIZE  # one page is vLLM's null page
-        if load.pool_tokens < needed:
-            what = f"{pool} ({load.pool_tokens} tokens)" if isinstance(pool, float) else pool
-            raise ValueError(
-                f"pool {what} has no room for one request: input-len {input_len} with output-len "
-                f"{output_len} needs {needed} tokens; a share of what all {count} requests need "
-                "is written with a point"
-            )
+        share = round(pool * count * load.request_tokens)
+        tokens = whole_pages(share) if isinstance(pool, float) else pool
+        load = Load(input_len, output_len, count, tokens)
+        _check_pool(load, pool)
         loads.append(load)
     return loads
+
+
+def _check_pool(load: Load, pool: int | float) -> None:
+    needed = load.max_model_len + DEFAULT_PAGE_SIZE  # one page is vLLM's null page
+    if load.pool_tokens >= needed:
+        return
+    what = f"{pool} ({load.pool_tokens} tokens)" if isinstance(pool, float) else pool
+    raise ValueError(
+        f"pool {what} has no room for one request: input-len {load.input_len} with output-len "
+        f"{load.output_len} needs {needed} tokens; a share of what all {load.requests} requests "
+        "need is written with a point"
+    )
 
 
 def check(cases: Sequence[Case], model: Path) -> None:

@@ -6,9 +6,10 @@ import json
 import math
 import subprocess
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from paged_kv.bench.cases import Load
 from paged_kv.bench.server import VLLM, Server, environment
@@ -70,24 +71,26 @@ def run(server: Server, model: Path, load: Load, rate: float, seed: int) -> Serv
         try:
             while client.poll() is None:
                 running = max(running, server.metrics()[RUNNING])
-                try:
+                with suppress(subprocess.TimeoutExpired):
                     client.wait(POLL_SECONDS)
-                except subprocess.TimeoutExpired:
-                    continue
         finally:
             client.kill()
             client.wait()
         server.check()
-        log.seek(0)
-        printed = log.read()
-        file = Path(directory, "result.json")
-        if client.returncode or not file.exists():
-            tail = "\n".join(printed.splitlines()[-30:])
-            raise RuntimeError(f"vLLM's client failed ({client.returncode}); it printed:\n{tail}")
-        result = json.loads(file.read_text())
+        result = _saved(Path(directory, "result.json"), client.returncode, log)
     after = server.metrics()
     counted = {name: after[name] - before[name] for name in (PREEMPTIONS, PROMPT_TOKENS)}
     return read_result(result, load, server.name, running, counted)
+
+
+def _saved(file: Path, status: int, log: IO[str]) -> dict[str, Any]:
+    """The client's JSON. Raises RuntimeError, with the end of its log, if it failed."""
+    if status or not file.exists():
+        log.seek(0)
+        tail = "\n".join(log.read().splitlines()[-30:])
+        raise RuntimeError(f"vLLM's client failed ({status}); it printed:\n{tail}")
+    result: dict[str, Any] = json.loads(file.read_text())
+    return result
 
 
 def read_result(
