@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import math
 import os
@@ -76,6 +77,27 @@ def test_a_client_that_fails_says_why(tmp_path):
         client._saved(tmp_path / "result.json", 1, log)
     (tmp_path / "result.json").write_text('{"completed": 4}')
     assert client._saved(tmp_path / "result.json", 0, log) == {"completed": 4}
+
+
+def test_a_run_takes_the_servers_counts_meanwhile(monkeypatch, tiny):
+    code = "import sys; line = sys.argv; folder = line[line.index('--result-dir') + 1]; "
+    code += f"open(folder + '/result.json', 'w').write({json.dumps(RESULT)!r})"
+    monkeypatch.setattr(client, "VLLM", [sys.executable, "-c", code])
+    looks = itertools.chain([(0, 7, 50), (3, 7, 50)], itertools.repeat((2, 9, 450)))
+
+    class Fake:
+        name, port = "plain", 1
+
+        def metrics(self):
+            names = (client.RUNNING, PREEMPTIONS, PROMPT_TOKENS)
+            return dict(zip(names, next(looks), strict=True))
+
+        def check(self):
+            pass
+
+    one = client.run(Fake(), Path(tiny), LOAD, math.inf, 0)
+    assert (one.running, one.preemptions, one.prompt_tokens) == (3, 2, 400)
+    assert one.tokens_per_second == 40
 
 
 def test_rows_have_medians_over_rounds_and_ratios_of_each(tiny):
