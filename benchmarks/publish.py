@@ -1,8 +1,9 @@
-"""Makes benchmarks/results/*.jsonl: every policy in every task, on SmolLM2. Hours of two cores.
+"""Makes benchmarks/results/*.jsonl, on SmolLM2: every policy in every task, and speed.
 
     python benchmarks/publish.py --data DIR              # all runs that are not there yet
     python benchmarks/publish.py --data DIR needle ruler # these, each anew if it is there
 
+Of two cores perplexity takes an hour, needle half an hour, ruler and longbench many hours.
 DIR has the texts: wiki.test.raw (WikiText-2), american_adventures.txt and news_from_nowhere.txt
 (Project Gutenberg 18304 and 3261, without its header and footer), and longbench/ (see
 docs/evaluation.md). A run that was stopped goes on where it was: see `paged-kv eval --help`, --out.
@@ -34,14 +35,22 @@ WINDOWS = (
 ANSWERING = POLICIES.replace("value_merge,", "") + ",truncate"
 LONGBENCH = "trec,triviaqa,qasper,samsum,multi_news"
 
-# name -> arguments of `paged-kv eval`, one after the other, into one file
+LOAD = "--policy plain,plain-fp8,streaming,pyramidal --budget 256"
+
+# name -> arguments of `paged-kv`, one after the other, into one file
 RUNS: dict[str, list[str]] = {
-    "perplexity": [f"perplexity --text {text} {WINDOWS}" for text in TEXTS],
-    "needle": [f"needle --lengths 4096 --facts 2 --policy {ANSWERING} {BUDGETS}"],
-    "ruler": [f"ruler --length 4096 --examples 20 --policy {ANSWERING} {BUDGETS}"],
+    "perplexity": [f"eval perplexity --text {text} {WINDOWS}" for text in TEXTS],
+    "needle": [f"eval needle --lengths 4096 --facts 2 --policy {ANSWERING} {BUDGETS}"],
+    "ruler": [f"eval ruler --length 4096 --examples 20 --policy {ANSWERING} {BUDGETS}"],
     "longbench": [
-        f"longbench --data longbench --tasks {LONGBENCH} --examples 50 --policy {ANSWERING} "
+        f"eval longbench --data longbench --tasks {LONGBENCH} --examples 50 --policy {ANSWERING} "
         f"{BUDGETS}"
+    ],
+    "memory": [f"bench memory {LOAD} --page-format native,int8 --input-len 1024 --output-len 32"],
+    # Nothing else may run beside it.
+    "throughput": [
+        f"bench throughput {LOAD} --requests 32 --input-len 256 --output-len 512 "
+        "--pool 0.25,0.5,1.0 --rounds 2"
     ],
 }
 
@@ -63,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name not in args.names and (args.names or _is_complete(out)):
             continue
         for command in commands:
-            words = [program, "eval", *command.split(), "--out", out]
+            words = [program, *command.split(), "--out", out]
             code = subprocess.run(words, cwd=args.data, env={**os.environ, **_offline()}).returncode
             if code:
                 return code

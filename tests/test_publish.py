@@ -34,7 +34,10 @@ def started(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_are_understood(command, tiny):
-    args = cli.build_parser("eval").parse_args(["eval", *command.split(), "--model", tiny])
+    words = command.split()
+    args = cli.build_parser(words[0]).parse_args([*words, "--model", tiny])
+    if words[0] != "eval":
+        return
     cases = read_cases(args, Path(tiny), baselines=[TRUNCATE])
     assert len({(case.policy, case.budget) for case in cases}) == len(cases) > 80
     assert {case.policy for case in cases} >= set(registry.available()) - {"value_merge"}
@@ -43,7 +46,7 @@ def test_commands_are_understood(command, tiny):
 def test_one_run_after_the_other_into_a_file_of_its_own(started, tmp_path):
     main, calls, _ = started
     assert main(["--data", "."]) == 0
-    assert [words[2] for words in calls] == [command.split()[0] for command in COMMANDS]
+    assert [words[1:3] for words in calls] == [command.split()[:2] for command in COMMANDS]
     assert all(words[-1] == tmp_path / f"{words[2]}.jsonl" for words in calls)
 
 
@@ -64,7 +67,5 @@ def test_an_unknown_name(started, capsys):
     main, calls, _ = started
     with pytest.raises(SystemExit, match="2"):
         main(["--data", ".", "nope"])
-    assert "NAME must be one of perplexity, needle, ruler, longbench, not nope" in (
-        capsys.readouterr().err
-    )
+    assert "NAME must be one of perplexity, needle, ruler, " in capsys.readouterr().err
     assert not calls
