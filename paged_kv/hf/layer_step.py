@@ -170,7 +170,7 @@ class LayerStep:
 
     @keeps
     def _accumulate(self, row: int, chances: Tensor, tokens: np.ndarray) -> None:
-        """Adds probabilities [rows, kv_heads, group, queries, m] of queries of these tokens."""
+        """Adds probabilities [rows, kv_heads, group, queries, n] of queries of these tokens."""
         assert self.policy is not None
         num_rows, size = len(chances), chances.shape[-1]
         stored = self.arena.side["scores"]

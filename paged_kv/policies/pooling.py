@@ -60,6 +60,8 @@ class Pooling(Policy):
         # After r rounds a node has up to window ** r members: there can be no more than `size`.
         most_members = 1
         while most_members < size:
+            if not excess.is_cuda and not excess.any():  # a GPU would have to be waited for
+                break
             nodes, count, excess = self._round(nodes, count, excess)
             most_members *= self.settings["window"]
         index = torch.arange(size, device=nodes.slots.device)

@@ -43,7 +43,8 @@ def explicit(
         outputs.append(paged_attention.mix(chances, values[None])[0])
         block = positions[None, start : start + chances.shape[3]]
         for name, policy in scorers.items():
-            cache[name].copy_(policy.accumulate(cache[name][None], chances, block)[0])
+            scores = cache[name][:, : chances.shape[-1]]
+            scores.copy_(policy.accumulate(scores[None], chances, block)[0])
     return torch.cat(outputs, 1)
 
 
