@@ -41,10 +41,12 @@ LOAD = "--policy plain,plain-fp8,streaming,pyramidal --budget 256"
 RUNS: dict[str, list[str]] = {
     "perplexity": [f"eval perplexity --text {text} {WINDOWS}" for text in TEXTS],
     "needle": [f"eval needle --lengths 4096 --facts 2 --policy {ANSWERING} {BUDGETS}"],
-    "ruler": [f"eval ruler --length 4096 --examples 20 --policy {ANSWERING} {BUDGETS}"],
+    "ruler": [
+        f"eval ruler --length 4096 --examples 20 --max-new-tokens 64 --policy {ANSWERING} {BUDGETS}"
+    ],
     "longbench": [
-        f"eval longbench --data longbench --tasks {LONGBENCH} --examples 50 --policy {ANSWERING} "
-        f"{BUDGETS}"
+        f"eval longbench --data longbench --tasks {LONGBENCH} --examples 50 --max-new-tokens 128 "
+        f"--policy {ANSWERING} {BUDGETS}"
     ],
     "memory": [f"bench memory {LOAD} --page-format native,int8 --input-len 1024 --output-len 32"],
     # Nothing else may run beside it.

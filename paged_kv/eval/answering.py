@@ -10,10 +10,12 @@ import argparse
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from paged_kv.bench.script import positive
 from paged_kv.bench.settings import model_config
 from paged_kv.eval.cases import TRUNCATE, Case, read_cases
 from paged_kv.eval.peer_runs import with_peers
@@ -31,11 +33,14 @@ COLUMNS = ("policy", "budget", "page_format", "task", "score", "standard_error",
 More = Callable[[Sequence[Example], Sequence[float]], dict[str, Any]]
 
 
-def add_question(parser: argparse.ArgumentParser) -> None:
-    """--question."""
-    parser.add_argument("--question", choices=(HIDDEN, SEEN), default=HIDDEN, help="whether the "
-        "context is compressed before the question comes, or with it (default hidden; engine vllm "
+def add_asking(parser: argparse.ArgumentParser) -> None:
+    """How examples become prompts."""
+    add = parser.add_argument
+    add("--question", choices=(HIDDEN, SEEN), default=HIDDEN, help="whether the context is "
+        "compressed before the question comes, or with it (default hidden; engine vllm "
         "compresses whole prompts: seen)")  # fmt: skip
+    add("--max-new-tokens", type=positive, metavar="N",
+        help="most tokens of an answer (default: each task's own)")  # fmt: skip
 
 
 def check_question(args: argparse.Namespace) -> None:
@@ -59,23 +64,20 @@ class Asked:
     examples: list[Example]
     prompts: list[Prompt]
 
-    def __add__(self, other: Asked) -> Asked:
-        return Asked(self.examples + other.examples, self.prompts + other.prompts)
-
 
 def encode(
+    args: argparse.Namespace,
     encoder: PromptEncoder,
     examples: Iterable[Example],
-    question: str,
     limit: int,
     count: int | None = None,
 ) -> Asked:
     """Those that fit.
 
     Args:
+        args: of a command with the options of add_asking.
         encoder: of the model.
         examples: all.
-        question: HIDDEN or SEEN.
         limit: tokens of a prompt and its answer.
         count: most examples; None for all.
 
@@ -87,9 +89,10 @@ def encode(
     for example in examples:
         texts = example.context, example.question, example.answer_prefix
         context, rest = encoder.parts(*texts, example.chat)
-        if question == SEEN:
+        if args.question == SEEN:
             context, rest = context + rest, []
-        prompt = Prompt(context, rest, example.max_new_tokens, encoder.stop)
+        most = min(example.max_new_tokens, args.max_new_tokens or example.max_new_tokens)
+        prompt = Prompt(context, rest, most, encoder.stop)
         if len(asked.prompts) == count:
             break
         if prompt.num_tokens <= limit:
@@ -98,6 +101,17 @@ def encode(
         shortest = min(shortest or prompt.num_tokens, prompt.num_tokens)
     if not asked.prompts:
         raise ValueError(f"no example fits: the shortest takes {shortest} tokens of {limit}")
+    return asked
+
+
+def in_turns(parts: Sequence[Asked]) -> Asked:
+    """One of each part after the other: a run that is stopped has answers to all tasks."""
+    pairs = [zip(part.examples, part.prompts, strict=True) for part in parts]
+    asked = Asked([], [])
+    for several in zip_longest(*pairs):
+        for example, prompt in filter(None, several):
+            asked.examples.append(example)
+            asked.prompts.append(prompt)
     return asked
 
 

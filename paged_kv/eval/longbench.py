@@ -14,10 +14,10 @@ from pathlib import Path
 from paged_kv import models
 from paged_kv.bench.script import positive
 from paged_kv.eval.answering import (
-    Asked,
-    add_question,
+    add_asking,
     check_question,
     encode,
+    in_turns,
     limit_of,
     run_examples,
 )
@@ -29,7 +29,7 @@ from paged_kv.hf.driver.prompts import PromptEncoder
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `paged-kv eval longbench`."""
     add_common(parser)
-    add_question(parser)
+    add_asking(parser)
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="LongBench: config/ and *.jsonl")
     add("--tasks", required=True, metavar="T[,T...]", help=f"of {', '.join(longbench.TASKS)}")
@@ -45,8 +45,8 @@ def main(args: argparse.Namespace) -> None:
     check_question(args)
     model = models.resolve(args.model)
     encoder, limit = PromptEncoder(model), limit_of(model, args.max_length)
-    asked = Asked([], [])
+    parts = []
     for task in args.tasks.split(","):
         examples = longbench.examples(args.data, task, None, args.seed)
-        asked += encode(encoder, examples, args.question, limit, args.examples)
-    run_examples(args, model, "longbench", asked)
+        parts.append(encode(args, encoder, examples, limit, args.examples))
+    run_examples(args, model, "longbench", in_turns(parts))

@@ -16,7 +16,7 @@ from typing import Any
 
 from paged_kv import models
 from paged_kv.bench.script import positive
-from paged_kv.eval.answering import add_question, check_question, encode, limit_of, run_examples
+from paged_kv.eval.answering import add_asking, check_question, encode, limit_of, run_examples
 from paged_kv.eval.running import add_common
 from paged_kv.eval.tasks import needle
 from paged_kv.eval.tasks.example import Example
@@ -26,7 +26,7 @@ from paged_kv.hf.driver.prompts import PromptEncoder
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `paged-kv eval needle`."""
     add_common(parser)
-    add_question(parser)
+    add_asking(parser)
     add = parser.add_argument
     add("--lengths", type=positive, nargs="+", default=[4096], metavar="N",
         help="tokens of the texts (default 4096)")  # fmt: skip
@@ -48,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
             args.lengths, args.depths, args.facts, args.seed, encoder.count, args.haystack
         )
     )
-    asked = encode(encoder, examples, args.question, limit_of(model, None))
+    asked = encode(args, encoder, examples, limit_of(model, None))
     run_examples(args, model, "needle", asked, cells)
 
 

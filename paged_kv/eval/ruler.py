@@ -13,7 +13,14 @@ from pathlib import Path
 
 from paged_kv import models
 from paged_kv.bench.script import positive
-from paged_kv.eval.answering import add_question, check_question, encode, limit_of, run_examples
+from paged_kv.eval.answering import (
+    add_asking,
+    check_question,
+    encode,
+    in_turns,
+    limit_of,
+    run_examples,
+)
 from paged_kv.eval.running import add_common
 from paged_kv.eval.tasks import ruler
 from paged_kv.hf.driver.prompts import PromptEncoder
@@ -22,7 +29,7 @@ from paged_kv.hf.driver.prompts import PromptEncoder
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `paged-kv eval ruler`."""
     add_common(parser)
-    add_question(parser)
+    add_asking(parser)
     add = parser.add_argument
     add("--tasks", default=",".join(ruler.TASKS), metavar="T[,T...]",
         help="default: all, %(default)s")  # fmt: skip
@@ -40,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
     model = models.resolve(args.model)
     encoder = PromptEncoder(model)
     settings = args.length, args.examples, args.seed, encoder.count, args.haystack
+    limit = limit_of(model, None)
     drawn = [ruler.examples(task, *settings) for task in args.tasks.split(",")]
-    examples = [example for several in drawn for example in several]
-    asked = encode(encoder, examples, args.question, limit_of(model, None))
-    run_examples(args, model, "ruler", asked, lambda *_: {"length": args.length})
+    parts = [encode(args, encoder, examples, limit) for examples in drawn]
+    run_examples(args, model, "ruler", in_turns(parts), lambda *_: {"length": args.length})
