@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = ("README.md", "docs/results.md")
 BLOCK = re.compile(r"(<!-- table ([a-z-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+LITTLE = 5  # percent of perplexity
 Row = dict[str, Any]
 
 
@@ -61,21 +62,52 @@ def _number(cell: str) -> float:
     return float(cell.split()[0].replace(",", "")) if cell else math.inf
 
 
+def rise(several: Sequence[Row], rows: Sequence[Row]) -> tuple[float, float]:
+    """By how many percent perplexity is above that of the full cache; the standard error.
+
+    Over all windows of all texts, each compared with the same window.
+
+    Args:
+        several: of one policy and budget, a row for each text.
+        rows: all of perplexity.
+    """
+    full = {row["text"]: row for row in rows if row["policy"] == "full"}
+    differences = [
+        window["nll"] - other["nll"]
+        for row in several
+        for window, other in zip(row["windows"], full[row["text"]]["windows"], strict=True)
+    ]
+    error = stdev(differences) / math.sqrt(len(differences))
+    return 100 * math.expm1(fmean(differences)), 100 * error
+
+
 def perplexity(rows: Sequence[Row]) -> list[str]:
-    """How much more loss than the full cache, over all texts' windows, in percent of perplexity."""
+    """The rise, by policy and budget."""
     found = rows_of("perplexity", rows)
-    full = {row["text"]: row for row in found if row["policy"] == "full"}
 
-    def rise(several: Sequence[Row]) -> str:
-        differences = [
-            window["nll"] - other["nll"]
-            for row in several
-            for window, other in zip(row["windows"], full[row["text"]]["windows"], strict=True)
-        ]
-        error = stdev(differences) / math.sqrt(len(differences))
-        return f"{100 * math.expm1(fmean(differences)):.1f} ± {100 * error:.1f}"
+    def cell(several: Sequence[Row]) -> str:
+        return "{:.1f} ± {:.1f}".format(*rise(several, found))
 
-    return grid([row for row in found if row["budget"]], rise, 1)
+    return grid([row for row in found if row["budget"]], cell, 1)
+
+
+def memory(rows: Sequence[Row]) -> list[str]:
+    """For each budget the memory that is saved, the best policies, and how many are below 5 %."""
+    found = rows_of("perplexity", rows)
+    whole = max(row["kept"] for row in found)
+    lines = ["| entries | less memory | policies below 5 % | the best |", "| --- " * 4 + "|"]
+    for budget in sorted({row["budget"] for row in found if row["budget"]}, reverse=True):
+        here = [row for row in found if row["budget"] == budget]
+        names = dict.fromkeys(row["policy"] for row in here)
+        rises = {
+            name: rise([row for row in here if row["policy"] == name], found)[0] for name in names
+        }
+        best = sorted(rises, key=rises.__getitem__)[:3]
+        below = sum(value < LITTLE for value in rises.values())
+        named = ", ".join(f"`{name}` {rises[name]:.1f} %" for name in best)
+        share = f"{100 * (1 - budget / whole):.0f} %"
+        lines.append(f"| {budget:,} | {share} | {below} of {len(rises)} | {named} |")
+    return lines
 
 
 def needle(rows: Sequence[Row]) -> list[str]:
@@ -103,6 +135,7 @@ def full(rows: Sequence[Row]) -> list[str]:
 
 TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
     "perplexity": perplexity,
+    "memory": memory,
     "needle": needle,
     "full": full,
 }

@@ -30,6 +30,7 @@ from paged_kv.results import Row
 HIDDEN, SEEN = "hidden", "seen"
 COLUMNS = ("policy", "budget", "page_format", "task", "score", "standard_error", "samples",
            "kept", "bytes_per_token", "seconds")  # fmt: skip
+Score = Callable[[str, Example], float]
 More = Callable[[Sequence[Example], Sequence[float]], dict[str, Any]]
 
 
@@ -135,9 +136,11 @@ def run_examples(
         asked: what.
         more: fields of a row, from its examples and their scores.
     """
+    from paged_kv.eval.tasks.metrics import score  # not at the end: its library may be missing
+
     cases = read_cases(args, model, baselines=[TRUNCATE])
     engine = with_peers(run_answers(args.engine), args.kvpress_python)
-    rows = partial(make_rows, args, name, asked, cases, more)
+    rows = partial(make_rows, args, name, asked, cases, score, more)
     evaluate(args, asked.prompts, cases, engine, Answer, rows, COLUMNS)
 
 
@@ -146,24 +149,14 @@ def make_rows(
     name: str,
     asked: Asked,
     cases: Sequence[Case],
+    score: Score,
     more: More,
     outcomes: dict[Place, Answer],
 ) -> list[Row]:
     """A row for each case and task, over the examples that it has answered; then one for all."""
-    from paged_kv.eval.tasks.metrics import score  # the other evaluations need no such library
-
     encoder = PromptEncoder(cases[0].model)
-    tasks = list(dict.fromkeys(example.task for example in asked.examples))
-    groups = {
-        name if task == name else f"{name}:{task}": [
-            i for i, one in enumerate(asked.examples) if one.task == task
-        ]
-        for task in tasks
-    }
-    if len(tasks) != 1:
-        groups[name] = list(range(len(asked.examples)))
     rows = []
-    for group, places in groups.items():
+    for group, places in _groups(name, asked.examples).items():
         for index, case in enumerate(cases):
             found = chosen(outcomes, places, index)
             if not found:
@@ -176,15 +169,35 @@ def make_rows(
             metrics = {example.metric for example in examples}
             metric = metrics.pop() if len(metrics) == 1 else "mean"
             row = result_row(args, group, case, metric, scores, answers, seen)
-            row |= {"question": args.question, "context_tokens": round(fmean(seen))}
-            row |= {"tasks": sorted({example.task for example in examples})}
-            several = zip(examples, scores, texts, strict=True)
-            each = [
-                {"id": example.id, "score": round(value, 4), "answer": text}
-                for example, value, text in several
-            ]
-            rows.append(row | more(examples, scores) | {"examples": each})
+            row |= {"question": args.question, "max_new_tokens": args.max_new_tokens}
+            row |= {"context_tokens": round(fmean(seen)), **more(examples, scores)}
+            rows.append(row | _each(examples, scores, texts))
     return rows
+
+
+def _groups(name: str, examples: Sequence[Example]) -> dict[str, list[int]]:
+    """Places of the examples of each task, and of all where there are several."""
+    groups: dict[str, list[int]] = {}
+    for place, example in enumerate(examples):
+        task = name if example.task == name else f"{name}:{example.task}"
+        groups.setdefault(task, []).append(place)
+    if len(groups) != 1:
+        groups[name] = list(range(len(examples)))
+    return groups
+
+
+def _each(
+    examples: Sequence[Example], scores: Sequence[float], texts: Sequence[str]
+) -> dict[str, Any]:
+    """What a row is a mean over."""
+    several = zip(examples, scores, texts, strict=True)
+    return {
+        "tasks": sorted({example.task for example in examples}),
+        "examples": [
+            {"id": example.id, "score": round(value, 4), "answer": text}
+            for example, value, text in several
+        ],
+    }
 
 
 def run_answers(engine: str) -> RunAll:

@@ -20,8 +20,8 @@ ORDER = ("perplexity", "agreement", NEEDLE, "ruler", "longbench")  # then others
 # Fields that tasks add and that say what was asked: rows that differ in them are in plots apart.
 LOAD = ("requests", "input_len", "output_len")
 SETTINGS = {THROUGHPUT: LOAD, LATENCY: ("share", *LOAD), MEMORY: (*LOAD, "length")}
-QUALITY = ("subtask", "text", "question", "protocol", "length", "context_tokens", "prompt_tokens",
-           "score_tokens")  # fmt: skip
+QUALITY = ("subtask", "text", "question", "protocol", "length", "max_new_tokens", "context_tokens",
+           "prompt_tokens", "score_tokens")  # fmt: skip
 # What the curves of a plot differ in, or run over.
 SERIES = ("policy", "budget", "page_format", "engine", "start", "case", "pool_tokens", "share",
           "request_rate")  # fmt: skip
