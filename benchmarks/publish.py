@@ -40,7 +40,10 @@ LOAD = "--policy plain,plain-fp8,streaming,pyramidal --budget 256"
 # name -> arguments of `paged-kv`, one after the other, into one file
 RUNS: dict[str, list[str]] = {
     "perplexity": [f"eval perplexity --text {text} {WINDOWS}" for text in TEXTS],
-    "needle": [f"eval needle --lengths 4096 --facts 2 --policy {ANSWERING} {BUDGETS}"],
+    "needle": [
+        f"eval needle --lengths 4096 --facts 2 --question {when} --policy {ANSWERING} {BUDGETS}"
+        for when in ("hidden", "seen")
+    ],
     "ruler": [
         f"eval ruler --length 4096 --examples 20 --max-new-tokens 64 --policy {ANSWERING} {BUDGETS}"
     ],

@@ -9,10 +9,12 @@ A table stands between the comments `<!-- table NAME -->` and `<!-- end -->`; NA
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -110,15 +112,37 @@ def memory(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def needle(rows: Sequence[Row]) -> list[str]:
-    """Keys found, in percent."""
-    found = rows_of("needle", rows)
+def needle(rows: Sequence[Row], question: str) -> list[str]:
+    """Keys found, in percent; most with the largest budget first."""
+    found = [row for row in rows_of("needle", rows) if row["question"] == question]
 
     def share(several: Sequence[Row]) -> str:
         return f"{100 * several[0]['score']:.0f}"
 
-    lines = grid([row for row in found if row["budget"]], share, 1)
-    return lines[:2] + lines[:1:-1]  # most first
+    lines = grid([row for row in found if row["budget"]], share, -1)
+    return lines[:2] + lines[:1:-1]
+
+
+def demo(_: Sequence[Row]) -> list[str]:
+    """What `make demo` said: results/demo.json of one run, kept beside the rows."""
+    report = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))
+    settings, engines = report["settings"], report["engines"]
+    plain = next(iter(engines.values()))
+    megabytes = plain["pool_pages"] * plain["page_bytes"] / 1e6
+    longest = round(plain["kv_cache_tokens"] / plain["kv_cache_sequences"])
+    speeds = [f"{figures['tokens_per_second']:.0f}" for figures in engines.values()]
+    speeds[-1] += f" ({report['speed_ratio']:.2f} x)"
+    table = {
+        f"SmolLM2-135M, {settings['requests']} requests of {settings['max_tokens']} tokens, "
+        f"{megabytes:.0f} MB": list(engines),
+        "---": ["---"] * len(engines),
+        f"longest sequences ({longest} tokens) that can decode at once": [
+            f"{figures['decode_sequences']:.1f}" for figures in engines.values()
+        ],
+        "preemptions": [str(figures["preemptions"]) for figures in engines.values()],
+        "output tokens per second": speeds,
+    }
+    return [f"| {name} | {' | '.join(cells)} |" for name, cells in table.items()]
 
 
 def full(rows: Sequence[Row]) -> list[str]:
@@ -126,7 +150,7 @@ def full(rows: Sequence[Row]) -> list[str]:
     lines = ["| task | score | metric | samples |", "| --- | --- | --- | --- |"]
     for row in rows:
         if row["policy"] == "full":
-            text = f" {row['text']}" if "text" in row else ""
+            text = f" {row.get('text') or row.get('question') or ''}".rstrip()
             error = row["standard_error"]
             score = f"{row['score']:.3f}" + (f" ± {error:.3f}" if error is not None else "")
             lines.append(f"| {row['task']}{text} | {score} | {row['metric']} | {row['samples']} |")
@@ -136,8 +160,10 @@ def full(rows: Sequence[Row]) -> list[str]:
 TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
     "perplexity": perplexity,
     "memory": memory,
-    "needle": needle,
+    "needle-hidden": partial(needle, question="hidden"),
+    "needle-seen": partial(needle, question="seen"),
     "full": full,
+    "demo": demo,
 }
 
 
