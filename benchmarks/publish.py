@@ -27,9 +27,10 @@ POLICIES = (
 )
 BUDGETS = "--budget 128,256,512,1024"
 TEXTS = ("wiki.test.raw", "american_adventures.txt", "news_from_nowhere.txt")
-WINDOWS = (
-    "--offset 8000 --stride 20000 --windows 4 --prompt-tokens 2048 --score-tokens 256 "
-    f"--policy {POLICIES} {BUDGETS}"
+WINDOWS = "--offset 8000 --stride 20000 --windows 4 --prompt-tokens 2048 --score-tokens 256"
+PEERS = (
+    "full,dynamic,quantized-int4,quantized-int2,kvpress:snapkv,kvpress:expected_attention,"
+    "kvpress:keydiff,kvpress:tova,kvpress:streaming_llm,kvpress:knorm"
 )
 # On prompts of 4,096 tokens merging takes minutes; 128 entries of truncated text are its baseline.
 ANSWERING = POLICIES.replace("value_merge,", "") + ",truncate"
@@ -39,7 +40,13 @@ LOAD = "--policy plain,plain-fp8,streaming,pyramidal --budget 256"
 
 # name -> arguments of `paged-kv`, one after the other, into one file
 RUNS: dict[str, list[str]] = {
-    "perplexity": [f"eval perplexity --text {text} {WINDOWS}" for text in TEXTS],
+    "perplexity": [
+        f"eval perplexity --text {text} {WINDOWS} --policy {POLICIES} {BUDGETS}" for text in TEXTS
+    ],
+    "peers": [
+        f"eval perplexity --text {text} {WINDOWS} --policy {PEERS} --budget 256,512"
+        for text in TEXTS[:2]
+    ],
     "needle": [
         f"eval needle --lengths 4096 --facts 2 --question {when} --policy {ANSWERING} {BUDGETS}"
         for when in ("hidden", "seen")

@@ -20,6 +20,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from paged_kv import results
+from paged_kv.eval.peers.peers import NAMES
 from paged_kv.report.rows import latest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +28,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = ("README.md", "docs/results.md")
 BLOCK = re.compile(r"(<!-- table ([a-z-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 LITTLE = 5  # percent of perplexity
+BESIDE_PEERS = ("streaming", "snapkv", "tova", "keydiff", "knorm", "expected_attention", "h2o",
+                "pyramidal")  # fmt: skip
 Row = dict[str, Any]
 
 
@@ -85,7 +88,7 @@ def rise(several: Sequence[Row], rows: Sequence[Row]) -> tuple[float, float]:
 
 def perplexity(rows: Sequence[Row]) -> list[str]:
     """The rise, by policy and budget."""
-    found = rows_of("perplexity", rows)
+    found = [row for row in rows_of("perplexity", rows) if row["policy"] not in NAMES]
 
     def cell(several: Sequence[Row]) -> str:
         return "{:.1f} ± {:.1f}".format(*rise(several, found))
@@ -93,9 +96,31 @@ def perplexity(rows: Sequence[Row]) -> list[str]:
     return grid([row for row in found if row["budget"]], cell, 1)
 
 
+def peers(rows: Sequence[Row]) -> list[str]:
+    """Peers, and our policies beside them, on the texts that peers have read."""
+    found = rows_of("perplexity", rows)
+    texts = {row["text"] for row in found if row["policy"] in NAMES}
+    found = [row for row in found if row["text"] in texts]
+    whole = next(row["bytes_per_token"] for row in found if row["policy"] == "full")
+    budgets = {row["budget"] for row in found if row["policy"] in NAMES}
+    cases: dict[tuple[str, Any], list[Row]] = {}
+    for row in found:
+        if row["policy"] in (*NAMES, *BESIDE_PEERS) and row["budget"] in budgets:
+            cases.setdefault((row["policy"], row["budget"]), []).append(row)
+    lines = []
+    for (policy, budget), several in cases.items():
+        share = 100 * fmean(row["bytes_per_token"] for row in several) / whole
+        above, error = rise(several, found)
+        text = f"{budget:,}" if budget else ""
+        cells = f"| `{policy}` | {text} | {share:.1f} % | {above:.1f} ± {error:.1f} |"
+        lines.append((share, above, cells))
+    head = ["| cache | entries | bytes | percent above |", "| --- " * 4 + "|"]
+    return head + [cells for *_, cells in sorted(lines, reverse=True)]
+
+
 def memory(rows: Sequence[Row]) -> list[str]:
     """For each budget the memory that is saved, the best policies, and how many are below 5 %."""
-    found = rows_of("perplexity", rows)
+    found = [row for row in rows_of("perplexity", rows) if row["policy"] not in NAMES]
     whole = max(row["kept"] for row in found)
     lines = ["| entries | less memory | policies below 5 % | the best |", "| --- " * 4 + "|"]
     for budget in sorted({row["budget"] for row in found if row["budget"]}, reverse=True):
@@ -160,6 +185,7 @@ def full(rows: Sequence[Row]) -> list[str]:
 TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
     "perplexity": perplexity,
     "memory": memory,
+    "peers": peers,
     "needle-hidden": partial(needle, question="hidden"),
     "needle-seen": partial(needle, question="seen"),
     "full": full,
