@@ -18,7 +18,7 @@ COMMANDS = [command for commands in NAMES["RUNS"].values() for command in comman
 @pytest.fixture
 def started(monkeypatch, tmp_path):
     """Commands that would be run, and the exit code of each."""
-    calls, codes = [], [0] * 9
+    calls, codes = [], [0] * len(COMMANDS)
     module = runpy.run_path(str(SCRIPT))
     scope = module["main"].__globals__
     scope["RESULTS"] = tmp_path
@@ -47,7 +47,8 @@ def test_one_run_after_the_other_into_a_file_of_its_own(started, tmp_path):
     main, calls, _ = started
     assert main(["--data", "."]) == 0
     assert [words[1:3] for words in calls] == [command.split()[:2] for command in COMMANDS]
-    assert all(words[-1] == tmp_path / f"{words[2]}.jsonl" for words in calls)
+    files = [f"{name}.jsonl" for name, commands in NAMES["RUNS"].items() for _ in commands]
+    assert [words[-1] for words in calls] == [tmp_path / file for file in files]
 
 
 def test_what_is_there_is_left_unless_named(started, tmp_path):
@@ -67,5 +68,5 @@ def test_an_unknown_name(started, capsys):
     main, calls, _ = started
     with pytest.raises(SystemExit, match="2"):
         main(["--data", ".", "nope"])
-    assert "NAME must be one of perplexity, needle, ruler, " in capsys.readouterr().err
+    assert "NAME must be one of perplexity, peers, needle, " in capsys.readouterr().err
     assert not calls
