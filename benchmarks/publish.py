@@ -43,10 +43,7 @@ RUNS: dict[str, list[str]] = {
     "perplexity": [
         f"eval perplexity --text {text} {WINDOWS} --policy {POLICIES} {BUDGETS}" for text in TEXTS
     ],
-    "peers": [
-        f"eval perplexity --text {text} {WINDOWS} --policy {PEERS} --budget 256,512"
-        for text in TEXTS[:2]
-    ],
+    "peers": [f"eval perplexity --text {TEXTS[0]} {WINDOWS} --policy {PEERS} --budget 256,512"],
     "needle": [
         f"eval needle --lengths 4096 --facts 2 --question {when} --policy {ANSWERING} {BUDGETS}"
         for when in ("hidden", "seen")
