@@ -7,7 +7,6 @@ test_metrics.py; what a model answers: test_eval_answers.py.
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
@@ -186,7 +185,7 @@ def test_ctrl_c_leaves_what_is_done(capsys, tiny, text, tmp_path, monkeypatch):
     def once(*args: Any) -> Any:
         calls.append(args)
         if len(calls) == 2:
-            signal.raise_signal(signal.SIGINT)
+            raise KeyboardInterrupt
         return answers(*args)
 
     monkeypatch.setattr(reference_answers, "answers", once)

@@ -9,7 +9,15 @@ import torch
 
 from paged_kv.hf.arena import NativeArena, as_stack
 from paged_kv.hf.modes import keeps
-from paged_kv.hf.paged_attention import Bias, fused, masked, mix, probabilities
+from paged_kv.hf.paged_attention import (
+    QUERY_BLOCK,
+    Bias,
+    block_size,
+    fused,
+    masked,
+    mix,
+    probabilities,
+)
 from paged_kv.hf.providers import Held
 from paged_kv.hf.rows import Rows
 from paged_kv.kernels.operands import Terms
@@ -160,8 +168,10 @@ class LayerStep:
         outputs = []
         numbers = values.float()
         rows = slice(row, row + len(query))
+        # Without a policy that adds up, logits are those of transformers to the bit.
+        size = block_size(query.device) if self.rows.reads_scores else QUERY_BLOCK
         with torch.autocast(query.device.type, enabled=False):
-            for start, chances in probabilities(query, keys, first, self.terms, bias):
+            for start, chances in probabilities(query, keys, first, self.terms, bias, size):
                 outputs.append(mix(chances, numbers))
                 if self.rows.reads_scores:
                     tokens = self.rows.num_tokens[rows, None] + start

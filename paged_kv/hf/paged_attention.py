@@ -16,7 +16,7 @@ from paged_kv.kernels.reference import attention_probabilities
 
 Tensor = torch.Tensor
 QUERY_BLOCK = 512  # queries whose probabilities are held at once
-CPU_QUERY_BLOCK = 64  # on a CPU, whose caches they should fit into: twice as fast
+SMALL_BLOCK = 64  # the same, so few that they fit into a CPU's cache
 
 Bias = Callable[[int, Tensor, Tensor], Tensor]
 """(row, int64 [queries] tokens of the row before each query, int64 [kv_heads or 1, entries] the
@@ -83,7 +83,12 @@ def visible(
 
 
 def probabilities(
-    query: Tensor, keys: Tensor, first_slots: list[int], terms: Terms, bias: Tensor | None = None
+    query: Tensor,
+    keys: Tensor,
+    first_slots: list[int],
+    terms: Terms,
+    bias: Tensor | None = None,
+    size: int = QUERY_BLOCK,
 ) -> Iterator[tuple[int, Tensor]]:
     """(index of the first query, float32 [rows, kv_heads, group, queries, n]), block by block.
 
@@ -95,6 +100,7 @@ def probabilities(
         first_slots: slot of each row's first query.
         terms: see Terms.
         bias: float32 [heads or 1, q, m], instead of the rule which slots a query sees.
+        size: queries of a block. It decides how numbers are rounded.
     """
     kv_heads, num_entries = keys.shape[1:3]
     grouped = query.float().unflatten(1, (kv_heads, -1))
@@ -103,7 +109,6 @@ def probabilities(
     first = torch.tensor(first_slots, device=keys.device)[:, None, None, None]
     if terms.sinks is not None:
         terms = terms._replace(sinks=terms.sinks.float().view(1, kv_heads, -1))
-    size = CPU_QUERY_BLOCK if query.device.type == "cpu" else QUERY_BLOCK
     for start in range(0, query.shape[2], size):
         block = grouped[:, :, :, start : start + size]
         query_slots = first + torch.arange(start, start + block.shape[3], device=keys.device)
@@ -114,6 +119,11 @@ def probabilities(
             extra = part[None, None] if len(part) == 1 else part.unflatten(0, (kv_heads, -1))[None]
         sees = entries[:, :, :seen], query_slots, slots[..., :seen]
         yield start, attention_probabilities(DenseAttention(block, *sees, terms), extra)
+
+
+def block_size(device: torch.device) -> int:
+    """Of `probabilities` where speed is what counts: on a CPU half the time."""
+    return SMALL_BLOCK if device.type == "cpu" else QUERY_BLOCK
 
 
 def mix(chances: Tensor, values: Tensor) -> Tensor:

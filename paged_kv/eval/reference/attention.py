@@ -38,7 +38,8 @@ def explicit(
     """
     outputs = []
     first = [cache.size - query.shape[1]]
-    blocks = paged_attention.probabilities(query[None], keys[None], first, terms, bias)
+    size = paged_attention.block_size(query.device)
+    blocks = paged_attention.probabilities(query[None], keys[None], first, terms, bias, size)
     for start, chances in blocks:
         outputs.append(paged_attention.mix(chances, values[None])[0])
         block = positions[None, start : start + chances.shape[3]]
