@@ -7,6 +7,7 @@ takes to make it again.
 from __future__ import annotations
 
 import json
+import math
 import platform
 import re
 import shlex
@@ -15,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from datetime import date
 from importlib import metadata
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 from paged_kv.model_identity import identity
@@ -128,3 +130,21 @@ def _row(line: str, where: str) -> Row:
     if not isinstance(row, dict) or any(name not in row for name in FIELDS):
         raise ValueError(f"{where}: not a result row: it must have {', '.join(FIELDS)}")
     return row
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean of independent values, rounded; None of fewer than two."""
+    if len(values) < 2:
+        return None
+    return round(stdev(values) / math.sqrt(len(values)), 6)
+
+
+def print_table(rows: Sequence[Row], columns: Sequence[str]) -> None:
+    """Names to the left, numbers to the right, nothing where a number is not known."""
+    shown = [["" if row[name] is None else str(row[name]) for name in columns] for row in rows]
+    lines = [list(columns), *shown]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = [f"{line[0]:{widths[0]}}"]
+        cells += [f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True)]
+        print("  ".join(cells), flush=True)

@@ -18,7 +18,7 @@ from paged_kv import results
 from paged_kv.bench import arguments
 from paged_kv.bench.cases import PEERS, Case, Load
 from paged_kv.bench.process import EngineProcess
-from paged_kv.bench.rows import case_fields, kept_by_layer, print_table, write
+from paged_kv.bench.rows import case_fields, kept_by_layer, write
 from paged_kv.bench.settings import kv_bytes_per_token, random_prompts
 from paged_kv.config import DEFAULT_PAGE_SIZE
 from paged_kv.vllm.driver.workload import EngineInfo, EngineSettings, MemoryReport, Workload
@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> int:
                 write(args, row)
     finally:  # what is done is done
         if shown and not args.json:
-            print_table(COLUMNS, shown)
+            results.print_table(shown, COLUMNS)
     for one in wrong:
         print(f"paged-kv bench memory: {one}", file=sys.stderr)
     return 1 if wrong else 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 from collections.abc import Sequence
 
@@ -53,27 +52,9 @@ def held_bytes(args: argparse.Namespace, case: Case, kept: Sequence[int]) -> int
     return sum(count * size for count, size in zip(kept, sizes, strict=True))
 
 
-def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean of independent values; None of fewer than two."""
-    if len(values) < 2:
-        return None
-    return round(statistics.stdev(values) / math.sqrt(len(values)), 6)
-
-
 def write(args: argparse.Namespace, row: Row) -> None:
     """To args.out if there is one, and with args.json to stdout."""
     if args.out is not None:
         append(args.out, row)
     if args.json:
         print(json.dumps(row), flush=True)
-
-
-def print_table(columns: Sequence[str], rows: Sequence[Row]) -> None:
-    """Names to the left, numbers to the right, nothing where a number is not known."""
-    shown = [["" if row[name] is None else str(row[name]) for name in columns] for row in rows]
-    lines = [list(columns), *shown]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        cells = [f"{line[0]:{widths[0]}}"]
-        cells += [f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True)]
-        print("  ".join(cells), flush=True)

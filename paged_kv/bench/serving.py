@@ -27,7 +27,7 @@ from paged_kv import results
 from paged_kv.bench import arguments, client
 from paged_kv.bench.cases import PEERS, PLAIN, Case, Load
 from paged_kv.bench.client import MODEL_NAME, Served
-from paged_kv.bench.rows import case_fields, print_table, standard_error, write
+from paged_kv.bench.rows import case_fields, write
 from paged_kv.bench.server import Refused, Server
 from paged_kv.bench.settings import kv_bytes_per_token
 from paged_kv.config import DEFAULT_PAGE_SIZE
@@ -95,7 +95,7 @@ def main(args: argparse.Namespace, score: Score) -> None:
                     write(args, row)
     finally:  # what is done is done
         if shown and not args.json:
-            print_table(("policy", "budget", "page_format", *score.columns), shown)
+            results.print_table(shown, ("policy", "budget", "page_format", *score.columns))
 
 
 def measure(args: argparse.Namespace, cases: Sequence[Case], load: Load, bar: Any) -> Turns:
@@ -205,7 +205,7 @@ def make_rows(
             "score": round(series.median(value), 3),
             "metric": score.metric,
             "higher_is_better": score.higher_is_better,
-            "standard_error": standard_error([value(served) for served in series.served]),
+            "standard_error": results.standard_error([value(served) for served in series.served]),
             "samples": len(series.served),
             "seconds": round(sum(served.seconds for served in series.served), 2),
             **results.provenance(args.model),

@@ -22,10 +22,10 @@ from paged_kv.eval.cases import Case, read_cases
 from paged_kv.eval.peer_runs import with_peers
 from paged_kv.eval.prompt import Answer, Prompt
 from paged_kv.eval.record import Place
-from paged_kv.eval.rows import result_row, standard_error
+from paged_kv.eval.rows import result_row
 from paged_kv.eval.running import add_common, chosen, evaluate
 from paged_kv.eval.task import Task, read_windows
-from paged_kv.results import Row
+from paged_kv.results import Row, standard_error
 
 BUCKET = 16  # tokens, of by_position
 COLUMNS = ("policy", "budget", "page_format", "score", "standard_error", "prefix", "prefix_se",

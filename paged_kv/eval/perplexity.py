@@ -42,10 +42,10 @@ from paged_kv.bench.script import positive
 from paged_kv.eval.cases import Case, read_cases
 from paged_kv.eval.peer_runs import outcome_of, prompt_of_window, with_peers
 from paged_kv.eval.record import Place
-from paged_kv.eval.rows import result_row, standard_error
+from paged_kv.eval.rows import result_row
 from paged_kv.eval.running import RunAll, add_common, chosen, evaluate
 from paged_kv.eval.task import Outcome, Task, read_windows
-from paged_kv.results import Row
+from paged_kv.results import Row, standard_error
 
 DEFAULTS = {"prompt": (1024, 512), "stream": (1, 4095)}  # protocol -> (prompt, score) tokens
 _FIGURES = ("nll", "nll_se", "ppl", "kl", "kl_se", "vs_first", "vs_first_se")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
-from statistics import fmean, stdev
-from typing import Any, Protocol
+from statistics import fmean
+from typing import Protocol
 
 from paged_kv import results
 from paged_kv.eval.cases import TRUNCATE, Case
@@ -58,7 +57,7 @@ def result_row(
         "score": round(fmean(values), 6),
         "metric": metric,
         "higher_is_better": higher_is_better,
-        "standard_error": standard_error(values),
+        "standard_error": results.standard_error(values),
         "samples": len(values),
         "kept": round(fmean(outcome.kept for outcome in outcomes), 2),
         "bytes_per_token": round(fmean(shares), 2),
@@ -77,21 +76,3 @@ def held_by_layer(case: Case, num_tokens: int) -> list[int]:
         assert isinstance(case.budget, int)
         num_tokens = min(num_tokens, case.budget)
     return case.held(num_tokens).by_layer
-
-
-def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean of independent values, rounded; None of fewer than two."""
-    if len(values) < 2:
-        return None
-    return round(stdev(values) / math.sqrt(len(values)), 6)
-
-
-def print_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
-    """Names to the left, numbers to the right, nothing where a number is not known."""
-    shown = [["" if row[name] is None else str(row[name]) for name in columns] for row in rows]
-    lines = [list(columns), *shown]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        cells = [f"{line[0]:{widths[0]}}"]
-        cells += [f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True)]
-        print("  ".join(cells))

@@ -18,7 +18,6 @@ from paged_kv.core.page_formats import FORMATS, NATIVE
 from paged_kv.eval.cases import Case
 from paged_kv.eval.peers import peers
 from paged_kv.eval.record import Place, Record
-from paged_kv.eval.rows import print_table
 from paged_kv.option_table import OPTIONS
 
 Outcome = TypeVar("Outcome", bound=NamedTuple)
@@ -131,7 +130,7 @@ def publish(
         for row in rows:
             print(json.dumps(row), flush=True)
     else:
-        print_table(rows, columns)
+        results.print_table(rows, columns)
     if out is not None:
         for row in rows:
             results.append(out, row)
