@@ -13,7 +13,7 @@ from markupsafe import escape
 from report_rows import row, write
 
 from paged_kv import cli
-from paged_kv.report import page, rows, style
+from paged_kv.report import charts, page, quality, rows, style
 
 PNG = b"\x89PNG\r\n"
 PLOTS = 9 + 1 + 4 + 1 + 1 + 2 + 4  # quality, means, agreement, needle, throughput, latency, layers
@@ -45,6 +45,27 @@ def test_every_section_is_there_and_every_plot_once(made):
     assert len(files) == PLOTS
     assert all(file.read_bytes().startswith(PNG) for file in files)
     assert "ruler-niah-single-accuracy-smollm2-135m-instruct.png" in [file.name for file in files]
+
+
+def test_what_lies_far_from_all_others_is_named_instead():
+    look = style.Look("#000000", "-", "o")
+    near = [charts.Curve(f"near {n}", [(1, 3 + n / 10), (2, 3 + n / 20)], look) for n in range(5)]
+    far = charts.Curve("far", [(1, 5.0), (2, 4.9)], look)
+    partly = charts.Curve("partly", [(1, 5.0), (2, 3.1)], look)
+    assert charts.outliers([*near, far, partly]) == [far]
+    assert charts.outliers([*near[:3], far]) == []  # too few to say
+    _, (axes,) = charts.new("title")
+    charts.focus(axes, [charts.Curve("a", [(1, 2.0), (2, 3.0)], look, [0.5, None])], [1.0])
+    assert axes.get_ylim() == pytest.approx((1 - 0.12, 3 + 0.12))
+
+
+def test_errors_of_differences_are_drawn_where_they_are_to_the_full_cache():
+    full = {"score": 2.0}
+    rows = [{"score": 2.5, "vs_first": 0.5, "vs_first_se": 0.1}]
+    assert quality.is_paired(rows, [full])
+    assert not quality.is_paired(rows, [full, full])
+    assert not quality.is_paired([{**rows[0], "vs_first": 0.4}], [full])  # to another line
+    assert not quality.is_paired([*rows, {"score": 2.0}], [full])
 
 
 def test_the_page_loads_nothing(made):

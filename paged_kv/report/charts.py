@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import quantiles
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
@@ -13,6 +14,7 @@ from paged_kv.report.style import Look
 
 Points = Sequence[tuple[float, float]]
 ROW = 0.19  # inches: a line of a legend
+FEWEST = 5  # curves among which one can be far from the others
 
 
 class Curve(NamedTuple):
@@ -55,6 +57,33 @@ def draw(axes: Any, curve: Curve) -> None:
         axes.errorbar(x, y, yerr=errors, elinewidth=0.9, capsize=2, **drawn)
     else:
         axes.plot(x, y, **drawn)
+
+
+def outliers(curves: Sequence[Curve]) -> list[Curve]:
+    """Curves that lie as a whole so far from the others that these would become one line.
+
+    Beyond 1.5 times the distance of the quartiles of all points (Tukey's fences).
+    """
+    if len(curves) < FEWEST:
+        return []
+    low, _, high = quantiles([y for curve in curves for _, y in curve.points], n=4)
+    margin = 1.5 * (high - low)
+    return [
+        curve
+        for curve in curves
+        if all(y < low - margin or y > high + margin for _, y in curve.points)
+    ]
+
+
+def focus(axes: Any, curves: Sequence[Curve], levels: Sequence[float]) -> None:
+    """Shows these curves with their error bars, and these heights, but nothing beyond them."""
+    heights = list(levels)
+    for curve in curves:
+        errors = curve.errors or [None] * len(curve.points)
+        for (_, y), error in zip(curve.points, errors, strict=True):
+            heights += [y - (error or 0), y + (error or 0)]
+    room = 0.06 * (max(heights) - min(heights))
+    axes.set_ylim(min(heights) - room, max(heights) + room)
 
 
 def name(figure: Figure, axes: Any, curves: Sequence[Curve]) -> None:

@@ -15,6 +15,7 @@ from paged_kv.report.summary import Summary
 from paged_kv.results import Row
 
 Looks = Mapping[str, Look]
+ROUNDED = 1e-5  # scores are, to six digits
 AXES = {  # field -> what it is
     "bytes_per_token": "bytes of keys and values per token of context",
     "kept": "entries kept per layer",
@@ -53,33 +54,56 @@ def against_memory(group: Group, looks: Looks) -> Plot | None:
     field = next((name for name in AXES if all(number(row[name]) for row in rows)), None)
     if not rows or field is None:
         return None
+    full = [row for row in drawn if reading.is_full(row)]
+    paired = is_paired(rows, full)
     curves = []
     for label, members in reading.curves(rows).items():
         members.sort(key=lambda row: row[field])
         points = [(row[field], row["score"]) for row in members]
-        errors = [number(row["standard_error"]) for row in members]
+        errors = [number(row["vs_first_se" if paired else "standard_error"]) for row in members]
         curves.append(Curve(label, points, looks[label], errors))
     figure, (axes,) = charts.new(group.title)
     for curve in curves:
         charts.draw(axes, curve)
-    for row in filter(reading.is_full, drawn):
+    far = charts.outliers(curves)
+    if far:
+        near = [curve for curve in curves if curve not in far]
+        charts.focus(axes, near, [row["score"] for row in full])
+    for row in full:
         size = f" ({row[field]:,.0f})" if number(row[field]) else ""
         charts.level(axes, row["score"], row["label"] + size, number(row["standard_error"]))
     charts.scale_x(axes, [row[field] for row in rows])
     better = "higher" if rows[0]["higher_is_better"] else "lower"
     axes.set(xlabel=AXES[field], ylabel=f"{group.metric} ({better} is better)")
     charts.name(figure, axes, curves)
-    return Plot(group.title, _caption(drawn, better), figure)
+    return Plot(group.title, _caption(drawn, better, paired, far), figure)
 
 
-def _caption(rows: Sequence[Row], better: str) -> str:
+def is_paired(rows: Sequence[Row], full: Sequence[Row]) -> bool:
+    """Whether all rows know the error of their difference to the full cache, sample by sample."""
+    if len(full) != 1 or not all(number(row.get("vs_first_se")) is not None for row in rows):
+        return False
+    differences = (row["score"] - full[0]["score"] - row["vs_first"] for row in rows)
+    return all(abs(difference) < ROUNDED for difference in differences)
+
+
+def _caption(rows: Sequence[Row], better: str, paired: bool, far: Sequence[Curve]) -> str:
     samples = sorted({row["samples"] for row in rows if number(row["samples"])})
     caption = f"{better.capitalize()} is better."
     if samples:
         ends = f"{samples[0]:,}" if len(samples) == 1 else f"{samples[0]:,} to {samples[-1]:,}"
         caption += f" {ends} samples."
-    if any(row["standard_error"] for row in rows):
+    if paired:
+        caption += " Bars are standard errors of the difference to the full cache."
+    elif any(row["standard_error"] for row in rows):
         caption += " Bars are standard errors."
+    if far:
+        named = []
+        for curve in far:
+            heights = [y for _, y in curve.points]
+            bounds = dict.fromkeys(f"{y:.3g}" for y in (min(heights), max(heights)))
+            named.append(f"{curve.label} ({' to '.join(bounds)})")
+        caption += f" Out of sight: {', '.join(named)}."
     return caption
 
 
