@@ -170,6 +170,19 @@ def demo(_: Sequence[Row]) -> list[str]:
     return [f"| {name} | {' | '.join(cells)} |" for name, cells in table.items()]
 
 
+def sequences(rows: Sequence[Row]) -> list[str]:
+    """What a sequence takes of the pool, counted in engines, and how many decode at once."""
+    found = rows_of("memory", rows)
+    lines = ["| cache | pages | MB of a sequence | sequences at once |", "| --- " * 4 + "|"]
+    for row in found:
+        megabytes, at_once = f"{row['score'] / 1e6:.1f}", f"{row['decode_sequences']:.1f}"
+        budget = f" {row['budget']:,}" if row["budget"] else ""
+        lines.append(
+            f"| `{row['policy']}`{budget} | {row['page_format']} | {megabytes} | {at_once} |"
+        )
+    return lines
+
+
 def full(rows: Sequence[Row]) -> list[str]:
     """The full cache in every task."""
     lines = ["| task | score | metric | samples |", "| --- | --- | --- | --- |"]
@@ -188,6 +201,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
     "peers": peers,
     "needle-hidden": partial(needle, question="hidden"),
     "needle-seen": partial(needle, question="seen"),
+    "sequences": sequences,
     "full": full,
     "demo": demo,
 }
