@@ -3,7 +3,8 @@
     python benchmarks/publish.py --data DIR              # all runs that are not there yet
     python benchmarks/publish.py --data DIR needle ruler # these, each anew if it is there
 
-Of two cores perplexity takes an hour, needle half an hour, ruler and longbench many hours.
+Of two cores perplexity takes an hour, needle half an hour, ruler and longbench hours (one core
+each, with OMP_NUM_THREADS=1, is the best use of two), speed half an hour with nothing beside it.
 DIR has the texts: wiki.test.raw (WikiText-2), american_adventures.txt and news_from_nowhere.txt
 (Project Gutenberg 18304 and 3261, without its header and footer), and longbench/ (see
 docs/evaluation.md). A run that was stopped goes on where it was: see `paged-kv eval --help`, --out.
@@ -35,8 +36,11 @@ PEERS = (
 # Without value_merge, which takes minutes for 4,096 tokens, and with a text cut short as baseline.
 ANSWERING = POLICIES.replace("value_merge,", "") + ",truncate"
 LONGBENCH = "trec,triviaqa,qasper,samsum,multi_news"
+# 64 entries are 8 pages, and of those that stay anyway no more than a quarter are the newest.
+SMALL = '--page-size 8 --policy-config {"recent_window":16} --budget 64,128,256,512,1024'
 
 LOAD = "--policy plain,plain-fp8,streaming,pyramidal --budget 256"
+SERVED = "--policy plain,plain-fp8,pyramidal --budget 256 --rounds 2"
 
 # name -> arguments of `paged-kv`, one after the other, into one file
 RUNS: dict[str, list[str]] = {
@@ -44,6 +48,11 @@ RUNS: dict[str, list[str]] = {
         f"eval perplexity --text {text} {WINDOWS} --policy {POLICIES} {BUDGETS}" for text in TEXTS
     ],
     "peers": [f"eval perplexity --text {TEXTS[0]} {WINDOWS} --policy {PEERS} --budget 256,512"],
+    "formats": [
+        f"eval perplexity --text {text} {WINDOWS} --policy full,streaming,pyramidal "
+        "--budget 256,512 --page-format native,int8,fp8,int4"
+        for text in TEXTS
+    ],
     "needle": [
         f"eval needle --lengths 4096 --facts 2 --question {when} --policy {ANSWERING} {BUDGETS}"
         for when in ("hidden", "seen")
@@ -53,13 +62,21 @@ RUNS: dict[str, list[str]] = {
     ],
     "longbench": [
         f"eval longbench --data longbench --tasks {LONGBENCH} --examples 50 --max-new-tokens 128 "
-        f"--policy {ANSWERING} {BUDGETS}"
+        f"--question seen --policy {ANSWERING} {SMALL}"
     ],
     "memory": [f"bench memory {LOAD} --page-format native,int8 --input-len 1024 --output-len 32"],
-    # Nothing else may run beside it.
+    # Nothing else may run beside these two.
     "throughput": [
-        f"bench throughput {LOAD} --requests 32 --input-len 256 --output-len 512 "
-        "--pool 0.25,0.5,1.0 --rounds 2"
+        f"bench throughput {SERVED} {load}"
+        for load in (
+            "--requests 24 --input-len 256 --output-len 512 --pool 0.25,0.5,1.0",
+            "--requests 8 --input-len 256 --output-len 512 --pool 0.5",
+            "--requests 16 --input-len 1024 --output-len 256 --pool 0.5",
+        )
+    ],
+    "latency": [
+        f"bench latency {SERVED} --requests 24 --input-len 256 --output-len 512 --pool 0.5 "
+        "--request-rate 0.5"
     ],
 }
 

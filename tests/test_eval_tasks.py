@@ -72,6 +72,7 @@ def check(rows: Rows, task: str) -> None:
         assert set(row) >= {*results.FIELDS, *results.PROVENANCE}, row["task"]
         assert row["task"].split(":")[0] == task
         assert row["samples"] == len(row.get("examples", [0] * row["samples"]))
+        assert ("examples" in row) == (len(row.get("tasks", [])) == 1)
         if "examples" in row:
             assert row["score"] == pytest.approx(
                 fmean(e["score"] for e in row["examples"]), abs=1e-3
@@ -98,6 +99,7 @@ def test_ruler(evaluate, smollm2_dir):
     assert streaming["kept_by_layer"] == [streaming["kept_by_layer"][0]] * 30
     total = rows[-3]
     assert total["samples"] == 4
+    assert "examples" not in total  # which the rows of the tasks have
     assert total["score"] == pytest.approx(fmean(rows[i]["score"] for i in (0, 3)), abs=1e-4)
 
 

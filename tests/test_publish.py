@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from paged_kv import cli, registry
+from paged_kv.core.page_formats import FORMATS
 from paged_kv.eval.cases import TRUNCATE, read_cases
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "publish.py"
@@ -37,7 +38,11 @@ def test_commands_are_understood(command, tiny):
     if words[0] != "eval" or "kvpress" in command:  # a peer wants its environment
         return
     cases = read_cases(args, Path(tiny), baselines=[TRUNCATE])
-    assert len({(case.policy, case.budget) for case in cases}) == len(cases) > 80
+    assert len({(str(case), str(case.config.to_dict())) for case in cases}) == len(cases)
+    if "page-format" in command:
+        assert {case.config.page_format for case in cases} == set(FORMATS)
+        return
+    assert len(cases) > 80
     assert {case.policy for case in cases} >= set(registry.available()) - {"value_merge"}
 
 
@@ -66,5 +71,5 @@ def test_an_unknown_name(started, capsys):
     main, calls, _ = started
     with pytest.raises(SystemExit, match="2"):
         main(["--data", ".", "nope"])
-    assert "NAME must be one of perplexity, peers, needle, " in capsys.readouterr().err
+    assert "NAME must be one of perplexity, peers, " in capsys.readouterr().err
     assert not calls

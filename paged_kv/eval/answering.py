@@ -171,7 +171,11 @@ def make_rows(
             row = result_row(args, group, case, metric, scores, answers, seen)
             row |= {"question": args.question, "max_new_tokens": args.max_new_tokens}
             row |= {"context_tokens": round(fmean(seen)), **more(examples, scores)}
-            rows.append(row | _each(examples, scores, texts))
+            tasks = sorted({example.task for example in examples})
+            row["tasks"] = tasks
+            if len(tasks) == 1:  # else they are in the rows of these
+                row["examples"] = _each(examples, scores, texts)
+            rows.append(row)
     return rows
 
 
@@ -188,16 +192,12 @@ def _groups(name: str, examples: Sequence[Example]) -> dict[str, list[int]]:
 
 def _each(
     examples: Sequence[Example], scores: Sequence[float], texts: Sequence[str]
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
     """What a row is a mean over."""
-    several = zip(examples, scores, texts, strict=True)
-    return {
-        "tasks": sorted({example.task for example in examples}),
-        "examples": [
-            {"id": example.id, "score": round(value, 4), "answer": text}
-            for example, value, text in several
-        ],
-    }
+    return [
+        {"id": example.id, "score": round(value, 4), "answer": text}
+        for example, value, text in zip(examples, scores, texts, strict=True)
+    ]
 
 
 def run_answers(engine: str) -> RunAll:

@@ -1,0 +1,1 @@
+"""What makes each table of the documents, from result rows; see tables.py."""
