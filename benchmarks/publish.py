@@ -58,7 +58,8 @@ RUNS: dict[str, list[str]] = {
         for when in ("hidden", "seen")
     ],
     "ruler": [
-        f"eval ruler --length 4096 --examples 20 --max-new-tokens 64 --policy {ANSWERING} {BUDGETS}"
+        f"eval ruler --length 4096 --examples 20 --max-new-tokens 64 --question seen "
+        f"--policy {ANSWERING} {BUDGETS}"
     ],
     "longbench": [
         f"eval longbench --data longbench --tasks {LONGBENCH} --examples 50 --max-new-tokens 128 "

@@ -79,7 +79,7 @@ def draft(task: Needles, generator: Random, index: int, essay: Sequence[str] | N
     answers = tuple(value for key, value in needles if key in asked)
     info: dict[str, int | float | str] = {}
     if len(answers) == 1:
-        first = DEPTHS[index * _STRIDE % len(DEPTHS)]
+        first = DEPTHS[(index + 1) * _STRIDE % len(DEPTHS)]  # few of them do not begin at an end
         others = [depth for depth in DEPTHS if depth != first]
         depths = [first, *generator.sample(others, len(needles) - 1)]
         info["depth"] = first
