@@ -62,7 +62,7 @@ RUNS: dict[str, list[str]] = {
         f"--policy {ANSWERING} {BUDGETS}"
     ],
     "longbench": [
-        f"eval longbench --data longbench --tasks {LONGBENCH} --examples 50 --max-new-tokens 128 "
+        f"eval longbench --data longbench --tasks {LONGBENCH} --examples 50 --max-new-tokens 64 "
         f"--question seen --policy {ANSWERING} {SMALL}"
     ],
     "memory": [f"bench memory {LOAD} --page-format native,int8 --input-len 1024 --output-len 32"],

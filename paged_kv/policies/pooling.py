@@ -63,9 +63,10 @@ class Pooling(Policy):
             if not excess.is_cuda and not excess.any():  # a GPU would have to be waited for
                 break
             nodes, count, excess = self._round(nodes, count, excess)
+            if not count.is_cuda:  # rounds are over fewer and fewer
+                nodes = _first(nodes, int(count.max()), count.ndim)
             most_members *= self.settings["window"]
-        index = torch.arange(size, device=nodes.slots.device)
-        was_node, is_node = index < first_count[..., None], index < count[..., None]  # [..., n]
+        was_node, is_node = _below(first_count, first_nodes), _below(count, nodes)  # [..., n]
         weights = put(region.weights, nodes.slots, nodes.weights, is_node)
         # Losers: slots of nodes at the beginning that are no node's slot at the end.
         none = torch.zeros_like(region.valid.expand(weights.shape))
@@ -184,6 +185,16 @@ class Pooling(Policy):
             winners = width - 1 - sizes.flip(-2).argmax(-2)  # by coordinate: [..., windows, d]
             merit = F.one_hot(winners, width).sum(-2)  # coordinates that each member wins
         return width - 1 - merit.flip(-1).argmax(-1)
+
+
+def _first(nodes: Nodes, size: int, dim: int) -> Nodes:
+    """The first `size` in dimension dim."""
+    return Nodes(*(part.narrow(dim, 0, size) for part in nodes))
+
+
+def _below(count: torch.Tensor, nodes: Nodes) -> torch.Tensor:
+    """Which nodes mean something: bool [..., n]."""
+    return torch.arange(nodes.slots.shape[-1], device=count.device) < count[..., None]
 
 
 def _windows(part: torch.Tensor, width: int, dim: int) -> torch.Tensor:
