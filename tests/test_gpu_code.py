@@ -26,9 +26,11 @@ from gpu_steps import (
     metadata,
     v1_runner,
 )
+from graph_steps import config
 
 from paged_kv.policies.streaming import Streaming
 from paged_kv.vllm.worker.attention import wrap_backend
+from paged_kv.vllm.worker.block_table import RetainedTables
 from paged_kv.vllm.worker.step import Compactor
 
 
@@ -57,9 +59,8 @@ def test_compaction_in_every_layout(layout, kernel_page_size, runner):
     before = [[entries(view, table, row) for row in range(2)] for view in views]
 
     with compactor.step():
-        shifted = compactor.shift(spec, LAYERS, step)
+        assert compactor.begin_batch(spec, LAYERS, step).tolist() == EVICTED_BEFORE
     assert compactor.num_events == 2
-    assert shifted.seq_lens.tolist() == [a - e for a, e in zip(AFTER, EVICTED_BEFORE, strict=True)]
 
     for view, rows in zip(views, before, strict=True):
         for row, entry in enumerate(rows):
@@ -73,8 +74,7 @@ def test_compaction_in_every_layout(layout, kernel_page_size, runner):
 def test_a_step_of_dummy_data_is_left_alone():
     """Profiling and graph capture build metadata outside of a step."""
     compactor = Compactor(None, Streaming(SINKS, 8), {})
-    step = metadata()
-    assert compactor.shift(SPEC, LAYERS, step) is step
+    assert compactor.begin_batch(SPEC, LAYERS, metadata()).tolist() == [0, 0]
 
 
 BACKENDS = {
@@ -99,8 +99,6 @@ def backend(module: str) -> Any:
 @pytest.mark.parametrize("module", BACKENDS)
 def test_builders_get_shifted_metadata(monkeypatch, module):
     """The builder's own build needs its kernels: one that keeps what it gets takes its place."""
-    from vllm.v1.attention.backend import AttentionCGSupport
-
     stock = backend(module)
     compactor = Compactor(v1_runner(), Streaming(SINKS, 8), {})
     wrapped = wrap_backend(stock, compactor)
@@ -110,8 +108,6 @@ def test_builders_get_shifted_metadata(monkeypatch, module):
     builder_class = wrapped.get_builder_cls()
     assert issubclass(builder_class, stock.get_builder_cls())
     assert builder_class.supports_update_block_table is False
-    assert builder_class.get_cudagraph_support(None, None) is AttentionCGSupport.NEVER
-    assert stock.get_builder_cls().get_cudagraph_support is not builder_class.get_cudagraph_support
 
     seen = {}
 
@@ -122,6 +118,7 @@ def test_builders_get_shifted_metadata(monkeypatch, module):
     monkeypatch.setattr(stock.get_builder_cls(), "build", build)
     builder = builder_class.__new__(builder_class)
     builder.kv_cache_spec, builder.layer_names = SPEC, LAYERS
+    builder.vllm_config, builder._tables = config("NONE"), RetainedTables(4)
     step = metadata()
     monkeypatch.setattr(compactor, "_compact", lambda pending: None)
     with compactor.step():
@@ -137,8 +134,8 @@ def test_builders_get_shifted_metadata(monkeypatch, module):
     assert step.seq_lens.tolist() == AFTER, "the groups share it"
 
 
-def test_graphs_stay_piecewise():
-    """vLLM's default on GPUs is FULL_AND_PIECEWISE; a full graph would skip the compaction."""
+def test_graphs_stay_piecewise_where_they_must():
+    """vLLM's default on GPUs is FULL_AND_PIECEWISE; what shows its queries is in no full graph."""
     from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
     from vllm.v1.attention.backend import AttentionCGSupport
 

@@ -144,7 +144,7 @@ def test_scales_move_with_their_data(policy, layout, kernel_page_size, cache_dty
     )
     compactor = compactor_of(policy, caches, cache_dtype)
     with compactor.step(scheduler_output(dict(zip("ab", BEFORE, strict=True)))):
-        compactor.shift(spec.copy_with_new_block_size(kernel_page_size), LAYERS, step)
+        compactor.begin_batch(spec.copy_with_new_block_size(kernel_page_size), LAYERS, step)
     assert compactor.num_events == 2
 
     for view, rows in zip(views, before, strict=True):

@@ -15,12 +15,15 @@ from gpu_steps import (
     CASES,
     EVICTED_AFTER,
     EVICTED_BEFORE,
+    HEAD_SIZE,
     LAYERS,
     LAYOUTS,
     PAGE_SIZE,
+    QUERY_HEADS,
     RUNNERS,
     SINKS,
     SPEC,
+    attention_layer,
     caches,
     entries,
     metadata,
@@ -33,19 +36,7 @@ from paged_kv.policies.value_merge import ValueMerge
 from paged_kv.vllm.worker import layer_group
 from paged_kv.vllm.worker.step import Compactor
 
-RECENT, HEAD_SIZE, QUERY_HEADS, KV_HEADS = 8, 4, 4, 2
-
-
-def layer(cache: torch.Tensor) -> Any:
-    """What a PageStore is made of of vLLM's Attention layer."""
-    return SimpleNamespace(
-        kv_cache=cache,
-        kv_cache_dtype="auto",
-        head_size=HEAD_SIZE,
-        num_heads=QUERY_HEADS,
-        dtype=torch.float32,
-        impl=SimpleNamespace(scale=0.5),
-    )
+RECENT, KV_HEADS = 8, 2
 
 
 @pytest.fixture
@@ -61,7 +52,7 @@ def make_compactor(monkeypatch) -> Any:
         views = caches(layout, kernel_page_size)
         for view in views:
             view.div_(1e4)
-        layers = {name: layer(view) for name, view in zip(LAYERS, views, strict=True)}
+        layers = {name: attention_layer(view) for name, view in zip(LAYERS, views, strict=True)}
         built, req_idx = RUNNERS[runner]
         made = built()
         if req_idx is None:
@@ -79,7 +70,7 @@ def run_step(compactor: Any, step: Any, kernel_page_size: int, query: torch.Tens
     spec = SPEC.copy_with_new_block_size(kernel_page_size)
     # As if both had been hits: their slots before this step hold what their positions say.
     with compactor.step(scheduler_output(dict(zip("ab", BEFORE, strict=True)))):
-        compactor.shift(spec, LAYERS, step)
+        compactor.begin_batch(spec, LAYERS, step)
         for name in LAYERS:
             compactor.observer.observe(name, query, query)  # keys are for gathering
 

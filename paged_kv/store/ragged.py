@@ -15,5 +15,10 @@ def ragged(counts: Int64s) -> tuple[Int64s, Int64s]:
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """The array on a device; nobody waits for it."""
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+    """The array on a device; nobody waits for it.
+
+    A copy to a GPU is one from pinned memory, which PyTorch does not give to anybody else before it
+    has been read: steps may be in flight.
+    """
+    host = torch.from_numpy(np.ascontiguousarray(array))
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)

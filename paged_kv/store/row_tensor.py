@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from paged_kv.policies.base import Int64s
+from paged_kv.store.ragged import to_device
 
 Tensor = torch.Tensor
 T = TypeVar("T", bound="RowTensor")
@@ -61,7 +62,7 @@ class RowTensor:
         stays = np.array_equal(indices, np.arange(self.num_rows))
         self.num_rows = len(indices)
         if self.tensor is not None and not stays:
-            index = torch.from_numpy(indices).to(self.tensor.device)
+            index = to_device(indices, self.tensor.device)
             self._set(self.tensor.index_select(1, index))
 
     def copy(self: T) -> T:

@@ -13,11 +13,12 @@ from paged_kv.core.schedule import Schedule
 from paged_kv.vllm.scheduler.spec import PagedSpec
 
 PAGE_SIZE, BUDGET, SINKS = 16, 48, 4
+HEAD_SIZE, QUERY_HEADS = 4, 4
 NUM_PAGES, LAYERS = 24, ["layer.0", "layer.1", "layer.2"]
 SPEC = PagedSpec(
     block_size=PAGE_SIZE,
     num_kv_heads=2,
-    head_size=4,
+    head_size=HEAD_SIZE,
     dtype=torch.float32,
     schedule=Schedule(PAGE_SIZE, BUDGET),
 )
@@ -64,7 +65,7 @@ def v2_runner() -> Any:
 RUNNERS = {"V1": (v1_runner, None), "V2": (v2_runner, np.array([3, 1]))}
 
 
-def caches(layout: str, kernel_page_size: int) -> list[torch.Tensor]:
+def caches(layout: str = "LBHNC", kernel_page_size: int = PAGE_SIZE) -> list[torch.Tensor]:
     """Views [pages, heads, page size, content] of vLLM's making, every number another one."""
     from vllm.v1.kv_cache_interface import (
         KVCacheTensor,
@@ -80,6 +81,19 @@ def caches(layout: str, kernel_page_size: int) -> list[torch.Tensor]:
     tensor = KVCacheTensor(size, LAYERS, layer_stride=strides[0], block_stride=strides[1])
     return create_kv_cache_views(
         raw.view(torch.int8), SPEC, NUM_PAGES, member, tensor, kernel_page_size
+    )
+
+
+def attention_layer(cache: torch.Tensor) -> Any:
+    """What a PageStore is made of of vLLM's Attention layer."""
+    return SimpleNamespace(
+        kv_cache=cache,
+        kv_cache_dtype="auto",
+        head_size=HEAD_SIZE,
+        num_heads=QUERY_HEADS,
+        num_kv_heads=SPEC.num_kv_heads,
+        dtype=torch.float32,
+        impl=SimpleNamespace(scale=0.5),
     )
 
 

@@ -140,8 +140,8 @@ class Observer:
             counts = np.append(counts, list(hits.values()))
             firsts = np.append(firsts, np.zeros(len(hits), dtype=np.int64))
         sequence, offset = ragged(counts)
-        positions = torch.from_numpy(firsts[sequence] + offset).to(table.device)
-        page = table[torch.from_numpy(rows[sequence]).to(table.device), positions // size].long()
+        positions = to_device(firsts[sequence] + offset, table.device)
+        page = table[to_device(rows[sequence], table.device), positions // size].long()
         for store in stores:
             store.side.reset(page, positions % size, positions)
 

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     CommonAttentionMetadata,
     MultipleOf,
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from paged_kv.core.page_formats import NATIVE
+from paged_kv.core.schedule import cdiv
 from paged_kv.kernels import ops
 from paged_kv.kernels.operands import NO_SIDE, Queries, Segment, Side, Terms
 from paged_kv.kernels.page_layout import PageLayout
@@ -69,10 +71,19 @@ def packed_spec(spec: FullAttentionSpec, page_format: str) -> FullAttentionSpec:
 def packed_backend(
     backend: type[AttentionBackend], compactor: Compactor | None, residual: ResidualRings | None
 ) -> type[AttentionBackend]:
-    """A subclass of backend that makes PackedMetadata, of what compactions have left."""
+    """A subclass of backend that makes PackedMetadata, of what compactions have left.
+
+    Our attention is launched by Python, with plans for residuals and scores that change from step
+    to step: it stays outside of CUDA graphs.
+    """
     builder: Any = retaining_builder(backend.get_builder_cls(), compactor)
 
     class PackedMetadataBuilder(builder):
+        @classmethod
+        def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+            """Piecewise graphs only."""
+            return AttentionCGSupport.NEVER
+
         def build(
             self,
             common_prefix_len: int,
@@ -82,10 +93,12 @@ def packed_backend(
         ) -> PackedMetadata:
             metadata = self.retained(common_attn_metadata)
             rows = metadata.num_reqs
+            # Kernels split what a table has room for: nobody holds more than this.
+            pages = cdiv(metadata.max_seq_len, self.kv_cache_spec.block_size)
             made = PackedMetadata(
                 metadata.num_actual_tokens,
                 metadata.query_start_loc[: rows + 1],
-                metadata.block_table_tensor[:rows],
+                metadata.block_table_tensor[:rows, :pages],
                 metadata.seq_lens[:rows],
             )
             if residual is not None:

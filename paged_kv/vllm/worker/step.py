@@ -28,7 +28,6 @@ from paged_kv.store.compaction import compact
 from paged_kv.store.holding import Holding
 from paged_kv.vllm.scheduler.spec import PagedSpec
 from paged_kv.vllm.worker import observation
-from paged_kv.vllm.worker.block_table import skip
 from paged_kv.vllm.worker.observation import StepRows
 from paged_kv.vllm.worker.observer import Observer
 from paged_kv.vllm.worker.requests import RequestRows
@@ -136,16 +135,28 @@ class Compactor:
             self._pending.clear()
             self.observer.forget_step()
 
-    def shift(
+    def begin_batch(
         self, spec: PagedSpec, layer_names: list[str], metadata: CommonAttentionMetadata
-    ) -> CommonAttentionMetadata:
-        """The metadata of what is left of each sequence; notes who compacts after this step."""
+    ) -> Int64s:
+        """Slots that each row has emptied so far, int64 [rows]; notes who compacts after this step.
+
+        Args:
+            spec: of the layers, with their schedule.
+            layer_names: of a metadata builder.
+            metadata: of the batch. For a CUDA graph vLLM pads it with rows of length 0.
+        """
+        emptied = np.zeros(metadata.num_reqs, dtype=np.int64)
         if not self._in_step:
-            return metadata
+            return emptied
         # Lengths that vLLM keeps on the host: nothing waits for the GPU.
         after = metadata.seq_lens_cpu_upper_bound.numpy()[: metadata.num_reqs].astype(np.int64)
         first = metadata.query_start_loc_cpu.numpy()[: metadata.num_reqs + 1].astype(np.int64)
         before = after - np.diff(first)
+        num_rows = int(np.count_nonzero(after))
+        if num_rows < metadata.num_reqs:
+            assert after[:num_rows].all(), "padding comes last"
+            metadata = metadata.replace(num_reqs=num_rows)
+            after, before, first = after[:num_rows], before[:num_rows], first[: num_rows + 1]
         # What earlier steps have freed is skipped now; what this one frees, its compaction empties:
         #
         #     slots   0      evicted       evicted_after         before      after
@@ -165,7 +176,8 @@ class Compactor:
         if rows.size:
             events = Events(evicted[rows], evicted_after[rows], after[rows])
             self._pending.append(self._events_of(spec, names, metadata, rows, events, ring))
-        return skip(metadata, evicted, spec.block_size) if evicted.any() else metadata
+        emptied[:num_rows] = evicted
+        return emptied
 
     def _events_of(
         self,
