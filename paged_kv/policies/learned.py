@@ -42,14 +42,22 @@ class Learned(ScoringPolicy):
     ) -> None:
         super().__init__(num_sink_tokens, recent_window, options)
         self.network = load(Path(self.settings["weights"] or SHIPPED).expanduser())
+        self._num_layers = int(self.network["num_layers"])
+        self._copies: dict[torch.device, dict[str, torch.Tensor]] = {}
 
     def score(self, region: Region) -> torch.Tensor:
         """What the network says."""
-        network = {name: x.to(region.keys.device) for name, x in self.network.items()}
-        inputs = features(region, int(self.network["num_layers"]))  # [..., m, 5]
+        network = self._on(region.keys.device)
+        inputs = features(region, self._num_layers)  # [..., m, 5]
         inputs = (inputs - network["mean"]) / network["std"]
         hidden = torch.tanh(inputs @ network["w1"] + network["b1"])  # [..., m, h]
         return (hidden @ network["w2"] + network["b2"]).squeeze(-1)
+
+    def _on(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """The network there; copied once, since such a copy is waited for."""
+        if device not in self._copies:
+            self._copies[device] = {name: x.to(device) for name, x in self.network.items()}
+        return self._copies[device]
 
 
 def features(region: Region, num_layers: int) -> torch.Tensor:

@@ -60,7 +60,7 @@ class Pooling(Policy):
         # After r rounds a node has up to window ** r members: there can be no more than `size`.
         most_members = 1
         while most_members < size:
-            if not excess.is_cuda and not excess.any():  # a GPU would have to be waited for
+            if excess.device.type == "cpu" and not excess.any():  # one would wait for a GPU
                 break
             nodes, count, excess = self._round(nodes, count, excess)
             if not count.is_cuda:  # rounds are over fewer and fewer

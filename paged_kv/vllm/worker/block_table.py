@@ -59,7 +59,7 @@ class RetainedTables:
             table[:, :width].copy_(source[:, :width])
             lens.copy_(metadata.seq_lens)
             return metadata.replace(block_table_tensor=table, seq_lens=lens)
-        retained = metadata.seq_lens_cpu_upper_bound - torch.from_numpy(evicted.astype(np.int32))
+        retained = metadata.seq_lens_cpu_upper_bound.numpy() - evicted.astype(np.int32)
         max_len = int(retained.max())
         width = cdiv(max_len, block_size)
         shift = to_device(evicted, table.device)[:, None]
@@ -70,7 +70,7 @@ class RetainedTables:
         return metadata.replace(
             block_table_tensor=table,
             seq_lens=lens,
-            seq_lens_cpu_upper_bound=retained,
+            seq_lens_cpu_upper_bound=torch.from_numpy(retained),
             max_seq_len=max_len,
             _num_computed_tokens_cache=None,
         )

@@ -140,7 +140,7 @@ def accumulate(
         batch: see QueryBatch.
     """
     pages, terms = store.pages, store.terms
-    chosen = torch.tensor([layer], device=pages.device)
+    chosen = torch.arange(layer, layer + 1, device=pages.device)  # nothing is copied to it
     keys = pages.keys.gather(chosen, batch.pages)[0]
     scores = store.side.gather("scores", chosen, batch.pages)[0]
     size = scores.shape[-1]
