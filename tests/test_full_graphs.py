@@ -257,21 +257,37 @@ def test_who_may_be_in_a_graph(name, options, piecewise, monkeypatch):
 
 
 @pytest.mark.vllm
-def test_an_engine_that_reads_our_tables_in_every_step(tiny, in_process):
-    """As for a graph that nobody replays here: the tokens of the same engine without, and memory
-    that stays where it is."""
+def test_batches_padded_by_vllms_runner(tiny, in_process, monkeypatch):
+    """Decode steps as for a graph that nobody replays here: vLLM's runner pads them, and builders
+    write their tables in every step. The tokens of the same engine without, and memory that stays
+    where it is."""
     from vllm.config import CUDAGraphMode
+    from vllm.forward_context import BatchDescriptor
 
-    config = {"policy": "pyramidal+streaming", "budget": 64, "recent_window": 8}
+    config = {"policy": "pyramidal+knorm", "budget": 64, "recent_window": 8}
     prompts = [list(range(5, 5 + length)) for length in (20, 90, 150)]
     settings = {"block_size": 16, "max_num_batched_tokens": 64, "enable_prefix_caching": False}
     with engines.engine(tiny, config, max_model_len=512, **settings) as llm:
         plain = engines.generate(llm, prompts, 60)
         runner = engines.worker(llm).model_runner
+        dispatch, num_padded = runner._determine_batch_execution_and_padding, []
+
+        def padded(num_tokens: int, num_reqs: int, **more: Any) -> Any:
+            found = dispatch(num_tokens=num_tokens, num_reqs=num_reqs, **more)
+            if num_tokens != num_reqs:
+                return found
+            num_padded.append(num_reqs)
+            rows = BatchDescriptor(MAX_ROWS, MAX_ROWS, uniform=True)
+            return CUDAGraphMode.FULL, rows, *found[2:]
+
+        monkeypatch.setattr(runner, "_determine_batch_execution_and_padding", padded)
+        mode = CUDAGraphMode.FULL_AND_PIECEWISE
+        monkeypatch.setattr(runner.vllm_config.compilation_config, "cudagraph_mode", mode)
         builders = [each.get_metadata_builder() for group in runner.attn_groups for each in group]
-        runner.vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
         where = [builder._tables._table.data_ptr() for builder in builders]
         assert len(set(where)) == len(builders) > 1
         assert engines.generate(llm, prompts, 60) == plain
         assert [builder._tables._table.data_ptr() for builder in builders] == where
+        assert {1, 3} <= set(num_padded)
+        assert all(not builder._tables._lens[3:MAX_ROWS].any() for builder in builders)
         assert engines.worker(llm).compactor.num_events > 0

@@ -48,6 +48,29 @@ def test_attention_metadata():
     assert callable(CommonAttentionMetadata.replace)
 
 
+def test_runners_pad_batches_for_graphs_with_rows_of_no_length():
+    """And tell builders so on the host; what they write for a graph is read at its place."""
+    from vllm.config import CUDAGraphMode
+    from vllm.v1.attention.backend import AttentionMetadataBuilder
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as V2
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner as V1
+
+    source = inspect.getsource(V1._prepare_inputs)
+    assert "self.optimistic_seq_lens_cpu[num_reqs:].fill_(0)" in source
+    assert "self.seq_lens[num_reqs:].fill_(0)" in source
+    source = inspect.getsource(V1._build_attention_metadata)
+    assert "seq_lens_cpu_upper_bound = self.optimistic_seq_lens_cpu[:num_reqs_padded]" in source
+    source = inspect.getsource(V2.prepare_inputs)
+    assert "seq_lens_cpu_upper_bound_np = np.zeros(num_reqs_padded" in source
+    assert "query_start_loc_np[num_reqs + 1 :] = num_tokens" in source
+    assert CUDAGraphMode.FULL_DECODE_ONLY.has_full_cudagraphs()
+    assert not CUDAGraphMode.PIECEWISE.has_full_cudagraphs()
+    source = inspect.getsource(AttentionMetadataBuilder)
+    assert "self.vllm_config = vllm_config" in source
+    begins_with(AttentionMetadataBuilder.build_for_cudagraph_capture, "self")
+    assert "self.build(" in inspect.getsource(AttentionMetadataBuilder.build_for_cudagraph_capture)
+
+
 def test_runners_know_prompt_lengths():
     from vllm.v1.worker.gpu.states import RequestState
     from vllm.v1.worker.gpu_input_batch import InputBatch
