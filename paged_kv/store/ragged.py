@@ -21,4 +21,6 @@ def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     has been read: steps may be in flight.
     """
     host = torch.from_numpy(np.ascontiguousarray(array))
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+    if device.type not in ("cpu", "mps"):  # these share the host's memory
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)

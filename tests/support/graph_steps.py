@@ -148,3 +148,17 @@ def builder(module: str, runner: Runner, policy: Any, mode: str = "FULL") -> tup
     wrapped = wrap_backend(backend(module), compactor)
     made = wrapped.get_builder_cls()(SPEC, LAYERS, config(mode), torch.device("cpu"))
     return made, compactor
+
+
+def evicted(num_tokens: int, prompt: int) -> int:
+    """From the rule in words: whole pages above the budget of 48, from the prompt's end on."""
+    pages = (num_tokens - 48) // PAGE_SIZE
+    return max(0, pages) * PAGE_SIZE if num_tokens >= prompt else 0
+
+
+def random_step(random: Any, most: int) -> tuple[list[int], list[int], list[int]]:
+    """(prompt lengths, tokens before, new tokens) of decodes, some far above the budget."""
+    rows = int(random.integers(1, most + 1))
+    prompts = random.integers(1, MAX_LEN // 2, rows)
+    before = prompts + random.integers(0, MAX_LEN // 2, rows)
+    return prompts.tolist(), before.tolist(), [1] * rows

@@ -148,15 +148,8 @@ class Compactor:
         emptied = np.zeros(metadata.num_reqs, dtype=np.int64)
         if not self._in_step:
             return emptied
-        # Lengths that vLLM keeps on the host: nothing waits for the GPU.
-        after = metadata.seq_lens_cpu_upper_bound.numpy()[: metadata.num_reqs].astype(np.int64)
-        first = metadata.query_start_loc_cpu.numpy()[: metadata.num_reqs + 1].astype(np.int64)
+        metadata, first, after = _without_padding(metadata)
         before = after - np.diff(first)
-        num_rows = int(np.count_nonzero(after))
-        if num_rows < metadata.num_reqs:
-            assert after[:num_rows].all(), "padding comes last"
-            metadata = metadata.replace(num_reqs=num_rows)
-            after, before, first = after[:num_rows], before[:num_rows], first[: num_rows + 1]
         # What earlier steps have freed is skipped now; what this one frees, its compaction empties:
         #
         #     slots   0      evicted       evicted_after         before      after
@@ -176,7 +169,7 @@ class Compactor:
         if rows.size:
             events = Events(evicted[rows], evicted_after[rows], after[rows])
             self._pending.append(self._events_of(spec, names, metadata, rows, events, ring))
-        emptied[:num_rows] = evicted
+        emptied[: len(evicted)] = evicted
         return emptied
 
     def _events_of(
@@ -225,3 +218,19 @@ class Compactor:
     def _note(self, holding: Holding, region: Region, decided: Compaction) -> None:
         if self.spilled is not None and decided.exchanged is not None:
             self.spilled.num_fetched += len(decided.exchanged.places[0])
+
+
+def _without_padding(
+    metadata: CommonAttentionMetadata,
+) -> tuple[CommonAttentionMetadata, Int64s, Int64s]:
+    """(metadata, first tokens [rows + 1], lengths [rows]) without the rows that fill up a graph.
+
+    Of what vLLM keeps on the host: nothing waits for the GPU.
+    """
+    after = metadata.seq_lens_cpu_upper_bound.numpy()[: metadata.num_reqs].astype(np.int64)
+    first = metadata.query_start_loc_cpu.numpy()[: metadata.num_reqs + 1].astype(np.int64)
+    num_rows = int(np.count_nonzero(after))
+    if num_rows == metadata.num_reqs:
+        return metadata, first, after
+    assert after[:num_rows].all(), "padding comes last"
+    return metadata.replace(num_reqs=num_rows), first[: num_rows + 1], after[:num_rows]
