@@ -13,7 +13,8 @@ SUPPORT = Path(__file__).parent / "support"
 
 def test_no_policy_waits_in_a_step():
     """Block tables, side data, rings, scores, statistics, compactions of both engines; no spill."""
-    path = os.pathsep.join([str(SUPPORT), str(SUPPORT.parents[1])])
+    others = os.environ.get("PYTHONPATH", "")  # tests with other versions have theirs there
+    path = os.pathsep.join([str(SUPPORT), str(SUPPORT.parents[1]), others])
     done = subprocess.run(
         [sys.executable, str(SUPPORT / "waiting.py")],
         env={**os.environ, "PYTHONPATH": path},
