@@ -63,7 +63,7 @@ class Pooling(Policy):
             if excess.device.type == "cpu" and not excess.any():  # one would wait for a GPU
                 break
             nodes, count, excess = self._round(nodes, count, excess)
-            if not count.is_cuda:  # rounds are over fewer and fewer
+            if count.device.type == "cpu":  # rounds are over fewer and fewer
                 nodes = _first(nodes, int(count.max()), count.ndim)
             most_members *= self.settings["window"]
         was_node, is_node = _below(first_count, first_nodes), _below(count, nodes)  # [..., n]
