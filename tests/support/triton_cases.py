@@ -1,7 +1,7 @@
 """The Triton kernels in Triton's interpreter, on CPU tensors, against the reference.
 
 Run by test_triton.py in a process of its own, with TRITON_INTERPRET=1: Triton reads it once, when
-it is imported.
+it is imported. benchmarks/gpu/kernels_right.py runs the same cases on a GPU; see on_device.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import itertools
 
 import fading
 import kernel_cases
+import on_device
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from kernel_cases import SPECIAL, Case, Row
 
-import paged_kv.kernels.triton as kernels
+import paged_kv.kernels.triton
 from paged_kv.core.page_formats import FORMATS
 from paged_kv.kernels import packed_reference, reference
 from paged_kv.kernels.operands import DenseAttention, Terms
@@ -23,6 +24,7 @@ from paged_kv.kernels.page_layout import PageLayout
 from paged_kv.kernels.triton.attend import _Call
 from paged_kv.quant import make_layout
 
+kernels = on_device.chosen(paged_kv.kernels.triton)
 HALF, SINGLE = torch.bfloat16, torch.float32
 EDGES = (Row(1, 1), Row(1, 15), Row(0, 0), Row(1, 16), Row(0, 9), Row(1, 17), Row(1, 130))
 CHUNKS = (Row(7, 7), Row(1, 33), Row(0, 5), Row(20, 50))
