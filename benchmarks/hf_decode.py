@@ -9,8 +9,11 @@ step, ratio is the median over rounds of PagedCache's time by DynamicCache's.
 """
 
 import argparse
+import gc
 from statistics import mean, median
+from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from paged_kv.bench import script
@@ -47,16 +50,33 @@ def main(args: argparse.Namespace) -> None:
 
 
 def compare(
-    args: argparse.Namespace, model: object, tokens: int, batch: int, options: dict[str, dict]
+    args: argparse.Namespace,
+    model: Any,
+    tokens: int,
+    batch: int,
+    options: dict[str, dict],
+    chunk: int = 512,
 ) -> dict[str, script.Json]:
-    """For each PagedCache: milliseconds per token of both, and their ratio."""
+    """For each PagedCache: milliseconds per token of both, their ratio, and their memory.
+
+    Args:
+        args: with model (a directory), seed and rounds.
+        model: a causal LM.
+        tokens: of a row's context.
+        batch: rows.
+        options: of each PagedCache, by name; the policy is `full` unless they say another.
+        chunk: tokens of a row that are read at once.
+    """
     caches = {
         name: PagedCache(model.config, **{"policy": "full", **own}) for name, own in options.items()
     }
-    decoders = {DYNAMIC: Decoder(model, dynamic_cache(model))}
-    decoders |= {name: Decoder(model, cache) for name, cache in caches.items()}
-    for decoder in decoders.values():
+    decoders = {DYNAMIC: Decoder(model, dynamic_cache(model), chunk)}
+    decoders |= {name: Decoder(model, cache, chunk) for name, cache in caches.items()}
+    grown: dict[str, int | None] = {}
+    for name, decoder in decoders.items():
+        before = allocated(model)
         decoder.read(random_prompts(args.model, batch, tokens, args.seed))
+        grown[name] = None if before is None else allocated(model) - before
     interleaved(decoders, 4)  # warms up
     rounds = [interleaved(decoders, DEFAULT_PAGE_SIZE) for _ in range(args.rounds)]
     means = {name: [mean(seconds[name]) for seconds in rounds] for name in decoders}
@@ -69,9 +89,19 @@ def compare(
             "ratio": round(median(ratios), 4),
             "ratios": [round(ratio, 4) for ratio in ratios],
             "paged_bytes": cache.stats().bytes,
+            "dynamic_torch_bytes": grown[DYNAMIC],
+            "paged_torch_bytes": grown[name],
         }
         cache.close()
     return results
+
+
+def allocated(model: Any) -> int | None:
+    """Bytes that torch has given out on the model's GPU; None on a CPU, where it does not count."""
+    if model.device.type != "cuda":
+        return None
+    gc.collect()
+    return torch.cuda.memory_allocated(model.device)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ SCRIPTS = {
         "--policies streaming snapkv",
         ["full", "budget", "budget"],
         {"policy", "dtype", "batch", "tokens", "dynamic_ms", "paged_ms", "ratio", "ratios"}
-        | {"paged_bytes"},
+        | {"paged_bytes", "dynamic_torch_bytes", "paged_torch_bytes"},
     ),
     "hf_batch": (
         "--rounds 1 --requests 3 --longest 40 --output-len 4 --cases full streaming",

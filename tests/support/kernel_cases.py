@@ -205,9 +205,10 @@ def expected(problem: Problem) -> tuple[Tensor, Tensor | None]:
     return output, scores
 
 
-def assert_close(found: Tensor, wanted: Tensor) -> None:
-    """float32 to a few roundings, the others to one step of their own."""
-    step = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[found.dtype]
+def assert_close(found: Tensor, wanted: Tensor, dtype: torch.dtype | None = None) -> None:
+    """float32 to a few roundings, the others to one step of their own; dtype: of another's."""
+    steps = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+    step = steps[found.dtype if dtype is None else dtype]
     torch.testing.assert_close(found, wanted, rtol=step, atol=step / 2)
 
 

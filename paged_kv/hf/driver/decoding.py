@@ -58,6 +58,8 @@ class Decoder:
         start = time.perf_counter()
         inputs = self.tokens if self.cache is None else self.tokens[:, -1:]
         new = self._forward(inputs).argmax(-1)
+        if new.is_cuda:  # what was only launched has not been done yet
+            torch.cuda.synchronize(new.device)
         seconds = time.perf_counter() - start
         self.tokens = torch.cat([self.tokens, new], -1)
         return seconds
