@@ -163,6 +163,27 @@ def test_store_move_gather(page_format, size):
         torch.testing.assert_close(found, wanted, equal_nan=True)
 
 
+def test_entries_of_one_block():
+    """Their page is one number, expanded; so are numbers that are stored everywhere."""
+    layout = make_layout("native", SINGLE, 16, 16, 32)
+    ours, theirs = two(layout)
+    zero, slots = torch.tensor([0]), torch.arange(10)
+    source, target = (zero, zero, zero, slots), (zero, zero + 3, zero, slots + 20)
+    numbers = torch.randn(16).expand(10, 16)
+    for module, stack in ((kernels, ours), (packed_reference, theirs)):
+        module.store(stack, layout, "key", source, numbers)
+        module.move(stack, layout, "key", source, target)
+    assert torch.equal(ours, theirs)
+
+
+def test_observed_queries_are_a_slice():
+    queries = torch.randn(2, 2, 1, 9, 16)[..., 2:, :]  # of one query head for each KV head
+    keys, place = torch.randn(2, 2, 20, 16), torch.arange(20)
+    attention = DenseAttention(queries, keys, place[13:], place, Terms(0.25))
+    found, wanted = kernels.attention_mass(attention), reference.attention_mass(attention)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize("size", [64, 80])
 def test_observe(size, softcap):

@@ -80,7 +80,7 @@ def store(stack: Tensor, layout: PageLayout, part: str, index: Index, numbers: T
             words,
             blocks,
             offsets,
-            numbers.reshape(-1, place.size),
+            numbers.reshape(-1, place.size).contiguous(),
             len(blocks),
             PART=place,
             N=ENTRIES,

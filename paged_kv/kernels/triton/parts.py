@@ -69,4 +69,5 @@ def places(words: torch.Tensor, index: Index) -> tuple[torch.Tensor, torch.Tenso
     steps = words.stride()
     block = index[0] * steps[0] + index[1] * steps[1] + index[2] * steps[2]
     block, offset = torch.broadcast_tensors(block, index[3])
-    return block.reshape(-1), offset.reshape(-1)
+    # Of an expanded tensor reshape can be a view whose numbers all lie in one place.
+    return block.reshape(-1).contiguous(), offset.reshape(-1).contiguous()
