@@ -1,0 +1,209 @@
+"""All parts of the GPU run, each in a process of its own, in the time that there is.
+
+Every part gets its share of the time that is left; what it does not need goes to those after it. A
+part skips the cases that would begin too late, and is killed a little after its time. One that
+crashes is told, and the others go on.
+
+In --out: lines.jsonl with the lines of all parts, and a log of each. On stdout: a line for each
+part that has run, what failed in it, and at the end the figures that are wanted. The exit code is 1
+if anything failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).resolve().parent
+GRACE = 15.0  # seconds after which a part that has overrun its time is killed
+LEAST = 5.0  # seconds with which a part is begun
+CPU_TRIAL = {
+    "kernels_right": ["--select", "rows_are_split or (store_move and native-64)"],
+    "memcheck": [],
+    "racecheck": [],
+    "kernels_fast": shlex.split(
+        "--sequences 1 --entries 20 --heads 2 --kv-heads 1 --head-dim 16 --formats native "
+        "--write-tokens 2 --move-layers 1 --move-pages 2 --copy-mb 1 --rounds 1 --most-sets 1"
+    ),
+    "hf_speed": shlex.split(
+        "--contexts 200 --layers 2 --budget 128 --policies streaming --rounds 1"
+    ),
+    "vllm_runs": ["--small"],
+}
+
+
+class Part(NamedTuple):
+    """What is run, and its share of the time."""
+
+    script: str
+    share: float
+    arguments: list[str]
+    sanitizer: str | None = None
+
+
+PARTS = {
+    "kernels_right": Part("kernels_right", 4, ["--workers", "8"]),
+    "kernels_fast": Part("kernels_fast", 4, []),
+    "vllm_runs": Part("vllm_runs", 8, []),
+    "hf_speed": Part("hf_speed", 3, []),
+    "memcheck": Part("kernels_right", 2, ["--few"], "memcheck"),
+    "racecheck": Part("kernels_right", 2, ["--few"], "racecheck"),
+}
+
+
+def command(name: str, args: argparse.Namespace, seconds: float) -> list[str] | str:
+    """Of a part; or why it cannot be run."""
+    part = PARTS[name]
+    before: list[str] = []
+    if part.sanitizer:
+        found = shutil.which("compute-sanitizer")
+        if found is None or args.device == "cpu":
+            return "no compute-sanitizer here"
+        before = [found, "--tool", part.sanitizer, "--error-exitcode", "9"]
+    own = part.arguments if args.device == "cuda" else CPU_TRIAL[name]
+    options = ["--device", args.device, "--seconds", f"{seconds:.0f}"]
+    options += [] if args.seed is None else ["--seed", str(args.seed)]
+    script = str(args.scripts / f"{part.script}.py")
+    more = shlex.split(getattr(args, name) or "")
+    return [*before, sys.executable, script, *options, *own, *more]
+
+
+class Outcome:
+    """What came of a part."""
+
+    def __init__(self) -> None:
+        self.lines: list[dict[str, Any]] = []
+        self.exit_code = 0
+        self.killed = False
+
+    @property
+    def failed(self) -> list[dict[str, Any]]:
+        return [line for line in self.lines if line.get("ok") is False]
+
+    @property
+    def skipped(self) -> int:
+        return sum(line.get("ok") is None for line in self.lines)
+
+    @property
+    def ok(self) -> bool:
+        return self.exit_code == 0 and bool(self.lines) and not self.failed and not self.killed
+
+
+def run_part(words: list[str], name: str, out: Path, seconds: float) -> Outcome:
+    """Runs a part; its lines go to lines.jsonl as they come, all else to its log."""
+    found = Outcome()
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    with (out / f"{name}.log").open("w") as log, (out / "lines.jsonl").open("a") as file:
+        log.write(shlex.join(words) + "\n")
+        log.flush()
+        process = subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+
+        def kill() -> None:
+            found.killed = True
+            os.killpg(process.pid, signal.SIGKILL)
+
+        clock = threading.Timer(seconds + GRACE, kill)
+        clock.start()
+        assert process.stdout is not None
+        for text in process.stdout:
+            try:
+                line = json.loads(text)
+            except ValueError:  # a sanitizer's words, say
+                log.write(text)
+                log.flush()
+                continue
+            found.lines.append({**line, "part": name})
+            file.write(json.dumps(found.lines[-1]) + "\n")
+            file.flush()
+        found.exit_code = process.wait()
+        clock.cancel()
+    return found
+
+
+def tell(**fields: Any) -> None:
+    print(json.dumps(fields), flush=True)
+
+
+def brief(line: dict[str, Any]) -> dict[str, Any]:
+    return {key: line[key] for key in ("case", "error") if key in line}
+
+
+def wanted(lines: list[dict[str, Any]]) -> None:
+    """A table of the figures that are wanted: met, missed, or not measured."""
+    rows = [
+        (f"{line['part']}: {line['case']}", f"{name} {figure}", line.get(name), line["met"][name])
+        for line in lines
+        for name, figure in line.get("wanted", {}).items()
+    ]
+    for case, figure, found, met in rows:
+        word = {True: "met", False: "MISSED", None: "not measured"}[met]
+        print(f"{case:44} {figure:28} {found!s:>10}  {word}")
+
+
+def main() -> int:
+    args = make_parser().parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "lines.jsonl").write_text("")
+    end = time.monotonic() + args.seconds
+    lines: list[dict[str, Any]] = []
+    ok = True
+    for place, name in enumerate(args.parts):
+        left = end - time.monotonic()
+        shares = [PARTS[other].share for other in args.parts[place:]]
+        seconds = left * shares[0] / sum(shares)
+        if seconds < LEAST:
+            tell(part=name, ok=None, skipped="the time is up")
+            continue
+        words = command(name, args, seconds)
+        if isinstance(words, str):
+            tell(part=name, ok=None, skipped=words)
+            continue
+        start = time.monotonic()
+        found = run_part(words, name, args.out, seconds)
+        lines += found.lines
+        ok &= found.ok
+        took = round(time.monotonic() - start, 1)
+        counts = {"lines": len(found.lines), "skipped": found.skipped}
+        told = {"part": name, "ok": found.ok, "exit_code": found.exit_code, "seconds": took, **counts}
+        told |= {"killed": True} if found.killed else {}
+        tell(**told, failed=[brief(line) for line in found.failed][:10])
+    wanted(lines)
+    tell(part="run_all", ok=ok, seconds=round(args.seconds - (end - time.monotonic()), 1))
+    return int(not ok)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("gpu_results"), metavar="DIR",
+        help="default gpu_results")  # fmt: skip
+    add("--seconds", type=float, default=540.0, metavar="S", help="for all parts (default 540)")
+    add("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS), metavar="PART",
+        help=f"in this order (default {' '.join(PARTS)})")  # fmt: skip
+    add("--device", choices=("cuda", "cpu"), default="cuda",
+        help="cpu: a trial with the smallest cases (default cuda)")  # fmt: skip
+    add("--seed", type=int, default=None, metavar="N", help="of the random inputs")
+    add("--scripts", type=Path, default=HERE, help=argparse.SUPPRESS)  # tests have others
+    for name in PARTS:
+        flag = f"--{name.replace('_', '-')}"
+        add(flag, default="", metavar="ARGUMENTS", help=f"more arguments of {name}, in quotes")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
