@@ -105,31 +105,30 @@ class Engine:
 
     Args:
         settings: see EngineSettings.
-        more: arguments of vLLM's LLM.
+        more: arguments of vLLM's LLM; they come before ours.
     """
 
     def __init__(self, settings: EngineSettings, **more: Any) -> None:
         from vllm import LLM
 
         start = time.perf_counter()
-        block_size = {} if settings.block_size is None else {"block_size": settings.block_size}
+        arguments: dict[str, Any] = {
+            "dtype": "bfloat16",
+            "enforce_eager": True,
+            "seed": 0,
+            "max_model_len": settings.max_model_len,
+            "max_num_seqs": settings.max_num_seqs,
+            "max_num_batched_tokens": MAX_BATCHED_TOKENS,
+            "kv_cache_memory_bytes": settings.pool_bytes,
+            "enable_prefix_caching": settings.prefix_caching,
+            "kv_cache_dtype": settings.kv_cache_dtype,
+            "disable_log_stats": False,
+            "additional_config": {"paged_kv": dict(settings.policy)} if settings.policy else {},
+        }
+        if settings.block_size is not None:
+            arguments["block_size"] = settings.block_size
         with cache_allocation() as allocated:
-            self.llm = LLM(
-                settings.model,
-                dtype="bfloat16",
-                enforce_eager=True,
-                seed=0,
-                max_model_len=settings.max_model_len,
-                max_num_seqs=settings.max_num_seqs,
-                max_num_batched_tokens=MAX_BATCHED_TOKENS,
-                kv_cache_memory_bytes=settings.pool_bytes,
-                enable_prefix_caching=settings.prefix_caching,
-                kv_cache_dtype=settings.kv_cache_dtype,
-                disable_log_stats=False,
-                additional_config={"paged_kv": dict(settings.policy)} if settings.policy else {},
-                **block_size,
-                **more,
-            )
+            self.llm = LLM(settings.model, **{**arguments, **more})
         self.cache_bytes = sum(allocated)  # of memory, by which it grew for the cache
         self.seconds = time.perf_counter() - start
         self.core = self.llm.llm_engine.engine_core.engine_core

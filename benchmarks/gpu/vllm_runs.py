@@ -1,0 +1,227 @@
+"""Real vLLM with paged_kv: is it right, is it as fast as it should be, does the host wait?
+
+Each case (vllm_cases.py) is an engine in a process of its own (vllm_child.py), on a random model in
+the shape of Llama 3.2 1B. What must be right runs several at once (--at-once), what is timed one
+after another. Lines of cases that are compared with plain vLLM have
+
+same_tokens   share of the tokens that are plain's; unreached and plain_again must have all of them
+ratio         tokens per second by plain's
+waits         of a profile: copies to the host and synchronizations in ten steps; must be plain's
+
+and a figure that is wanted is there with whether it was met.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import common
+import vllm_cases
+from vllm_cases import Case
+
+CHILD = Path(__file__).with_name("vllm_child.py")
+SHAPE: dict[str, Any] = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "initializer_range": 0.06,  # wide enough that outputs vary
+}
+Result = dict[str, Any]
+
+
+class Runs:
+    """The cases, and what came of them.
+
+    Args:
+        args: of the command line.
+        folder: for what processes leave behind.
+    """
+
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        self.args, self.folder = args, folder
+        self.part = common.Part("vllm_runs", args)
+        self.results: dict[str, Result] = {}
+        self.model = str(folder / "model")
+
+    def make_model(self) -> None:
+        """Random weights, written once."""
+        if self.args.small:
+            import tiny_models
+
+            self.model = tiny_models.saved("llama", self.folder)
+            return
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        torch.manual_seed(self.part.seed)
+        config = AutoConfig.for_model(
+            "llama", **SHAPE, num_hidden_layers=self.args.layers,
+            architectures=["LlamaForCausalLM"], dtype="bfloat16",
+        )  # fmt: skip
+        with torch.device(self.args.device):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.save_pretrained(self.model)
+        del model
+        if self.args.device == "cuda":
+            torch.cuda.empty_cache()
+
+    def child(self, case: Case) -> Result:
+        """Runs a case; its fields, or error or skipped."""
+        left = self.part.seconds_left
+        if left <= 0:
+            return {"skipped": "the time is up"}
+        command = [sys.executable, str(CHILD), "--case", json.dumps(case._asdict())]
+        command += ["--model", self.model, "--tokens", str(self.tokens_of(case.name))]
+        command += ["--device", self.args.device, "--seed", str(self.part.seed)]
+        command += ["--small"] * self.args.small
+        try:
+            done = subprocess.run(
+                command, env=environment(case), capture_output=True, text=True, timeout=left + 5
+            )
+        except subprocess.TimeoutExpired as late:
+            told = (late.stderr or b"").decode(errors="replace")
+            self.log(case, told)
+            return {"error": "the time was up while it ran"}
+        self.log(case, done.stdout + done.stderr)
+        for line in done.stdout.splitlines():
+            if line.startswith("RESULT ") and done.returncode == 0:
+                found: Result = json.loads(line.removeprefix("RESULT "))
+                return found
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        return {"error": f"exit code {done.returncode}: {last}"[:600]}
+
+    def tokens_of(self, name: str) -> Path:
+        return self.folder / f"{name.replace(' ', '_').replace('+', '_')}.json"
+
+    def log(self, case: Case, text: str) -> None:
+        """All that a process said, in this process's log."""
+        print(f"\n======== {case.name}\n{text[-100_000:]}", file=sys.stderr, flush=True)
+
+    def run(self, cases: Sequence[Case], at_once: int) -> None:
+        """Lines of the cases, in order; plain's results are there before those that need them."""
+        with ThreadPoolExecutor(max_workers=at_once) as pool:
+            running = [(case, pool.submit(self.child, case)) for case in cases]
+            for case, future in running:
+                self.results[case.name] = found = future.result()
+                self.line(case, found)
+
+    def line(self, case: Case, found: Result) -> None:
+        if "skipped" in found:
+            self.part.line(case.name, None, **found)
+            return
+        fields = case._asdict() | {"mode": "graphs" if case.graphs else "eager"}
+        for name in ("same", "wanted", "graphs"):
+            del fields[name]
+        fields["asked_runner"] = fields.pop("runner")
+        fields |= found
+        if "error" in found:
+            self.part.line(case.name, False, **fields)
+            return
+        plain = self.results.get(case.against)
+        if case.policy != "plain" and plain is not None and not {"error", "skipped"} & set(plain):
+            fields |= self.compared(case, found, plain)
+        if case.wanted:
+            fields |= common.wanted(fields, case.wanted)
+        ok = "error" not in fields
+        self.part.line(case.name, ok, **fields)
+
+    def compared(self, case: Case, found: Result, plain: Result) -> Result:
+        """Fields of a comparison with plain vLLM; error if what must be the same is not."""
+        if case.kind == "profile":
+            same = found["waits"] == plain["waits"]
+            wrong = self.args.device == "cuda" and not same
+            error = {"error": f"plain vLLM waits {plain['waits']}"} if wrong else {}
+            return {"same_waits": same} | error
+        if "tokens_per_second" not in found:
+            return {}
+        ours, theirs = (
+            sum(json.loads(self.tokens_of(name).read_text()), [])
+            for name in (case.name, case.against)
+        )
+        pairs = [a == b for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True)]
+        same = sum(pairs) / len(pairs)
+        ratio = found["tokens_per_second"] / plain["tokens_per_second"]
+        fields: Result = {"same_tokens": round(same, 5), "ratio": round(ratio, 4)}
+        if case.same and same < 1:
+            fields["error"] = f"{len(pairs) - sum(pairs)} of {len(pairs)} tokens are not plain's"
+        return fields
+
+
+def environment(case: Case) -> dict[str, str]:
+    """Of a case's process."""
+    from paged_kv.vllm.driver.engine import engine_environment
+
+    own = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_USE_V2_MODEL_RUNNER": "1" if case.runner == "v2" else "0",
+        "PYTHONPATH": os.pathsep.join([*common.PLACES, os.environ.get("PYTHONPATH", "")]),
+    }
+    return os.environ | engine_environment() | own
+
+
+def chosen(args: argparse.Namespace) -> list[Case]:
+    """Cases whose names have all words of one of --cases; a CPU has the V1 runner only, eager."""
+    cases = vllm_cases.all_cases()
+    if args.device == "cpu":
+        cases = [case._replace(runner="v1", graphs=False) for case in cases]
+        cases = list({case.name: case for case in cases}.values())
+    if args.cases:
+        cases = [
+            case
+            for case in cases
+            if any(set(words.split()) <= set(case.name.split()) for words in args.cases)
+        ]
+    if not cases:
+        raise ValueError(f"--cases {args.cases}: no case has these words")
+    return cases
+
+
+def main() -> int:
+    parser = common.make_parser(__doc__)
+    add = parser.add_argument
+    add("--cases", nargs="+", default=[], metavar="WORDS",
+        help="only cases whose names have these words, as 'speed v2 tight' (default all)")  # fmt: skip
+    add("--at-once", type=int, default=4, metavar="N",
+        help="processes of what is not timed (default 4)")  # fmt: skip
+    add("--layers", type=int, default=16, metavar="N", help="of the model (default 16)")
+    add("--small", action="store_true", help="a tiny model and short requests: a trial")
+    add("--list", action="store_true", help="names of the cases")
+    args = parser.parse_args()
+    try:
+        cases = chosen(args)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.list:
+        print(*(case.name for case in cases), sep="\n")
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        runs = Runs(args, Path(folder))
+        try:
+            runs.make_model()
+        except Exception as error:
+            runs.part.line("model", False, error=f"{type(error).__name__}: {error}"[:600])
+            return runs.part.exit_code
+        runs.run([case for case in cases if case.kind in vllm_cases.KINDS], args.at_once)
+        runs.run([case for case in cases if case.kind not in vllm_cases.KINDS], 1)
+    return runs.part.exit_code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
