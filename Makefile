@@ -3,13 +3,14 @@
 # make test    lint, types and all tests
 # make lint    ruff, mypy and the width of the documents only
 # make peers   kvpress in an environment of its own, to be compared with
+# make gpu-bundle   .gpu/site.tar.xz: stock vLLM for a GPU machine that cannot download (benchmarks/gpu)
 # make test-versions   with vLLM 0.33 what needs no engine, with transformers 5.24 paged_kv.hf; CI runs this, too
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := setup
-.PHONY: setup venv model demo test lint peers overlays test-versions
+.PHONY: setup venv model demo test lint peers gpu-bundle overlays test-versions
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -83,6 +84,9 @@ peers: venv
 	export PIP_DISABLE_PIP_VERSION_CHECK=1
 	$$folder/bin/python -m pip install -qq --no-deps -r requirements/kvpress.lock
 	echo "$$key" > $$folder/.setup-key
+
+gpu-bundle:
+	@benchmarks/gpu/bundle.sh
 
 # Other versions than those of .venv lie in folders of their own, of packages that come before the installed ones. As
 # above, a folder's key is written last.

@@ -7,8 +7,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     add("--device", choices=("cuda", "cpu"), default="cuda",
         help="cpu: a trial of the script, its figures mean nothing (default cuda)")  # fmt: skip
     add("--seconds", type=float, default=600.0, metavar="S",
-        help="time for all: a case that has not begun by then is skipped (default 600)")  # fmt: skip
+        help="time: a case that has not begun by then is skipped (default 600)")  # fmt: skip
     add("--seed", type=int, default=None, metavar="N",
         help="of the random inputs (default: another one each time)")  # fmt: skip
     return parser
@@ -107,18 +107,10 @@ def about(device: str) -> Json:
 
     found = results.versions()
     for name in ("triton", "numpy"):
-        with _missing():
+        with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     gpu = torch.cuda.get_device_name() if device == "cuda" else results.device()
     return {"device": gpu, "versions": found}
-
-
-@contextmanager
-def _missing() -> Iterator[None]:
-    try:
-        yield
-    except metadata.PackageNotFoundError:
-        pass
 
 
 def wanted(fields: Json, figures: Json) -> Json:
@@ -129,9 +121,11 @@ def wanted(fields: Json, figures: Json) -> Json:
         figures: what is wanted of some of them: (">=" or "<=", number). A field that is None was
             not measured.
     """
-    met = {}
+    met: dict[str, bool | None] = {}
     for name, (sign, figure) in figures.items():
         found = fields.get(name)
-        met[name] = None if found is None else (found >= figure if sign == ">=" else found <= figure)
+        met[name] = None
+        if found is not None:
+            met[name] = found >= figure if sign == ">=" else found <= figure
     return {"wanted": {name: f"{sign} {figure}" for name, (sign, figure) in figures.items()},
             "met": met}  # fmt: skip

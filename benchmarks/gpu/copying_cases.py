@@ -99,9 +99,7 @@ class Observing:
         device: of all tensors.
     """
 
-    def __init__(
-        self, kernels: Any, shape: tuple[int, int, int, int, int], device: str
-    ) -> None:
+    def __init__(self, kernels: Any, shape: tuple[int, int, int, int, int], device: str) -> None:
         sequences, entries, heads, kv_heads, head_dim = shape
         self.kernels, group = kernels, heads // kv_heads
         queries = torch.randn(sequences, kv_heads, group, WINDOW, head_dim, device=device)

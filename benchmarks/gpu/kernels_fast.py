@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import common
@@ -111,31 +112,26 @@ class Run:
         if found is not None:
             self.ms[f"{op} {page_format}", size] = found["ms"]
 
+    def other(self, name: str, fields: dict[str, Any], make: Callable[[], Any]) -> None:
+        """A line of write, move or observe."""
+        self.case(name, lambda: fields | self.timed(make))
+
     def others(self) -> None:
         """Lines of write, move and observe."""
         args, device = self.args, self.device
         heads = args.kv_heads, args.head_dim
-        for page_format in args.formats:
+        for of in args.formats:
             for tokens in args.write_tokens:
-                shape = (tokens, *heads)
-                self.case(
-                    f"write {page_format} {tokens}",
-                    lambda shape=shape, of=page_format: {"format": of, "tokens": shape[0]}
-                    | self.timed(lambda: Writing(kernels, of, shape, device)),
-                )
-            moved = args.move_layers, args.move_pages, *heads
-            self.case(
-                f"move {page_format}",
-                lambda of=page_format: {"format": of, "layers": moved[0], "pages": moved[1]}
-                | self.timed(lambda: Moving(kernels, of, moved, device)),
-            )
+                make = partial(Writing, kernels, of, (tokens, *heads), device)
+                self.other(f"write {of} {tokens}", {"format": of, "tokens": tokens}, make)
+            make = partial(Moving, kernels, of, (args.move_layers, args.move_pages, *heads), device)
+            about = {"format": of, "layers": args.move_layers, "pages": args.move_pages}
+            self.other(f"move {of}", about, make)
         for entries in args.entries:
-            shape = min(args.sequences), entries, args.heads, *heads
-            self.case(
-                f"observe {shape[0]}x{entries}",
-                lambda shape=shape: {"sequences": shape[0], "entries": shape[1]}
-                | self.timed(lambda: Observing(kernels, shape, device)),
-            )
+            sequences = min(args.sequences)
+            make = partial(Observing, kernels, (sequences, entries, args.heads, *heads), device)
+            about = {"sequences": sequences, "entries": entries}
+            self.other(f"observe {sequences}x{entries}", about, make)
 
 
 def wanted(fields: dict[str, Any], scores: bool) -> dict[str, Any]:

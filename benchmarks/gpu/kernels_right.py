@@ -11,7 +11,6 @@ On a CPU (--device cpu, with TRITON_INTERPRET=1) Triton's interpreter runs the k
 from __future__ import annotations
 
 import os
-import sys
 
 import common
 import kernel_session
@@ -43,7 +42,7 @@ class _Reporter:
         fields = {"took_s": round(report.duration, 2)}
         if report.failed:
             crash = getattr(report.longrepr, "reprcrash", None)
-            fields["error"] = (crash.message if crash else report.longreprtext)[-600:]
+            fields["error"] = (crash.message if crash else report.longreprtext)[:600]
         self.part.line(case, report.passed, **fields)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:

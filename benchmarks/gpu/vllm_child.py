@@ -58,7 +58,7 @@ def start(args: argparse.Namespace, case: Case, longest: int) -> Any:
         tokens * kv_bytes_per_token(Path(args.model)),
         max_model_len=longest,
         policy=policy,
-        max_num_seqs=256,
+        max_num_seqs=requests,
         prefix_caching=case.kind == "prefix",
     )
     more: dict[str, Any] = {"enforce_eager": not case.graphs, "skip_tokenizer_init": True}

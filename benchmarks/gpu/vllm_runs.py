@@ -104,11 +104,16 @@ class Runs:
             if line.startswith("RESULT ") and done.returncode == 0:
                 found: Result = json.loads(line.removeprefix("RESULT "))
                 return found
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        last = " | ".join(done.stderr.strip().splitlines()[-3:])
         return {"error": f"exit code {done.returncode}: {last}"[:600]}
 
     def tokens_of(self, name: str) -> Path:
         return self.folder / f"{name.replace(' ', '_').replace('+', '_')}.json"
+
+    def tokens(self, name: str) -> list[int]:
+        """Of all requests of a case, one after another."""
+        rounds = json.loads(self.tokens_of(name).read_text())
+        return [token for outputs in rounds for output in outputs for token in output]
 
     def log(self, case: Case, text: str) -> None:
         """All that a process said, in this process's log."""
@@ -151,16 +156,12 @@ class Runs:
             return {"same_waits": same} | error
         if "tokens_per_second" not in found:
             return {}
-        ours, theirs = (
-            sum(json.loads(self.tokens_of(name).read_text()), [])
-            for name in (case.name, case.against)
-        )
-        pairs = [a == b for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True)]
-        same = sum(pairs) / len(pairs)
+        pairs = list(zip(self.tokens(case.name), self.tokens(case.against), strict=True))
+        num_same = sum(a == b for a, b in pairs)
         ratio = found["tokens_per_second"] / plain["tokens_per_second"]
-        fields: Result = {"same_tokens": round(same, 5), "ratio": round(ratio, 4)}
-        if case.same and same < 1:
-            fields["error"] = f"{len(pairs) - sum(pairs)} of {len(pairs)} tokens are not plain's"
+        fields: Result = {"same_tokens": round(num_same / len(pairs), 5), "ratio": round(ratio, 4)}
+        if case.same and num_same < len(pairs):
+            fields["error"] = f"{len(pairs) - num_same} of {len(pairs)} tokens are not plain's"
         return fields
 
 
@@ -197,7 +198,7 @@ def main() -> int:
     parser = common.make_parser(__doc__)
     add = parser.add_argument
     add("--cases", nargs="+", default=[], metavar="WORDS",
-        help="only cases whose names have these words, as 'speed v2 tight' (default all)")  # fmt: skip
+        help="only cases whose names have these words: 'speed v2 tight' (default all)")  # fmt: skip
     add("--at-once", type=int, default=4, metavar="N",
         help="processes of what is not timed (default 4)")  # fmt: skip
     add("--layers", type=int, default=16, metavar="N", help="of the model (default 16)")

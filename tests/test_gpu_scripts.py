@@ -1,0 +1,268 @@
+"""The scripts of the GPU run (benchmarks/gpu), as far as a CPU can run them: tiny, in Triton's
+interpreter, with vLLM for CPUs. No figure of theirs means anything here; their lines, exit codes
+and clocks do."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import prune_cases
+import pytest
+
+pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds and vLLM")
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ROOT / "benchmarks" / "gpu"
+README = (SCRIPTS / "README.md").read_text()
+
+ALL = {"part", "case", "ok", "seed", "device", "versions"}
+TIMES = {"ms", "eager_ms", "sets", "took_s"}
+MOVED = {"bytes", "gb_per_s", "bandwidth_share", "error"}
+SIZE = {"sequences", "entries", "heads", "kv_heads", "head_dim"}
+# The first word of a case -> fields of its line, beside those that all have.
+FIELDS = {
+    "kernels_right": {"test_rows_are_split": {"took_s"}, "test_store_move_gather": {"took_s"}},
+    "kernels_fast": {
+        "copy": TIMES - {"sets"} | {"gb_per_s"},
+        "fa3": {"skipped"},
+        "sdpa": TIMES | SIZE,
+        "decode": TIMES | MOVED | SIZE | {"format", "fa3_ratio", "sdpa_ratio"},
+        "scores": TIMES | MOVED | SIZE | {"format", "scores_ratio"},
+        "write": TIMES | MOVED | {"format", "tokens"},
+        "move": TIMES | MOVED | {"format", "layers", "pages"},
+        "observe": TIMES | MOVED | {"sequences", "entries"},
+    },
+    "hf_speed": {
+        "read": {"tokens", "caches", "took_s"},
+        "full": {"policy", "budget", "tokens", "layers", "ratio", "ratios", "paged_bytes"}
+        | {f"{cache}_{what}" for cache in ("dynamic", "paged") for what in ("ms", "torch_bytes")},
+    },
+    "vllm_runs": {
+        "prefix": {"kind", "policy", "pool", "mode", "asked_runner", "runner", "backend"}
+        | {"cudagraph_mode", "tokens_per_second", "seconds", "start_s", "pool_pages"}
+        | {"peak_running", "preemptions", "computed_tokens", "prefix_hits", "different"}
+    },
+}
+FIELDS["hf_speed"]["streaming"] = FIELDS["hf_speed"]["full"]
+OTHERS = {"same_tokens", "same_waits", "waits", "steps", "drops", "ties", "wanted", "met", "killed"}
+OTHERS |= {"graph_error", "exit_code", "lines", "failed"}
+
+
+def run(script: Path | str, *arguments: str, code: str = "") -> subprocess.CompletedProcess[str]:
+    """A script in a process of its own, after some code that breaks what it uses."""
+    command = [sys.executable, str(script)]
+    if code:
+        setup = f"import runpy, sys; sys.path.insert(0, {str(SCRIPTS)!r}); import common; "
+        start = f"sys.argv = [{str(script)!r}, *sys.argv[1:]]; "
+        command = [sys.executable, "-c", f"{setup}{code}; {start}"
+                   f"runpy.run_path({str(script)!r}, run_name='__main__')"]  # fmt: skip
+    own = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    own |= {"VLLM_NO_USAGE_STATS": "1"}
+    return subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, env=os.environ | own, check=False
+    )
+
+
+def lines_of(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+
+
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Path]:
+    """(what run_all says, the lines of all parts, the folder) of everything at its smallest."""
+    out = tmp_path_factory.mktemp("gpu") / "results"
+    done = run(SCRIPTS / "run_all.py", "--device", "cpu", "--out", str(out), "--seconds", "1200")
+    logs = "".join(file.read_text()[-2000:] for file in out.glob("*.log"))
+    assert done.returncode == 0, done.stdout + done.stderr + logs
+    return lines_of(done.stdout), lines_of((out / "lines.jsonl").read_text()), out
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_every_part_runs(trial):
+    told, lines, out = trial
+    *parts, summary = told
+    skipped = {"memcheck", "racecheck"}
+    assert {line["part"] for line in parts} == {*FIELDS, *skipped}
+    for line in parts:
+        assert line["ok"] is (None if line["part"] in skipped else True), line
+    assert summary.pop("seconds") > 0
+    assert summary == {
+        "part": "run_all",
+        "ok": True,
+        "failed": [],
+        "skipped": ["memcheck", "racecheck"],
+    }
+    assert {file.stem for file in out.glob("*.log")} == set(FIELDS)
+    seen = set()
+    for line in lines:
+        word = re.split(r"[ \[]", line["case"])[0]
+        seen.add((line["part"], word))
+        assert set(line) == ALL | FIELDS[line["part"]][word], line
+        assert line["ok"] is (None if "skipped" in line else True)
+        assert {"torch", "triton", "transformers", "vllm"} <= set(line["versions"])
+    assert seen == {(part, word) for part, words in FIELDS.items() for word in words}
+
+
+def test_the_readme_documents_the_fields():
+    names = ALL | OTHERS | {"skipped"}
+    names = names.union(*(fields for words in FIELDS.values() for fields in words.values()))
+    assert [name for name in sorted(names) if f"`{name}`" not in README] == []
+    for script in SCRIPTS.glob("*.py"):
+        assert f"`{script.name}`" in README
+
+
+# ---- what is wrong fails
+
+
+def test_a_wrong_kernel_fails():
+    done = run(
+        SCRIPTS / "kernels_right.py",
+        *("--device", "cpu", "--select", "rows_are_split or one_block"),
+        code="import paged_kv.kernels.triton as t; t.move = lambda *operands: None",
+    )
+    assert done.returncode == 1
+    right, wrong = sorted(lines_of(done.stdout), key=lambda line: not line["ok"])
+    assert (right["case"], right["ok"]) == ("test_rows_are_split", True)
+    assert (wrong["case"], wrong["ok"]) == ("test_entries_of_one_block", False)
+    assert "assert" in wrong["error"]
+
+
+SMALL = "--device cpu --sequences 1 --entries 20 --heads 2 --kv-heads 1 --head-dim 16 --copy-mb 1"
+SMALL += " --formats native --write-tokens 2 --move-layers 1 --move-pages 2 --rounds 1"
+
+
+def test_a_wrong_result_is_not_timed():
+    """Outputs that nobody wrote, a reference that is another one, and a kernel that raises."""
+    done = run(
+        SCRIPTS / "kernels_fast.py",
+        *SMALL.split(),
+        code="import paged_kv.kernels.triton as t; from paged_kv.kernels import packed_reference; "
+        "t.attend = lambda *operands: None; packed_reference.move = lambda *operands: None; "
+        "t.attention_mass = None",
+    )
+    assert done.returncode == 1
+    lines = {line["case"].split()[0]: line for line in lines_of(done.stdout)}
+    assert {case for case, line in lines.items() if line["ok"] is False} == {
+        *("decode", "scores", "move", "observe")
+    }
+    assert lines["decode"]["error"] == "ValueError: the result is wrong: relative error inf"
+    assert "TypeError" in lines["observe"]["error"]
+    assert "ms" not in lines["move"]
+
+
+def test_no_test_is_a_failure():
+    done = run(SCRIPTS / "kernels_right.py", "--device", "cpu", "--select", "nothing_is_called_so")
+    assert done.returncode == 1
+    (line,) = lines_of(done.stdout)
+    assert line["error"] == "0 tests, exit code 5"
+
+
+def test_a_case_that_is_not_there():
+    done = run(SCRIPTS / "vllm_runs.py", "--cases", "speed v3")
+    assert done.returncode == 2
+    assert "--cases ['speed v3']: no case has these words" in done.stderr
+
+
+# ---- the time is kept
+
+
+def test_cases_that_would_begin_too_late_are_skipped():
+    late = "--device", "cpu", "--seconds", "0"
+    for script, arguments in (
+        ("kernels_fast", SMALL.split()),
+        ("kernels_right", ["--select", "rows_are_split"]),
+    ):
+        done = run(SCRIPTS / f"{script}.py", *arguments, *late)
+        assert done.returncode == 0, done.stderr
+        lines = lines_of(done.stdout)
+        assert lines
+        assert all(line["ok"] is None and line["skipped"] for line in lines)
+
+
+GOOD = """
+import json, sys
+print(json.dumps({"case": "one", "ok": True, "argv": sys.argv[1:], "x": 1.5,
+                  "wanted": {"x": ">= 2", "y": "<= 1"}, "met": {"x": False, "y": None}}))
+"""
+FAKES = {
+    "kernels_right": 'import os; print(\'words\'); print(\'{"case": "before", "ok": true}\', '
+    "flush=True); os.abort()",
+    "kernels_fast": "import time; time.sleep(60)",
+    "vllm_runs": 'print(\'{"case": "bad", "ok": false, "error": "why"}\')',
+    "hf_speed": textwrap.dedent(GOOD),
+}
+
+
+def test_parts_that_crash_hang_or_fail_are_told_and_others_go_on(tmp_path):
+    for name, text in FAKES.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    done = run(
+        SCRIPTS / "run_all.py",
+        *("--device", "cpu", "--scripts", str(tmp_path), "--out", str(tmp_path / "out")),
+        *("--seconds", "12", "--grace", "0.5", "--seed", "7", "--hf-speed=--more 'a b'"),
+        *("--parts", "kernels_right", "vllm_runs", "kernels_fast", "hf_speed"),
+    )
+    assert done.returncode == 1
+    *parts, summary = lines_of(done.stdout)
+    crashed, failed, hung, good = parts
+    assert (crashed["ok"], crashed["exit_code"], crashed["lines"]) == (False, -6, 1)
+    assert "words" in (tmp_path / "out" / "kernels_right.log").read_text()
+    assert failed["failed"] == [{"case": "bad", "error": "why"}]
+    assert (hung["ok"], hung["killed"], hung["lines"]) == (False, True, 0)
+    assert 5 < hung["seconds"] < 8.5  # four sevenths of the 12 seconds, less what went before
+    assert good["ok"] is True
+    assert summary["failed"] == ["kernels_right", "vllm_runs", "kernels_fast"]
+    lines = lines_of((tmp_path / "out" / "lines.jsonl").read_text())
+    assert [line["part"] for line in lines] == ["kernels_right", "vllm_runs", "hf_speed"]
+    told = dict(zip(lines[-1]["argv"][::2], lines[-1]["argv"][1::2], strict=False))
+    assert (told["--seed"], told["--device"]) == ("7", "cpu")
+    assert lines[-1]["argv"][-2:] == ["--more", "a b"]
+    table = [line.split() for line in done.stdout.splitlines() if line.startswith("hf_speed")]
+    assert table == [
+        ["hf_speed:", "one", "x", ">=", "2", "1.5", "MISSED"],
+        ["hf_speed:", "one", "y", "<=", "1", "None", "not", "measured"],
+    ]
+
+
+def test_parts_that_would_begin_too_late_are_skipped(tmp_path):
+    done = run(SCRIPTS / "run_all.py", "--seconds", "1", "--out", str(tmp_path))
+    assert done.returncode == 0
+    *parts, summary = lines_of(done.stdout)
+    assert {line["skipped"] for line in parts} == {"the time is up"}
+    assert summary["skipped"] == [line["part"] for line in parts]
+    assert list(tmp_path.glob("*.log")) == []
+
+
+# ---- the other kinds of vLLM's cases
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    "kind", ["tokens", "chunked", "reference", "profile", "speed", "preempted"]
+)
+def test_vllm_cases(kind):
+    done = run(SCRIPTS / "vllm_runs.py", "--device", "cpu", "--small", "--at-once", "1",
+               "--cases", kind)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    for line in lines_of(done.stdout):
+        assert line["ok"], line
+
+
+# ---- the bundle
+
+
+def test_blanked_code(tmp_path):
+    """Machine code for sm_90 stays; where there is none, the newest PTX up to it."""
+    original, kept = prune_cases.shared_object()
+    (tmp_path / "in.so").write_bytes(original)
+    done = run(SCRIPTS / "prune_so.py", str(tmp_path / "in.so"), str(tmp_path / "out.so"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out.so").read_bytes() == kept
