@@ -16,9 +16,8 @@ from typing import Any
 Json = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# What a part imports of the project, wherever it was started: the package, the tests' tables of
-# cases, the other benchmarks.
-PLACES = [str(ROOT), str(ROOT / "tests" / "support"), str(ROOT / "benchmarks")]
+# What a part imports of the project, wherever it was started: the package, and the tests' cases.
+PLACES = [str(ROOT), str(ROOT / "tests" / "support")]
 for place in reversed(PLACES):
     if place not in sys.path:
         sys.path.insert(0, place)

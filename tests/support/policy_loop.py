@@ -185,10 +185,11 @@ def recorded_losers(llm: Any) -> Iterator[dict[str, Losers]]:
     if compactor is None:  # without a policy
         yield result
         return
-    note = compactor._note
-    ids = engines.worker(llm).model_runner.input_batch.req_ids
+    note, runner = compactor._note, engines.worker(llm).model_runner
 
     def noting(holding, region, decided):
+        batch = getattr(runner, "input_batch", None)  # V1 runner
+        ids = (runner.execute_model_state.input_batch if batch is None else batch).req_ids
         names = [ids[one] if isinstance(one, int) else one for one in holding.owners]
         for event, request in enumerate(names):
             for index, layer in enumerate(region.layers.tolist()):
