@@ -56,7 +56,7 @@ def caches(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return {"full": {}} | {name: {"policy": name, **budget} for name in args.policies}
 
 
-# Not imported: a module `kernels` lies in that folder, the name of a package that transformers seeks.
+# Not imported: that folder has a module `kernels`, the name of a package that transformers seeks.
 compare = runpy.run_path(str(common.ROOT / "benchmarks" / "hf_decode.py"))["compare"]
 
 

@@ -30,7 +30,8 @@ class Case(NamedTuple):
         runner: "v1" or "v2", vLLM's model runner.
         graphs: whether CUDA graphs are on, as vLLM chooses them.
         pool: share of what all requests need uncompressed.
-        same: its tokens must be those of `plain` with the same settings.
+        same: its tokens must be those of `plain` with the same settings. Not with CUDA graphs: in
+            other graphs attention is split in other ways, and bfloat16 sums differ.
         wanted: of its fields, as common.wanted takes them.
     """
 
@@ -72,7 +73,7 @@ def right() -> Iterator[Case]:
     for policy in ("plain", "unreached", "streaming", "pyramidal+streaming", "snapkv"):
         yield Case("profile", policy)
     for policy in ("plain", "unreached"):
-        yield Case("tokens", policy, graphs=True, same=policy == "unreached")
+        yield Case("tokens", policy, graphs=True)
 
 
 def fast() -> Iterator[Case]:
@@ -80,7 +81,7 @@ def fast() -> Iterator[Case]:
     ample, tight = {"ratio": (">=", 0.99)}, {"ratio": (">=", 2.0)}
     graphs: Json = {"graphs": True}
     for policy in ("plain", "unreached"):
-        yield Case("speed", policy, **graphs, same=True, wanted=ample)
+        yield Case("speed", policy, **graphs, wanted=ample)
     for policy in ("plain", "streaming", "pyramidal+streaming"):
         yield Case("speed", policy, **graphs, pool=TIGHT, wanted=tight)
     swapped = {"ratio": (">=", 1.5)}

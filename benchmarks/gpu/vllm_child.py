@@ -55,7 +55,7 @@ def start(args: argparse.Namespace, case: Case, longest: int) -> Any:
     tokens = int(requests * longest * case.pool) + PAGE * 8
     settings = EngineSettings(
         args.model,
-        tokens * kv_bytes_per_token(Path(args.model)),
+        tokens * kv_bytes_per_token(Path(args.model)) * (2 if args.device == "cpu" else 1),
         max_model_len=longest,
         policy=policy,
         max_num_seqs=requests,
@@ -64,6 +64,8 @@ def start(args: argparse.Namespace, case: Case, longest: int) -> Any:
     more: dict[str, Any] = {"enforce_eager": not case.graphs, "skip_tokenizer_init": True}
     if args.device == "cuda":
         more["gpu_memory_utilization"] = 0.15  # others are there; the pool's bytes are given
+    else:  # plain vLLM has other kernels on a CPU: tokens are the same in float32 only
+        more["dtype"] = "float32"
     if case.kind == "chunked":
         more["max_num_batched_tokens"] = CHUNK[args.small]
     return Engine(settings, **more)

@@ -4,7 +4,7 @@ Each case (vllm_cases.py) is an engine in a process of its own (vllm_child.py), 
 the shape of Llama 3.2 1B. What must be right runs several at once (--at-once), what is timed one
 after another. Lines of cases that are compared with plain vLLM have
 
-same_tokens   share of the tokens that are plain's; unreached and plain_again must have all of them
+same_tokens   share of the tokens that are plain's; of unreached and plain_again all must be, eager
 ratio         tokens per second by plain's
 waits         of a profile: copies to the host and synchronizations in ten steps; must be plain's
 
@@ -199,8 +199,8 @@ def main() -> int:
     add = parser.add_argument
     add("--cases", nargs="+", default=[], metavar="WORDS",
         help="only cases whose names have these words: 'speed v2 tight' (default all)")  # fmt: skip
-    add("--at-once", type=int, default=4, metavar="N",
-        help="processes of what is not timed (default 4)")  # fmt: skip
+    add("--at-once", type=int, default=6, metavar="N",
+        help="processes of what is not timed (default 6)")  # fmt: skip
     add("--layers", type=int, default=16, metavar="N", help="of the model (default 16)")
     add("--small", action="store_true", help="a tiny model and short requests: a trial")
     add("--list", action="store_true", help="names of the cases")
