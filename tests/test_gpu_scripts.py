@@ -171,6 +171,56 @@ def test_a_case_that_is_not_there():
     assert "--cases ['speed v3']: no case has these words" in done.stderr
 
 
+FAKE_CHILD = """
+import json, pathlib, subprocess, types
+
+def child(command, timeout, **options):
+    case = json.loads(command[command.index("--case") + 1])
+    tokens = pathlib.Path(command[command.index("--tokens") + 1])
+    policy = case["policy"]
+    tokens.write_text(json.dumps([[[1, 2], [3, 4 if policy != "unreached" else 5]]]))
+    if policy == "snapkv":
+        raise subprocess.TimeoutExpired(command, timeout, stderr=b"so far")
+    if policy == "pyramidal":
+        return types.SimpleNamespace(returncode=-9, stdout="RESULT {}", stderr="a\\nb")
+    fields = {"tokens_per_second": {"plain": 10.0, "streaming": 21.0}.get(policy, 15.0)}
+    if case["kind"] == "profile":
+        fields = {"waits": {"Memcpy DtoH": 10 + (policy == "streaming")}}
+    return types.SimpleNamespace(returncode=0, stdout="RESULT " + json.dumps(fields), stderr="")
+
+subprocess.run = child
+"""
+
+
+def test_vllm_is_compared_with_plain_vllm():
+    """The children are made up: other tokens, other waits, one that dies, one that hangs."""
+    done = run(
+        SCRIPTS / "vllm_runs.py",
+        *("--device", "cpu", "--small", "--cases", "tokens", "profile", "speed tight"),
+        code=f"exec({FAKE_CHILD!r})",
+    )
+    assert done.returncode == 1, done.stderr
+    lines = {line["case"]: line for line in lines_of(done.stdout)}
+    again = lines["tokens plain_again v1 eager ample"]
+    assert (again["ok"], again["same_tokens"], again["ratio"]) == (True, 1.0, 1.5)
+    other = lines["tokens unreached v1 eager ample"]
+    assert (other["ok"], other["same_tokens"]) == (False, 0.75)
+    assert other["error"] == "1 of 4 tokens are not plain's"
+    assert lines["profile unreached v1 eager ample"]["same_waits"] is True
+    waiting = lines["profile streaming v1 eager ample"]
+    assert (waiting["ok"], waiting["same_waits"]) == (False, False)
+    assert waiting["error"] == "plain vLLM waits {'Memcpy DtoH': 10}"
+    assert lines["speed snapkv v1 eager tight"]["error"] == "the time was up while it ran"
+    assert lines["speed pyramidal v1 eager tight"]["error"] == "exit code -9: a | b"
+    tight = lines["speed streaming v1 eager tight"]
+    assert (tight["ratio"], tight["wanted"], tight["met"]) == (
+        *(2.1, {"ratio": ">= 2.0"}, {"ratio": True}),
+    )
+    missed = lines["speed pyramidal+streaming v1 eager tight"]
+    assert (missed["ok"], missed["met"]) == (True, {"ratio": False})
+    assert "wanted" not in lines["speed plain v1 eager tight"]
+
+
 # ---- the time is kept
 
 

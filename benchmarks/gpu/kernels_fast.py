@@ -84,8 +84,8 @@ class Run:
     def peers(self, size: Size) -> None:
         """FlashAttention 3 and SDPA."""
         for name, peer in (("fa3", FlashPaged), ("sdpa", Dense)):
-            if name == "fa3" and not has_flash_attention(self.device):
-                self.part.line(f"fa3 {label(size)}", None, skipped="no vllm_flash_attn here")
+            if name == "fa3" and (reason := no_flash_attention(self.device)):
+                self.part.line(f"fa3 {label(size)}", None, skipped=reason)
                 continue
             found = self.case(
                 f"{name} {label(size)}",
@@ -152,16 +152,16 @@ def label(size: Size) -> str:
     return f"{size.sequences}x{size.entries}"
 
 
-def has_flash_attention(device: str) -> bool:
-    """Whether vLLM's FlashAttention 3 can be called here."""
+def no_flash_attention(device: str) -> str | None:
+    """Why vLLM's FlashAttention 3 cannot be called here; None if it can."""
     if device == "cpu":
-        return False
+        return "it runs on GPUs only"
     try:
-        from vllm.vllm_flash_attn import is_fa_version_supported
+        from vllm.vllm_flash_attn import fa_version_unsupported_reason, is_fa_version_supported
 
-        return bool(is_fa_version_supported(3))
-    except Exception:
-        return False
+        return None if is_fa_version_supported(3) else str(fa_version_unsupported_reason(3))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"[:300]
 
 
 def main() -> int:

@@ -151,8 +151,7 @@ class Runs:
         """Fields of a comparison with plain vLLM; error if what must be the same is not."""
         if case.kind == "profile":
             same = found["waits"] == plain["waits"]
-            wrong = self.args.device == "cuda" and not same
-            error = {"error": f"plain vLLM waits {plain['waits']}"} if wrong else {}
+            error = {} if same else {"error": f"plain vLLM waits {plain['waits']}"}
             return {"same_waits": same} | error
         if "tokens_per_second" not in found:
             return {}
@@ -181,8 +180,11 @@ def chosen(args: argparse.Namespace) -> list[Case]:
     """Cases whose names have all words of one of --cases; a CPU has the V1 runner only, eager."""
     cases = vllm_cases.all_cases()
     if args.device == "cpu":
-        cases = [case._replace(runner="v1", graphs=False) for case in cases]
-        cases = list({case.name: case for case in cases}.values())
+        named: dict[str, Case] = {}
+        for case in cases:
+            one = case._replace(runner="v1", graphs=False)
+            named.setdefault(one.name, one)
+        cases = list(named.values())
     if args.cases:
         cases = [
             case

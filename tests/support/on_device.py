@@ -88,8 +88,12 @@ class _OnDevice:
         return self._checked(self.kernels.attention_mass(there, largest))
 
     def _there(self, tensor: Any) -> Any:
-        """A copy of the same strides; an expanded tensor is written out. None stays."""
-        return None if tensor is None else tensor.to(self.device, copy=True)
+        """A copy that is the same view of the same memory. None stays."""
+        if tensor is None:
+            return None
+        memory = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+        there = memory.to(self.device, copy=True)
+        return there.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def _index(self, index: Index) -> Any:
         return tuple(map(self._there, index))
