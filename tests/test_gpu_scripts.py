@@ -4,13 +4,8 @@ and clocks do."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import runpy
-import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -18,11 +13,10 @@ from typing import Any
 import prune_cases
 import pytest
 import torch
+from gpu_scripts import SCRIPTS, lines_of, run
 
 pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds and vLLM")
 
-ROOT = Path(__file__).parent.parent
-SCRIPTS = ROOT / "benchmarks" / "gpu"
 README = (SCRIPTS / "README.md").read_text()
 
 ALL = {"part", "case", "ok", "seed", "device", "versions"}
@@ -56,25 +50,6 @@ FIELDS = {
 FIELDS["hf_speed"]["streaming"] = FIELDS["hf_speed"]["full"]
 OTHERS = {"same_tokens", "same_waits", "waits", "steps", "drops", "ties", "wanted", "met", "killed"}
 OTHERS |= {"graph_error", "exit_code", "lines", "failed"}
-
-
-def run(script: Path | str, *arguments: str, code: str = "") -> subprocess.CompletedProcess[str]:
-    """A script in a process of its own, after some code that breaks what it uses."""
-    command = [sys.executable, str(script)]
-    if code:
-        setup = f"import runpy, sys; sys.path.insert(0, {str(SCRIPTS)!r}); import common; "
-        start = f"sys.argv = [{str(script)!r}, *sys.argv[1:]]; "
-        command = [sys.executable, "-c", f"{setup}{code}; {start}"
-                   f"runpy.run_path({str(script)!r}, run_name='__main__')"]  # fmt: skip
-    own = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    own |= {"VLLM_NO_USAGE_STATS": "1"}
-    return subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, env=os.environ | own, check=False
-    )
-
-
-def lines_of(text: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
 
 
 @pytest.fixture(scope="module")
@@ -174,56 +149,6 @@ def test_a_case_that_is_not_there():
     assert "--cases ['speed v3']: no case has these words" in done.stderr
 
 
-FAKE_CHILD = """
-import json, pathlib, subprocess, types
-
-def child(command, timeout, **options):
-    case = json.loads(command[command.index("--case") + 1])
-    tokens = pathlib.Path(command[command.index("--tokens") + 1])
-    policy = case["policy"]
-    tokens.write_text(json.dumps([[[1, 2], [3, 4 if policy != "unreached" else 5]]]))
-    if policy == "snapkv":
-        raise subprocess.TimeoutExpired(command, timeout, stderr=b"so far")
-    if policy == "pyramidal":
-        return types.SimpleNamespace(returncode=-9, stdout="RESULT {}", stderr="a\\nb")
-    fields = {"tokens_per_second": {"plain": 10.0, "streaming": 21.0}.get(policy, 15.0)}
-    if case["kind"] == "profile":
-        fields = {"waits": {"Memcpy DtoH": 10 + (policy == "streaming")}}
-    return types.SimpleNamespace(returncode=0, stdout="RESULT " + json.dumps(fields), stderr="")
-
-subprocess.run = child
-"""
-
-
-def test_vllm_is_compared_with_plain_vllm():
-    """The children are made up: other tokens, other waits, one that dies, one that hangs."""
-    done = run(
-        SCRIPTS / "vllm_runs.py",
-        *("--device", "cpu", "--small", "--cases", "tokens", "profile", "speed tight"),
-        code=f"exec({FAKE_CHILD!r})",
-    )
-    assert done.returncode == 1, done.stderr
-    lines = {line["case"]: line for line in lines_of(done.stdout)}
-    again = lines["tokens plain_again v1 eager ample"]
-    assert (again["ok"], again["same_tokens"], again["ratio"]) == (True, 1.0, 1.5)
-    other = lines["tokens unreached v1 eager ample"]
-    assert (other["ok"], other["same_tokens"]) == (False, 0.75)
-    assert other["error"] == "1 of 4 tokens are not plain's"
-    assert lines["profile unreached v1 eager ample"]["same_waits"] is True
-    waiting = lines["profile streaming v1 eager ample"]
-    assert (waiting["ok"], waiting["same_waits"]) == (False, False)
-    assert waiting["error"] == "plain vLLM waits {'Memcpy DtoH': 10}"
-    assert lines["speed snapkv v1 eager tight"]["error"] == "the time was up while it ran"
-    assert lines["speed pyramidal v1 eager tight"]["error"] == "exit code -9: a | b"
-    tight = lines["speed streaming v1 eager tight"]
-    assert (tight["ratio"], tight["wanted"], tight["met"]) == (
-        *(2.1, {"ratio": ">= 2.0"}, {"ratio": True}),
-    )
-    missed = lines["speed pyramidal+streaming v1 eager tight"]
-    assert (missed["ok"], missed["met"]) == (True, {"ratio": False})
-    assert "wanted" not in lines["speed plain v1 eager tight"]
-
-
 # ---- the time is kept
 
 
@@ -247,60 +172,6 @@ def test_tests_that_would_begin_too_late_are_skipped(monkeypatch, request):
     monkeypatch.setenv("PAGED_KV_END", str(time.time()))
     with pytest.raises(pytest.skip.Exception, match="the time is up"):
         setup(request.node)
-
-
-GOOD = """
-import json, sys
-print(json.dumps({"case": "one", "ok": True, "argv": sys.argv[1:], "x": 1.5,
-                  "wanted": {"x": ">= 2", "y": "<= 1"}, "met": {"x": False, "y": None}}))
-"""
-FAKES = {
-    "kernels_right": 'import os; print(\'words\'); print(\'{"case": "before", "ok": true}\', '
-    "flush=True); os.abort()",
-    "kernels_fast": "import time; time.sleep(60)",
-    "vllm_runs": 'print(\'{"case": "bad", "ok": false, "error": "why"}\')',
-    "hf_speed": textwrap.dedent(GOOD),
-}
-
-
-def test_parts_that_crash_hang_or_fail_are_told_and_others_go_on(tmp_path):
-    for name, text in FAKES.items():
-        (tmp_path / f"{name}.py").write_text(text)
-    done = run(
-        SCRIPTS / "run_all.py",
-        *("--device", "cpu", "--scripts", str(tmp_path), "--out", str(tmp_path / "out")),
-        *("--seconds", "12", "--grace", "0.5", "--seed", "7", "--hf-speed=--more 'a b'"),
-        *("--parts", "kernels_right", "vllm_runs", "kernels_fast", "hf_speed"),
-    )
-    assert done.returncode == 1
-    *parts, summary = lines_of(done.stdout)
-    crashed, failed, hung, good = parts
-    assert (crashed["ok"], crashed["exit_code"], crashed["lines"]) == (False, -6, 1)
-    assert "words" in (tmp_path / "out" / "kernels_right.log").read_text()
-    assert failed["failed"] == [{"case": "bad", "error": "why"}]
-    assert (hung["ok"], hung["killed"], hung["lines"]) == (False, True, 0)
-    assert 3 < hung["seconds"] < 8.5  # four sevenths of the 12 seconds, less what went before
-    assert good["ok"] is True
-    assert summary["failed"] == ["kernels_right", "vllm_runs", "kernels_fast"]
-    lines = lines_of((tmp_path / "out" / "lines.jsonl").read_text())
-    assert [line["part"] for line in lines] == ["kernels_right", "vllm_runs", "hf_speed"]
-    told = dict(zip(lines[-1]["argv"][::2], lines[-1]["argv"][1::2], strict=False))
-    assert (told["--seed"], told["--device"]) == ("7", "cpu")
-    assert lines[-1]["argv"][-2:] == ["--more", "a b"]
-    table = [line.split() for line in done.stdout.splitlines() if line.startswith("hf_speed")]
-    assert table == [
-        ["hf_speed:", "one", "x", ">=", "2", "1.5", "MISSED"],
-        ["hf_speed:", "one", "y", "<=", "1", "None", "not", "measured"],
-    ]
-
-
-def test_parts_that_would_begin_too_late_are_skipped(tmp_path):
-    done = run(SCRIPTS / "run_all.py", "--seconds", "1", "--out", str(tmp_path))
-    assert done.returncode == 0
-    *parts, summary = lines_of(done.stdout)
-    assert {line["skipped"] for line in parts} == {"the time is up"}
-    assert summary["skipped"] == [line["part"] for line in parts]
-    assert list(tmp_path.glob("*.log")) == []
 
 
 # ---- the other kinds of vLLM's cases
