@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import common
-from vllm_cases import POLICIES, Case
+from vllm_cases import BUDGET, POLICIES, Case
 
 from paged_kv.bench.settings import kv_bytes_per_token, random_prompts
 from paged_kv.vllm.driver.workload import EngineSettings, RunResult, Workload
@@ -37,7 +37,6 @@ SIZES = {
 }
 CHUNK = (512, 64)  # tokens of a step, for chunked
 PREEMPT_EVERY = (64, 8)
-SMALL_BUDGET = 96
 # What makes the host wait for the GPU, or reads from it, by the profiler's names.
 WAITS = ("Memcpy DtoH", "Synchronize")
 # Of logits: what a GPU's order of sums may differ by from a CPU's. A lost entry is 1e-3 or more.
@@ -50,8 +49,8 @@ def start(args: argparse.Namespace, case: Case, longest: int) -> Any:
 
     requests, *_ = size_of(args, case)
     policy = dict(POLICIES[case.policy])
-    if args.small and policy.get("budget") == 256:
-        policy["budget"] = SMALL_BUDGET
+    if args.small and policy.get("budget") == BUDGET:
+        policy["budget"] = 128 if case.policy.startswith("pyramidal") else 96
     tokens = int(requests * longest * case.pool) + PAGE * 8
     settings = EngineSettings(
         args.model,
