@@ -40,6 +40,7 @@ def subtasks(rows: Sequence[Row], task: str, budget: int) -> list[str]:
 
 def beside(rows: Sequence[Row], task: str, budget: int) -> list[str]:
     """How far each policy is above those of NEAREST, in points, over the same examples."""
+    rows_of(task, rows)
     each = _scores(rows, task, budget)
     lines = []
     for policy, scores in each.items():

@@ -4,7 +4,7 @@ Each case (vllm_cases.py) is an engine in a process of its own (vllm_child.py), 
 the shape of Llama 3.2 1B. What must be right runs several at once (--at-once), what is timed one
 after another. Lines of cases that are compared with plain vLLM have
 
-same_tokens   share of the tokens that are plain's; of unreached and plain_again all must be, eager
+same_tokens   share of the tokens that are plain's; of unreached and plain_again all must be
 ratio         tokens per second by plain's
 waits         of a profile: copies to the host and synchronizations in ten steps; must be plain's
 
