@@ -25,45 +25,14 @@ from vllm import _custom_ops as vllm_ops
 from vllm.platforms import current_platform
 
 from paged_kv.bench import script
+from paged_kv.bench.attention_size import DTYPE, PAGE_SIZE, Size
 from paged_kv.core.page_formats import FORMATS
 from paged_kv.kernels import cpu, ops
 from paged_kv.kernels.operands import Queries, Segment, Side, Terms
 from paged_kv.quant import make_layout
 
-PAGE_SIZE = 32
 CHUNK = 512  # new tokens of a prefill
 READ_BYTES = 1 << 28
-DTYPE = torch.bfloat16
-
-
-class Size(NamedTuple):
-    """Sequences of equal length; heads are query heads."""
-
-    sequences: int
-    entries: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-
-    @property
-    def pages(self) -> int:
-        return -(-self.entries // PAGE_SIZE)
-
-    def table(self) -> torch.Tensor:
-        """int32 [sequences, pages]: any order."""
-        return torch.randperm(self.sequences * self.pages).int().view(self.sequences, -1)
-
-    def counts(self) -> torch.Tensor:
-        return torch.full((self.sequences,), self.entries, dtype=torch.int32)
-
-    def new(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(queries, output, starts) of so many tokens per sequence."""
-        states = torch.randn(self.sequences * tokens, self.heads, self.head_dim).to(DTYPE)
-        starts = torch.arange(self.sequences + 1, dtype=torch.int32) * tokens
-        return states, torch.empty_like(states), starts
-
-    def entries_of(self, count: int) -> torch.Tensor:
-        return torch.randn(count, self.kv_heads, self.head_dim).to(DTYPE)
 
 
 class Run(NamedTuple):
@@ -81,7 +50,8 @@ def ours(size: Size, page_format: str, tokens: int, scores: bool) -> tuple[Run, 
     slots = torch.arange(num_pages * PAGE_SIZE)
     keys, values = size.entries_of(len(slots)), size.entries_of(len(slots))
     ops.write(blocks, layout, keys, values, slots)
-    states, output, starts = size.new(tokens)
+    states, starts = size.queries(tokens), size.starts(tokens)
+    output = torch.empty_like(states)
     side = Side(scores=torch.zeros(num_pages, size.kv_heads, PAGE_SIZE) if scores else None)
     segments = [Segment(blocks, layout, size.table(), size.counts())]
     operands = output, Queries(states, starts), segments, Terms(size.head_dim**-0.5), side
@@ -104,7 +74,8 @@ def vllms(size: Size, tokens: int) -> tuple[Run, Run]:
     slots = torch.arange(num_pages * PAGE_SIZE)
     keys, values = size.entries_of(len(slots)), size.entries_of(len(slots))
     vllm_ops.cpu_attn_reshape_and_cache(keys, values, *stored, slots, isa)
-    states, output, starts = size.new(tokens)
+    states, starts = size.queries(tokens), size.starts(tokens)
+    output = torch.empty_like(states)
     counts = size.counts()
     plan = vllm_ops.cpu_attn_get_scheduler_metadata(
         size.sequences, size.heads, size.kv_heads, size.head_dim, counts, DTYPE, starts,

@@ -2,47 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from paged_kv.bench.attention_size import DTYPE, PAGE_SIZE, Size
 from paged_kv.kernels import packed_reference
 from paged_kv.kernels.operands import Queries, Segment, Side, Terms
 from paged_kv.quant import make_layout
 
 Tensor = torch.Tensor
-PAGE_SIZE = 32
-DTYPE = torch.bfloat16
 FILL = 1 << 16  # entries written at once
-
-
-class Size(NamedTuple):
-    """Sequences of equal length; heads are query heads."""
-
-    sequences: int
-    entries: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-
-    @property
-    def pages(self) -> int:
-        """Of a sequence."""
-        return -(-self.entries // PAGE_SIZE)
-
-    def table(self, device: str) -> Tensor:
-        """int32 [sequences, pages]: in any order."""
-        order = torch.randperm(self.sequences * self.pages, device=device)
-        return order.int().view(self.sequences, -1)
-
-    def counts(self, device: str) -> Tensor:
-        return torch.full((self.sequences,), self.entries, dtype=torch.int32, device=device)
-
-    def starts(self, device: str) -> Tensor:
-        return torch.arange(self.sequences + 1, dtype=torch.int32, device=device)
-
-    def queries(self, device: str) -> Tensor:
-        return torch.randn(self.sequences, self.heads, self.head_dim, device=device).to(DTYPE)
 
 
 class Ours:
@@ -66,10 +36,10 @@ class Ours:
         blocks = torch.full(shape, 255, dtype=torch.uint8, device=device)
         for first in range(0, num_pages * PAGE_SIZE, FILL):
             slots = torch.arange(first, min(first + FILL, num_pages * PAGE_SIZE), device=device)
-            new = torch.randn(2, len(slots), size.kv_heads, size.head_dim, device=device).to(DTYPE)
-            kernels.write(blocks, layout, *new, slots)
-        states = size.queries(device)
-        self.queries = Queries(states, size.starts(device))
+            keys, values = (size.entries_of(len(slots), device) for _ in range(2))
+            kernels.write(blocks, layout, keys, values, slots)
+        states = size.queries(device=device)
+        self.queries = Queries(states, size.starts(device=device))
         self.segment = Segment(blocks, layout, size.table(device), size.counts(device))
         self.output = torch.full_like(states, torch.nan)
         slots_shape = num_pages, size.kv_heads, PAGE_SIZE
@@ -127,12 +97,12 @@ class FlashPaged:
 
         shape = 2, size.sequences * size.pages, PAGE_SIZE, size.kv_heads, size.head_dim
         keys, values = torch.empty(shape, dtype=DTYPE, device=device).normal_()
-        states = size.queries(device)
+        states = size.queries(device=device)
         self.output = torch.empty_like(states)
         self.function = flash_attn_varlen_func
         self.operands = {
             "q": states, "k": keys, "v": values, "out": self.output,
-            "cu_seqlens_q": size.starts(device), "max_seqlen_q": 1,
+            "cu_seqlens_q": size.starts(device=device), "max_seqlen_q": 1,
             "seqused_k": size.counts(device), "max_seqlen_k": size.entries,
             "block_table": size.table(device), "softmax_scale": size.head_dim**-0.5,
             "causal": True, "fa_version": 3,
@@ -148,7 +118,7 @@ class Dense:
     def __init__(self, size: Size, device: str) -> None:
         shape = 2, size.sequences, size.kv_heads, size.entries, size.head_dim
         self.keys, self.values = torch.empty(shape, dtype=DTYPE, device=device).normal_()
-        self.states = size.queries(device)[:, :, None]
+        self.states = size.queries(device=device)[:, :, None]
 
     def run(self) -> None:
         self.output = torch.nn.functional.scaled_dot_product_attention(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from attention_cases import DTYPE, PAGE_SIZE, relative
+from attention_cases import relative
 
+from paged_kv.bench.attention_size import DTYPE, PAGE_SIZE
 from paged_kv.kernels import packed_reference, reference
 from paged_kv.kernels.operands import DenseAttention, Terms
 from paged_kv.quant import make_layout

@@ -22,10 +22,11 @@ from typing import Any
 import common
 import timing
 import torch
-from attention_cases import Dense, FlashPaged, Ours, Size
+from attention_cases import Dense, FlashPaged, Ours
 from copying_cases import Moving, Observing, Writing
 
 import paged_kv.kernels.triton as kernels
+from paged_kv.bench.attention_size import Size
 from paged_kv.core.page_formats import FORMATS
 
 LARGEST_ERROR = 1e-2  # bfloat16 outputs of TF32 products
