@@ -8,7 +8,9 @@ every layer group. Prompts of different lengths spread the events over the steps
 import argparse
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import chain
 from typing import Any
 
 from paged_kv.bench import script
@@ -17,25 +19,34 @@ from paged_kv.config import DEFAULT_PAGE_SIZE
 from paged_kv.vllm.driver.engine import Engine, engine_environment
 from paged_kv.vllm.driver.workload import EngineSettings, Workload
 
-PARTS = {"shift": "shift", "compact": "_compact"}  # methods of paged_kv.vllm.worker.step.Compactor
-
 
 class Stopwatch:
-    """Adds up the time spent in a method of an object."""
+    """Adds up the time spent in a method of some objects."""
 
-    def __init__(self, target: Any, method: str) -> None:
+    def __init__(self, targets: Iterable[Any], method: str) -> None:
         self.seconds = 0.0
         self.calls = 0
-        self.inner: Callable[..., Any] = getattr(target, method)
-        setattr(target, method, self)
+        for target in targets:
+            setattr(target, method, partial(self.timed, getattr(target, method)))
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def timed(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What the method gives."""
         start = time.perf_counter()
         try:
-            return self.inner(*args, **kwargs)
+            return inner(*args, **kwargs)
         finally:
             self.seconds += time.perf_counter() - start
             self.calls += 1
+
+
+def watch(worker: Any) -> dict[str, Stopwatch]:
+    """The parts of a worker's steps, by name."""
+    groups = chain.from_iterable(worker.model_runner.attn_groups)
+    builders = chain.from_iterable(group.metadata_builders for group in groups)
+    return {
+        "shift": Stopwatch(builders, "retained"),
+        "compact": Stopwatch([worker.compactor], "_compact"),
+    }
 
 
 def main(args: argparse.Namespace) -> None:
@@ -43,8 +54,7 @@ def main(args: argparse.Namespace) -> None:
     for policy in args.cases:
         for budget in args.budgets:
             engine = Engine(engine_settings(args, policy, budget))
-            compactor = engine.core.model_executor.driver_worker.worker.compactor
-            watches = {part: Stopwatch(compactor, method) for part, method in PARTS.items()}
+            watches = watch(engine.core.model_executor.driver_worker.worker)
             for batch in args.batches:
                 case = {"case": policy, "budget": budget, "batch": batch}
                 measured = measure(args, engine, watches, prompts(args, budget, batch))
