@@ -275,11 +275,12 @@ def test_a_run_of_real_servers(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")
     out, before = tmp_path / "new" / "rows.jsonl", children()
     line = ["bench", "throughput", "--model", tiny, "--policy", "plain,streaming"]
-    line += ["--budget", "96", "--requests", "6", "--input-len", "96", "--output-len", "96"]
+    # For seconds: a look each half second must see them run.
+    line += ["--budget", "96", "--requests", "6", "--input-len", "96", "--output-len", "416"]
     assert cli.main([*line, "--pool", "0.75", "--rounds", "1", "--out", str(out)]) == 0
     assert children() == before
     plain, streaming = results.read([out])
-    assert (plain["policy"], plain["kept"]) == ("plain", 192)
+    assert (plain["policy"], plain["kept"]) == ("plain", 512)
     assert (streaming["policy"], streaming["kept"]) == ("streaming", 96)
     for row in (plain, streaming):
         assert row["task"] == "throughput"
@@ -288,7 +289,7 @@ def test_a_run_of_real_servers(tiny, tmp_path, monkeypatch, capsys):
         assert 0 <= row["itl_ms"] <= row["itl_p99_ms"]
         assert 0 < row["ttft_ms"] <= row["ttft_p99_ms"]
         assert 1 <= row["running"] <= 6
-        assert row["seconds"] * row["score"] == pytest.approx(6 * 96, rel=0.05)
+        assert row["seconds"] * row["score"] == pytest.approx(6 * 416, rel=0.05)
         assert 0 <= row["idle_cpu"] < 0.3
     assert plain["preemptions"] > 0, "three quarters of what they need"
     assert streaming["preemptions"] == 0
