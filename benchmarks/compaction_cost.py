@@ -106,10 +106,11 @@ def measure(
     for part in watches:
         spent = sum(after[1][part][0] - before[1][part][0] for before, after in rows)
         calls = sum(after[1][part][1] - before[1][part][1] for before, after in rows)
+        assert calls, f"nobody called what {part} watches"
         total += spent
         result[f"{part}_share"] = round(spent / seconds, 5)
         result[f"{part}_calls_per_step"] = round(calls / num_steps, 3)
-        result[f"{part}_us_per_call"] = round(1e6 * spent / max(1, calls), 1)
+        result[f"{part}_us_per_call"] = round(1e6 * spent / calls, 1)
     return {**result, "share": round(total / seconds, 5)}
 
 

@@ -4,7 +4,7 @@
     python benchmarks/publish.py --data DIR needle ruler # these, each anew if it is there
 
 Of two cores perplexity takes an hour, needle half an hour, ruler and longbench hours (one core
-each, with OMP_NUM_THREADS=1, is the best use of two), speed half an hour with nothing beside it.
+each, with OMP_NUM_THREADS=1), throughput half an hour for the first three pools alone.
 DIR has the texts: wiki.test.raw (WikiText-2), american_adventures.txt and news_from_nowhere.txt
 (Project Gutenberg 18304 and 3261, without its header and footer), and longbench/ (see
 docs/evaluation.md). A run that was stopped goes on where it was: see `paged-kv eval --help`, --out.

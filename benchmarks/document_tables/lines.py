@@ -33,29 +33,25 @@ def grid(
     cell: Callable[[Sequence[Row]], str],
     order: int,
     highest_first: bool = False,
-    column: str = "budget",
 ) -> list[str]:
     """A line for each policy, a column for each budget; best first by the column `order`.
 
     Args:
         rows: of policies with budgets.
         cell: from the rows of a policy and budget, which begins with what lines are sorted by.
-        order: of the columns, the one to sort by.
+        order: of the budgets, the one to sort by.
         highest_first: the highest is the best.
-        column: the field that columns differ in; numbers in order, others as they come.
     """
-    values = list(dict.fromkeys(row[column] for row in rows))
-    if all(isinstance(value, (int, float)) for value in values):
-        values.sort()
+    budgets = sorted({row["budget"] for row in rows})
     lines = []
     for policy in dict.fromkeys(row["policy"] for row in rows):
         cells = []
-        for value in values:
-            found = [row for row in rows if (row["policy"], row[column]) == (policy, value)]
+        for budget in budgets:
+            found = [row for row in rows if (row["policy"], row["budget"]) == (policy, budget)]
             cells.append(cell(found) if found else "")
         lines.append((policy, cells))
     lines.sort(key=lambda one: _number(one[1][order], highest_first))
-    names = [f"{value:,}" if isinstance(value, int) else str(value) for value in values]
+    names = [f"{budget:,}" for budget in budgets]
     return head("policy", *names) + [line([f"`{policy}`", *cells]) for policy, cells in lines]
 
 
