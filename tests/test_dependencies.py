@@ -57,7 +57,7 @@ SAME_LEVEL = {
 # Folders of the second level: a folder may import those after it; "" is what lies beside them. A
 # module stands here if it belongs above folders that are above the rest.
 INSIDE = {
-    "vllm": ["driver", "frontend", "worker", "scheduler", "swap", ""],
+    "vllm": ["driver", "frontend", "worker", "scheduler", "swap", "watch", ""],
     "hf": ["driver", "batch", ""],
     "eval": ["", "peers", "reference", "tasks", "prompt"],
     "kernels": ["ops", "cpu", "triton", ""],

@@ -53,6 +53,7 @@ class SpillStore:
         self._small: dict[str, Tensor] = {}  # [layers, kv_heads, capacity] by name
         self._bounds = PageBounds(self.shape, self.sizes[0], self.dtype)
         self._num_lost = 0
+        self._known_bytes = {"host": 0, "mmap": 0}
         self.memos: dict[int, Memo] = {}  # by layer; of that layer alone
 
     def select(self, layers: Sequence[int]) -> SpillView:
@@ -77,7 +78,14 @@ class SpillStore:
         self.wait()
         host, mmap = self._memory.num_bytes
         small = sum(tensor.nbytes for tensor in self._small.values())
-        return {"host": host + small + self._bounds.num_bytes, "mmap": mmap}
+        self._known_bytes = {"host": host + small + self._bounds.num_bytes, "mmap": mmap}
+        return self._known_bytes
+
+    @property
+    def known_bytes(self) -> dict[str, int]:
+        """num_bytes without waiting: while something is on its way, what it was before."""
+        arrived = all(arrival.done() for _, arrival in self._work)
+        return self.num_bytes if arrived else self._known_bytes
 
     def copy(self) -> SpillStore:
         """One with the same entries; with the most important, if there is no room for all."""

@@ -25,6 +25,7 @@ from paged_kv.tiers.files import check_spill_dir
 from paged_kv.vllm.frontend import formats, intake, support
 from paged_kv.vllm.plan import PLAN_KEY
 from paged_kv.vllm.swap import options as swap
+from paged_kv.vllm.watch import places
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -113,6 +114,8 @@ def _fold_when_parsed(parser: Any) -> None:
                 support.check_model_directory(model, namespace.load_format)
         if CONFIG_KEY in additional:
             namespace.additional_config = additional
+        if config.enabled:
+            places.ensure()
         return namespace, extras
 
     parser.parse_known_args = folding
@@ -209,6 +212,8 @@ def after_engine_config(engine_args: Any, vllm_config: Any, config: CompressionC
     intake.install()
     if config.enabled or config.swap_space:
         _install_scheduler(vllm_config, config)
+    if config.enabled:
+        places.ensure(inherited=vllm_config.parallel_config._api_process_count > 1)
 
 
 def _is_active(config: CompressionConfig) -> bool:

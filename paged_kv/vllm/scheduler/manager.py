@@ -32,6 +32,7 @@ class _Sequence:
         copies: shared pages that must become private ones.
         num_hit: pages of its prefix hit.
         is_running: whether the workers know its pages: they must be told of copies.
+        num_freed: pages that compactions have given back.
     """
 
     start: int
@@ -41,6 +42,7 @@ class _Sequence:
     copies: list[int] = field(default_factory=list)
     num_hit: int = 0
     is_running: bool = False
+    num_freed: int = 0
 
 
 class PagedManager(SingleTypeKVCacheManager):
@@ -57,6 +59,7 @@ class PagedManager(SingleTypeKVCacheManager):
         self.snapshot_reserve: Callable[[], int] = lambda: 0  # and copies for the prefix cache
         self.cached_pages = CachedPages(self.block_pool, self.kv_cache_group_id, self.block_size)
         self.replaced: set[str] = set()  # running requests whose pages are copied in this step
+        self.num_freed = 0  # pages that compactions have given back, so far
         self._sequences: dict[str, _Sequence] = {}
 
     def begin(self, request_id: str, start: int, max_len: int) -> None:
@@ -187,8 +190,11 @@ class PagedManager(SingleTypeKVCacheManager):
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
         """Frees the pages that compactions of finished steps have emptied."""
-        evicted = self.evicted(request_id, processed_computed_tokens)
-        self._remove_blocks_in_range(request_id, 0, evicted // self.block_size)
+        freed = self.evicted(request_id, processed_computed_tokens) // self.block_size
+        self._remove_blocks_in_range(request_id, 0, freed)
+        sequence = self._sequences[request_id]
+        self.num_freed += max(0, freed - sequence.num_freed)
+        sequence.num_freed = max(freed, sequence.num_freed)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """The request ends or is preempted: nobody will rewrite its pages now."""
@@ -199,6 +205,7 @@ class PagedManager(SingleTypeKVCacheManager):
         if request_id in self._sequences:
             sequence = self._sequences[request_id]
             sequence.frozen, sequence.copies, sequence.is_running = None, [], False
+            sequence.num_freed = 0
         return blocks
 
     @classmethod

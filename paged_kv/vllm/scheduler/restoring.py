@@ -86,6 +86,7 @@ class RestoringManager(ShrinkingManager):
         freed = self.restored_pages(request_id)
         assert not (freed and num_local_computed_tokens), "a prefix hit is raw"
         self.req_to_blocks[request_id].extend([self._null_block] * freed)
+        self._sequences[request_id].num_freed = freed
         super().allocate_external_computed_blocks(
             request_id, num_local_computed_tokens, *args, **kwargs
         )

@@ -26,6 +26,7 @@ from paged_kv.vllm.scheduler.pressure import Pressure
 from paged_kv.vllm.scheduler.pressure_log import PressureLog
 from paged_kv.vllm.scheduler.refusing import RefusingMixin
 from paged_kv.vllm.scheduler.restoring import RestoringManager
+from paged_kv.vllm.scheduler.watching import SchedulerWatch
 from paged_kv.vllm.swap.scheduler import SwapMixin
 
 
@@ -64,6 +65,7 @@ class _PagedMixin(AdmittingMixin, ClippingMixin, RefusingMixin):
             self._pressure_log = PressureLog(self.pressure.counts)
             self.paged_managers[0].reserve = self._reserved  # of all groups together
         self.capacity.log(self._prompt_chunk, chunk * batches)
+        self._watch = SchedulerWatch(self) if self.log_stats else None
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """One step; tells the worker which raw pages to copy before it compacts.
@@ -89,6 +91,12 @@ class _PagedMixin(AdmittingMixin, ClippingMixin, RefusingMixin):
         for manager in self.paged_managers:
             manager.cached_pages.snapshots.publish()
         return super().update_from_output(*args, **kwargs)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
+        """What vLLM tells its loggers after each step; ours find what we count by then."""
+        if self._watch is not None:
+            self._watch.update()
+        return super().make_stats(*args, **kwargs)
 
     def add_request(self, request: Request) -> None:
         """Registers the request with the managers; refuses one that can never run.

@@ -80,6 +80,12 @@ class RequestStores(SpillStores[str]):
         for request in list(self._stores):
             self.drop(request)
 
+    @property
+    def known_bytes(self) -> dict[str, int]:
+        """num_bytes, but for what is on its way."""
+        sizes = [store.known_bytes for store in self.stores]
+        return {tier: sum(size[tier] for size in sizes) for tier in ("host", "mmap")}
+
     def stats(self) -> SpillStats:
         """Waits for what is on its way."""
         dropped = sum(store.num_lost * store.shape[1] for store in self.stores)

@@ -11,7 +11,7 @@ nothing waits for a GPU.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ from paged_kv.vllm.worker.rope import find_rotary
 from paged_kv.vllm.worker.slot_movers import SlotMovers
 from paged_kv.vllm.worker.spilling import RequestStores, SpillStats
 from paged_kv.vllm.worker.starts import Starts
+from paged_kv.vllm.worker.watching import WorkerWatch
 
 
 @dataclass
@@ -81,6 +82,7 @@ class Compactor:
         self.layouts = layouts or {}
         self.spilled = spilled
         self.num_events = 0
+        self.watch: WorkerWatch | None = None  # told of compactions
         self.positional = policy.is_positional
         self.requests = RequestRows(runner, policy.observation_window)
         self.starts = Starts(runner, waits_for_pressure)
@@ -126,9 +128,12 @@ class Compactor:
             if snapshots:
                 num_pages = self.runner.kv_cache_config.num_blocks
                 copy_kv_cache_blocks_inplace(self.runner.kv_caches, num_pages, snapshots)
-            with torch.inference_mode():  # like the forward pass, in which side data is made
+            number = sum(len(pending.rows) for pending in self._pending)
+            self.num_events += number
+            watched = nullcontext() if self.watch is None else self.watch.compactions(number)
+            # Inference mode like the forward pass, in which side data is made.
+            with torch.inference_mode(), watched:
                 for pending in self._pending:
-                    self.num_events += len(pending.rows)
                     self._compact(pending)
         finally:
             self._in_step = False

@@ -35,6 +35,7 @@ from paged_kv.vllm.worker.packed import PackedAttention, layout_of, packed_backe
 from paged_kv.vllm.worker.residual import ResidualRings
 from paged_kv.vllm.worker.spilling import make_request_stores
 from paged_kv.vllm.worker.step import Compactor
+from paged_kv.vllm.worker.watching import WorkerWatch
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -141,7 +142,10 @@ class PagedWorkerMixin:
         num_requests = self.vllm_config.scheduler_config.max_num_seqs
         spilled = make_request_stores(self._config, list(layers.values()), num_requests)
         waits = self._plan.waits_for_pressure
-        return Compactor(self.model_runner, self._policy, layers, layouts, spilled, waits)
+        compactor = Compactor(self.model_runner, self._policy, layers, layouts, spilled, waits)
+        parallel, device = self.vllm_config.parallel_config, self.model_runner.device
+        compactor.watch = WorkerWatch(parallel.data_parallel_index, parallel.rank, device, spilled)
+        return compactor
 
     def _copier(self, kv_cache_config: Any) -> Copier:
         compactor, residual = self.compactor, self.residual

@@ -1,0 +1,149 @@
+"""What a scheduler counts for whoever watches the server; written after each step."""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.logger import init_logger
+
+from paged_kv.config import CompressionConfig
+from paged_kv.core.schedule import NEVER
+from paged_kv.registry import FULL
+from paged_kv.vllm.scheduler.manager import PagedManager
+from paged_kv.vllm.swap.connector import SwapConnector
+from paged_kv.vllm.watch import places, totals
+from paged_kv.vllm.watch.totals import Series
+
+logger = init_logger(f"vllm.{__name__}")
+
+INTERVAL = 0.5  # seconds between two looks at how many pages everybody holds
+
+
+class SchedulerWatch:
+    """Counters and gauges of one engine, in its file.
+
+    Args:
+        scheduler: one of ours.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+        self._managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+        self._pool = self._managers[0].block_pool
+        config = scheduler.kv_cache_config
+        self._num_layers = [len(group.layer_names) for group in config.kv_cache_groups]
+        self._page_bytes = sum(t.size for t in config.kv_cache_tensors) // config.num_blocks
+        additional = scheduler.vllm_config.additional_config
+        self._config = CompressionConfig.from_dict(additional["paged_kv"])
+        merges = self._config.create_policy().merges
+        self._dropped = "merged_entries" if merges else "evicted_entries"
+        self._file, self._next = self._create(), 0.0
+
+    def update(self) -> None:
+        """After a step, or a change of what is waiting."""
+        if self._file is None:
+            return
+        counters = [number for numbers in self._dropped_by_group() for number in numbers]
+        counters += self._under_pressure()
+        self._file.values[: len(counters)] = counters
+        now = time.monotonic()
+        if now >= self._next or not self._scheduler.running:
+            self._next = now + INTERVAL
+            self._file.values[len(counters) :] = self._gauges()
+
+    def _create(self) -> totals.Totals | None:
+        """None: nobody looks, or there is no room."""
+        directory = places.directory()
+        if directory is None:
+            return None
+        engine = self._scheduler.vllm_config.parallel_config.data_parallel_index
+        try:
+            path = places.engine_file(directory, engine)
+            return totals.create(path, self._series(), self._facts())
+        except OSError as error:
+            logger.warning("paged_kv: no metrics of engine %d: %s", engine, error)
+            return None
+
+    def _series(self) -> list[Series]:
+        """As update writes them."""
+        series = []
+        for manager in self._paged():
+            group = {"group": str(manager.kv_cache_group_id)}
+            series.append(Series("freed_pages", group))
+            series.append(Series(self._dropped, {**group, "policy": self._config.policy}))
+        if self._scheduler.pressure is not None:
+            series += [Series("shrunk_requests", {}), Series("avoided_preemptions", {})]
+        series += [Series("pool_pages", {}), Series("free_pages", {})]
+        series += [Series("held_pages", {"group": str(i)}) for i in range(len(self._managers))]
+        series.append(Series("requests_at_budget", {}))
+        series.append(Series("bytes", {"tier": "device", "use": "pages"}))
+        if self._config.swap_space:
+            series += [Series("bytes", {"tier": t, "use": "swap"}) for t in ("host", "file")]
+        return series
+
+    def _facts(self) -> dict[str, Any]:
+        """Of the groups: which policy, how many layers, and what budget after max_model_len."""
+        length = self._scheduler.max_model_len
+        groups = [
+            {
+                "policy": self._config.policy if isinstance(manager, PagedManager) else FULL,
+                "layers": layers,
+                "budget": manager.schedule.budget(length)
+                if isinstance(manager, PagedManager)
+                else None,
+            }
+            for manager, layers in zip(self._managers, self._num_layers, strict=True)
+        ]
+        return {"groups": groups, "page_size": self._paged()[0].block_size}
+
+    def _paged(self) -> Sequence[PagedManager]:
+        managers: Sequence[PagedManager] = self._scheduler.paged_managers
+        return managers
+
+    def _dropped_by_group(self) -> list[tuple[int, int]]:
+        """(pages, entries) that compactions have emptied."""
+        return [
+            (
+                manager.num_freed,
+                manager.num_freed
+                * manager.block_size
+                * self._num_layers[manager.kv_cache_group_id],
+            )
+            for manager in self._paged()
+        ]
+
+    def _under_pressure(self) -> list[int]:
+        if self._scheduler.pressure is None:
+            return []
+        counts = self._scheduler.pressure.counts
+        return [counts["shrunk_requests"], counts["avoided_preemptions"]]
+
+    def _gauges(self) -> list[int]:
+        pages = self._pool.num_gpu_blocks - 1  # without vLLM's null page
+        free = self._pool.get_num_free_blocks()
+        held = [sum(map(_num_held, m.req_to_blocks.values())) for m in self._managers]
+        at_budget = sum(self._has_dropped(request) for request in self._scheduler.running)
+        used = (pages - free) * self._page_bytes
+        return [pages, free, *held, at_budget, used, *self._swapped()]
+
+    def _has_dropped(self, request: Any) -> bool:
+        name, computed = request.request_id, request.num_computed_tokens
+        return any(m.start(name) != NEVER and m.evicted(name, computed) > 0 for m in self._paged())
+
+    def _swapped(self) -> list[int]:
+        if not self._config.swap_space:
+            return []
+        connector = self._scheduler.connector
+        ledger = connector.ledger if isinstance(connector, SwapConnector) else None
+        if ledger is None:
+            return [0, 0]
+        slot = ledger.capacity.slot_bytes * ledger.num_ranks
+        return [slots * slot for slots in ledger.used]
+
+
+def _num_held(blocks: Sequence[Any]) -> int:
+    """Pages of a request; those that it has given back are null pages at its start."""
+    return len(blocks) - bisect_left(blocks, True, key=lambda block: not block.is_null)
