@@ -19,6 +19,7 @@ from vllm.v1.core.kv_cache_utils import init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.structured_output import StructuredOutputManager
 
+from paged_kv.config import CompressionConfig
 from paged_kv.core.schedule import Schedule
 from paged_kv.vllm.plan import PLAN_KEY, GroupedPlan, get_plan
 from paged_kv.vllm.scheduler import limits
@@ -167,13 +168,18 @@ def _vllm_config(rules: Rules) -> VllmConfig:
             policy="priority" if rules.priorities else "fcfs",
         ),
         kv_transfer_config=args.kv_transfer_config,
-        additional_config={PLAN_KEY: plan.to_json()},
+        additional_config={PLAN_KEY: plan.to_json(), "paged_kv": _options(rules)},
     )
     # The CPU platform has turned it off; the scheduler itself needs no GPU.
     vllm_config.scheduler_config.async_scheduling = rules.asynchronous
     cache.block_size = rules.page_size
     cache.num_gpu_blocks = rules.num_pages
     return vllm_config
+
+
+def _options(rules: Rules) -> dict[str, Any]:
+    """What a user would have asked for; what is kept says the plan."""
+    return CompressionConfig(policy="streaming", swap_space=float(bool(rules.swap))).to_dict()
 
 
 def max_prompt_len(rules: Rules, scheduler: Any) -> int:

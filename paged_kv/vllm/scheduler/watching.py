@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from vllm.logger import init_logger
@@ -22,14 +23,28 @@ logger = init_logger(f"vllm.{__name__}")
 INTERVAL = 0.5  # seconds between two looks at how many pages everybody holds
 
 
+def make(scheduler: Any) -> SchedulerWatch | None:
+    """For one of our schedulers; None: nobody looks, or there is no room for the file."""
+    directory = places.directory()
+    if directory is None:
+        return None
+    engine = scheduler.vllm_config.parallel_config.data_parallel_index
+    try:
+        return SchedulerWatch(scheduler, places.engine_file(directory, engine))
+    except OSError as error:
+        logger.warning("paged_kv: no metrics of engine %d: %s", engine, error)
+        return None
+
+
 class SchedulerWatch:
-    """Counters and gauges of one engine, in its file.
+    """Counters and gauges of one engine.
 
     Args:
         scheduler: one of ours.
+        path: of the file that is made for them. Raises OSError: there is no room.
     """
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, scheduler: Any, path: Path) -> None:
         self._scheduler = scheduler
         self._managers = scheduler.kv_cache_manager.coordinator.single_type_managers
         self._pool = self._managers[0].block_pool
@@ -40,12 +55,11 @@ class SchedulerWatch:
         self._config = CompressionConfig.from_dict(additional["paged_kv"])
         merges = self._config.create_policy().merges
         self._dropped = "merged_entries" if merges else "evicted_entries"
-        self._file, self._next = self._create(), 0.0
+        self._file = totals.create(path, self._series(), self._facts())
+        self._next = 0.0
 
     def update(self) -> None:
         """After a step, or a change of what is waiting."""
-        if self._file is None:
-            return
         counters = [number for numbers in self._dropped_by_group() for number in numbers]
         counters += self._under_pressure()
         self._file.values[: len(counters)] = counters
@@ -53,19 +67,6 @@ class SchedulerWatch:
         if now >= self._next or not self._scheduler.running:
             self._next = now + INTERVAL
             self._file.values[len(counters) :] = self._gauges()
-
-    def _create(self) -> totals.Totals | None:
-        """None: nobody looks, or there is no room."""
-        directory = places.directory()
-        if directory is None:
-            return None
-        engine = self._scheduler.vllm_config.parallel_config.data_parallel_index
-        try:
-            path = places.engine_file(directory, engine)
-            return totals.create(path, self._series(), self._facts())
-        except OSError as error:
-            logger.warning("paged_kv: no metrics of engine %d: %s", engine, error)
-            return None
 
     def _series(self) -> list[Series]:
         """As update writes them."""

@@ -19,8 +19,10 @@ logger = init_logger(f"vllm.{__name__}")
 INTERVAL = 0.5  # seconds between two looks at what is spilled
 
 
-class WorkerWatch:
-    """Counters of one rank, in its file; nothing waits for a GPU.
+def make(
+    engine: int, rank: int, device: torch.device, spilled: RequestStores | None
+) -> WorkerWatch | None:
+    """None: nobody looks, or there is no room for the file.
 
     Args:
         engine: vLLM's number of the engine.
@@ -28,22 +30,37 @@ class WorkerWatch:
         device: that compacts.
         spilled: what requests have spilled, if the policy spills.
     """
+    directory = places.directory()
+    if directory is None:
+        return None
+    labels = {"rank": str(rank)}
+    series = [Series("compactions", labels), Series("compaction_seconds", labels)]
+    if spilled is not None:
+        series.append(Series("fetched_entries", labels))
+        series += [Series("bytes", {"tier": t, "use": "spill"}) for t in ("host", "file")]
+    try:
+        file = totals.create(places.rank_file(directory, engine, rank), series, {})
+    except OSError as error:
+        logger.warning("paged_kv: no metrics of rank %d: %s", rank, error)
+        return None
+    return WorkerWatch(
+        file, _HostClock() if device.type == "cpu" else _DeviceClock(device), spilled
+    )
+
+
+class WorkerWatch:
+    """Counters of one rank; nothing waits for a GPU."""
 
     def __init__(
-        self, engine: int, rank: int, device: torch.device, spilled: RequestStores | None
+        self, file: totals.Totals, clock: _HostClock | _DeviceClock, spilled: RequestStores | None
     ) -> None:
-        self._clock = _HostClock() if device.type == "cpu" else _DeviceClock(device)
-        self._spilled = spilled
+        self._values, self._clock, self._spilled = file.values, clock, spilled
         self._next = 0.0
-        self._file = self._create(engine, rank)
 
     @contextmanager
     def compactions(self, number: int) -> Iterator[None]:
         """Around so many compactions, in each step: counts them, and their time."""
-        if self._file is None:
-            yield
-            return
-        values = self._file.values
+        values = self._values
         if number:
             values[0] += number
             with self._clock:
@@ -55,21 +72,6 @@ class WorkerWatch:
             self._next = time.monotonic() + INTERVAL
             sizes = self._spilled.known_bytes
             values[2:] = self._spilled.num_fetched, sizes["host"], sizes["mmap"]
-
-    def _create(self, engine: int, rank: int) -> totals.Totals | None:
-        directory = places.directory()
-        if directory is None:
-            return None
-        labels = {"rank": str(rank)}
-        series = [Series("compactions", labels), Series("compaction_seconds", labels)]
-        if self._spilled is not None:
-            series.append(Series("fetched_entries", labels))
-            series += [Series("bytes", {"tier": t, "use": "spill"}) for t in ("host", "file")]
-        try:
-            return totals.create(places.rank_file(directory, engine, rank), series, {})
-        except OSError as error:
-            logger.warning("paged_kv: no metrics of rank %d: %s", rank, error)
-            return None
 
 
 class _HostClock:
