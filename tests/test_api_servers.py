@@ -35,8 +35,21 @@ def test_a_prompt_longer_than_the_pool(processes, tmp_path):
         for _ in range(4):
             status, answer = server.post("/v1/completions", body(1056))
             assert (status, answer["usage"]["completion_tokens"]) == (200, 4)
+        # Which of them has taken over what is chance, too; together they have all of it, once.
+        for _ in range(4):
+            text = server.get("/metrics")
+            assert sum_of(text, "vllm:paged_kv_freed_pages_total") == 4 * (1056 - 256) // 32
+            pages = (PAGES - 1) * text.count("vllm:paged_kv_pool_pages{")
+            assert sum_of(text, "vllm:paged_kv_pool_pages") == pages
+            assert sum_of(text, "vllm:paged_kv_compactions_total") > 0
     finally:
         server.kill()
+
+
+def sum_of(text: str, name: str) -> float:
+    """A metric's value, all engines added up; 0 without one."""
+    lines = [line for line in text.splitlines() if line.startswith(f"{name}{{")]
+    return sum(float(line.split()[-1]) for line in lines)
 
 
 def body(length: int) -> dict[str, object]:

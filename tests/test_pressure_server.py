@@ -76,5 +76,7 @@ def test_burst_calm_burst(tmp_path):
         assert max(used) - used[0] < MEMORY, used
         assert metric(server, "vllm:num_preemptions_total") == 0
         assert metric(server, "vllm:kv_cache_usage_perc") == 0
+        assert metric(server, "vllm:paged_kv_shrunk_requests_total") == counts[-1]
+        assert metric(server, "vllm:paged_kv_avoided_preemptions_total") > 0
     finally:
         server.kill()

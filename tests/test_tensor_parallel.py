@@ -50,6 +50,15 @@ import json, multiprocessing, sys
 import engines
 from vllm.v1.executor import multiproc_executor
 
+from paged_kv.vllm.watch import places, totals
+
+def counted_by_ranks(paged_kv):
+    # Compactions and their nanoseconds, as each rank has counted them.
+    if "policy" not in paged_kv:
+        return {}
+    found = {path.name: totals.read(path) for path in places.files(places.directory(), 0)}
+    return {name: file.values[:2].tolist() for name, file in found.items() if "rank" in name}
+
 if __name__ == "__main__":  # the ranks import this file
     multiprocessing.set_forkserver_preload(["engines", "vllm.v1.worker.cpu_worker"])
     context = multiprocessing.get_context("forkserver")
@@ -57,6 +66,7 @@ if __name__ == "__main__":  # the ranks import this file
     for model, paged_kv, settings, prompts, max_tokens in json.load(open(sys.argv[1])):
         with engines.engine(model, paged_kv, tensor_parallel_size=2, **settings) as llm:
             print(json.dumps(engines.generate(llm, prompts, max_tokens)), flush=True)
+            print(json.dumps(counted_by_ranks(paged_kv)), flush=True)
 """
 
 
@@ -90,7 +100,8 @@ def of_two_ranks(tmp_path_factory, model, prompts) -> dict[str, Any]:
     done = subprocess.run(line, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     tokens = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[[")]
-    return dict(zip(POLICIES, tokens, strict=True))
+    counted = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return dict(zip(POLICIES, zip(tokens, counted, strict=True), strict=True))
 
 
 @pytest.mark.vllm
@@ -108,5 +119,9 @@ def test_two_ranks_give_the_tokens_of_one(model, prompts, of_two_ranks, policy):
     # Sums in another order put some numbers of quantized pages into the neighbouring code, which
     # a random model makes much of after a while.
     same = 16 if "page_format" in POLICIES[policy] else MAX_TOKENS
-    wanted = [found[:same] for found in of_two_ranks[policy]]
-    assert [found[:same] for found in tokens] == wanted
+    tokens_of_two, counted = of_two_ranks[policy]
+    assert [found[:same] for found in tokens] == [found[:same] for found in tokens_of_two]
+    for rank in range(2 if compactor else 0):
+        number, nanoseconds = counted[f"engine-0-rank-{rank}"]
+        assert number == compactor.num_events
+        assert nanoseconds > 0

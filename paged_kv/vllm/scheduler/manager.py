@@ -193,6 +193,7 @@ class PagedManager(SingleTypeKVCacheManager):
         freed = self.evicted(request_id, processed_computed_tokens) // self.block_size
         self._remove_blocks_in_range(request_id, 0, freed)
         sequence = self._sequences[request_id]
+        freed = min(freed, len(self.req_to_blocks.get(request_id, ())))  # it may have none yet
         self.num_freed += max(0, freed - sequence.num_freed)
         sequence.num_freed = max(freed, sequence.num_freed)
 

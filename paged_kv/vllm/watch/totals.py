@@ -57,6 +57,7 @@ def create(path: Path, series: Sequence[Series], facts: Mapping[str, Any]) -> To
         file.write(len(header).to_bytes(_WORD, "little") + header)
         file.flush()
         values = _map(file.fileno(), size, _WORD + len(header))
+    _exported(path).unlink(missing_ok=True)  # of what the old one has counted
     new.rename(path)
     return Totals(series, facts, values)
 
@@ -83,7 +84,7 @@ class Increments:
     def __init__(self, path: Path, totals: Totals) -> None:
         self._totals = totals
         size = _WORD * len(totals.series)
-        self._lock = os.open(f"{path}-exported", os.O_RDWR | os.O_CREAT, 0o600)
+        self._lock = os.open(_exported(path), os.O_RDWR | os.O_CREAT, 0o600)
         os.posix_fallocate(self._lock, 0, size)
         self._taken = _map(self._lock, size, 0)
 
@@ -97,6 +98,10 @@ class Increments:
         finally:
             fcntl.flock(self._lock, fcntl.LOCK_UN)
         return new
+
+
+def _exported(path: Path) -> Path:
+    return path.with_name(f"{path.name}-exported")
 
 
 def _map(file: int, size: int, offset: int) -> npt.NDArray[np.int64]:
