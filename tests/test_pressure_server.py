@@ -76,6 +76,12 @@ def test_burst_calm_burst(tmp_path):
         assert max(used) - used[0] < MEMORY, used
         assert metric(server, "vllm:num_preemptions_total") == 0
         assert metric(server, "vllm:kv_cache_usage_perc") == 0
+        log = server.log.read_text()
+        *_, block = log.partition("Application startup complete.")[0].rpartition("] paged_kv\n")
+        lines = [line.partition("] ")[2].split() for line in block.splitlines()]
+        assert [words[0] for words in lines if words] == [
+            *("policy", "keeps", "capacity", "bounded", "prompts", "metrics", "page", "guide")
+        ]
         assert metric(server, "vllm:paged_kv_shrunk_requests_total") == counts[-1]
         assert metric(server, "vllm:paged_kv_avoided_preemptions_total") > 0
     finally:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import engines
 import pytest
@@ -17,7 +20,7 @@ from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 from watched_worlds import WatchedWorld
 
 from paged_kv.vllm.scheduler import watching
-from paged_kv.vllm.watch import places, totals
+from paged_kv.vllm.watch import places, start_up, totals
 from paged_kv.vllm.watch.metrics import METRICS, PREFIX
 from paged_kv.vllm.watch.stat_logger import PagedStatLogger
 from paged_kv.vllm.watch.totals import Increments, Series
@@ -143,7 +146,7 @@ def config(name: str = "m", api_servers: int = 1):
 
     return SimpleNamespace(
         model_config=SimpleNamespace(served_model_name=name),
-        parallel_config=SimpleNamespace(_api_process_count=api_servers),
+        parallel_config=SimpleNamespace(_api_process_count=api_servers, _api_process_rank=1),
     )
 
 
@@ -157,7 +160,7 @@ def test_every_metric_gets_to_prometheus(directory, no_metrics):
             for name, metric in METRICS.items()
         ]
 
-    paths = [places.rank_file(directory, 3, rank) for rank in range(2)]
+    paths = [places.file_of(directory, 3, rank) for rank in range(2)]
     files = [totals.create(path, series(str(rank)), {}) for rank, path in enumerate(paths)]
     logger = PagedStatLogger(config(), [3])
     logger.record(None, None, engine_idx=3)  # before the engine is ready: nothing to say
@@ -189,6 +192,59 @@ def test_no_policy_no_metrics(monkeypatch, tmp_path, no_metrics):
         logger.record(None, None)
         logger.log()
     assert PREFIX.encode() not in generate_latest(REGISTRY)
+
+
+@pytest.mark.vllm
+def test_the_last_word_before_a_server_is_ready(tmp_path, monkeypatch):
+    """Its figures are the engine's, and those of one without a policy."""
+    model = tiny_models.saved("llama", tmp_path, tokenizer=True)
+    size = {"kv_cache_memory_bytes": 8 << 20, "max_num_seqs": 16}
+    with engines.engine(model, **size) as llm:
+        plain = engines.block_pool(llm).num_gpu_blocks - 1
+        page = engines.engine_core(llm).vllm_config.cache_config.block_size
+        plain_sequences = plain / (2048 / page)
+    policy = {"policy": "pyramidal", "budget": 256, "start": "pressure"}
+    with engines.engine(model, policy, disable_log_stats=False, **size) as llm:
+        vllm_config = engines.engine_core(llm).vllm_config
+        facts = totals.read(places.file_of(places.directory(), 0)).facts
+        capacity = engines.scheduler(llm).capacity
+        sequences = (capacity.num_pages - 1) / capacity.pages_per_sequence()
+        text = start_up.describe(vllm_config, facts)
+        assert "pyramidal, budget 256, once pages run out" in text
+        assert "layers 0-1: 320 entries; layers 2-3: 256 entries" in text
+        found = re.search(r"([\d.]+) sequences of 2,048 tokens .*, without a policy ([\d.]+)", text)
+        assert found
+        assert float(found[1]) == pytest.approx(sequences, abs=0.06)
+        assert float(found[2]) == pytest.approx(plain_sequences, abs=0.06)
+        assert f"memory: the pool has {capacity.num_pages - 1:,} pages" in text
+        assert f"at most {capacity.longest_prompt:,} tokens" in text
+        many = {**facts, "pool_pages": 16 * facts["sequence_pages"], "longest_prompt": None}
+        text = start_up.describe(vllm_config, many)
+        assert re.search(r"bounded by +--max-num-seqs 16:", text)
+        assert re.search(r"prompts +of any length", text)
+        for plugins, page in (("paged_kv", "off; VLLM_PLUGINS=paged_kv,paged_kv_page"),
+                              ("paged_kv,paged_kv_page", "/kv")):  # fmt: skip
+            monkeypatch.setenv("VLLM_PLUGINS", plugins)
+            assert re.search(rf"page +{page}", start_up.describe(vllm_config, facts))
+
+
+def test_it_is_said_once_and_last(monkeypatch):
+    said = []
+    monkeypatch.setattr(start_up.logger, "info", lambda form, text: said.append(text))
+    web_server = logging.getLogger("uvicorn.error")
+    announcement = start_up.Announcement("all of it")
+    web_server.addFilter(announcement)
+    monkeypatch.setattr(web_server, "disabled", False)
+    web_server.setLevel(logging.INFO)
+    try:
+        web_server.info("Waiting for application startup.")
+        assert not said
+        for _ in range(2):
+            web_server.info(start_up.READY)
+            announcement.write()
+        assert said == ["all of it"]
+    finally:
+        web_server.removeFilter(announcement)
 
 
 @pytest.mark.parametrize(
@@ -264,3 +320,12 @@ def scrape_seconds() -> float:
         return time.perf_counter() - begin
 
     return min(once() for _ in range(20))
+
+
+def test_every_metric_is_explained():
+    text = (Path(__file__).parent.parent / "docs" / "watching.md").read_text()
+    for name, metric in METRICS.items():
+        row = next(
+            line for line in text.splitlines() if f"`{name}{metric.is_counter * '_total'}`" in line
+        )
+        assert [label for label in re.findall(r"\w+", row.split("|")[2])] == list(metric.labels)

@@ -58,7 +58,11 @@ class _Title(str):
 def add_cli_args(parser: Any) -> Any:
     """Adds our group to the parser of `vllm serve` and `vllm bench`."""
     group = parser.add_argument_group(
-        title=_Title("paged_kv"), description="KV-cache compression: fewer pages per sequence."
+        title=_Title("paged_kv"),
+        description="KV-cache compression: fewer pages per sequence. The last block in the log "
+        "before the server is ready says what is kept, and how many sequences fit. Then: /metrics "
+        "(vllm:paged_kv_...), `paged-kv top URL`, and with VLLM_PLUGINS=paged_kv,paged_kv_page a "
+        "live page at /kv. Before: `paged-kv capacity`.",
     )
     add = group.add_argument
     names = ", ".join(registry.available())

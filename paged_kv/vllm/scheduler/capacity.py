@@ -39,6 +39,15 @@ class PoolCapacity:
         """Pages of a sequence of max_model_len, in all groups, in steps of so many tokens."""
         return self._num_other_pages + self._most_pages(0, chunk)
 
+    def plain_pages(self, num_layers: Sequence[int]) -> float:
+        """Pages that a sequence of max_model_len would hold without a policy, padding left out.
+
+        Args:
+            num_layers: of the groups of compressed layers; the largest fills a page of the pool.
+        """
+        whole = cdiv(self.max_len, self.managers[0].block_size)
+        return self._num_other_pages + whole * sum(num_layers) / max(num_layers)
+
     def resume_chunk(self) -> int:
         """Tokens past the prompt that a step may recompute: a budget, or what the pool holds.
 

@@ -17,7 +17,7 @@ from vllm.v1.request import Request
 
 from paged_kv.core.schedule import NEVER, cdiv
 from paged_kv.vllm.plan import get_plan
-from paged_kv.vllm.scheduler import limits, watching
+from paged_kv.vllm.scheduler import limits
 from paged_kv.vllm.scheduler.admission import AdmittingMixin
 from paged_kv.vllm.scheduler.capacity import PoolCapacity
 from paged_kv.vllm.scheduler.chunks import ClippingMixin
@@ -26,6 +26,7 @@ from paged_kv.vllm.scheduler.pressure import Pressure
 from paged_kv.vllm.scheduler.pressure_log import PressureLog
 from paged_kv.vllm.scheduler.refusing import RefusingMixin
 from paged_kv.vllm.scheduler.restoring import RestoringManager
+from paged_kv.vllm.scheduler.watching import SchedulerWatch
 from paged_kv.vllm.swap.scheduler import SwapMixin
 
 
@@ -64,7 +65,7 @@ class _PagedMixin(AdmittingMixin, ClippingMixin, RefusingMixin):
             self._pressure_log = PressureLog(self.pressure.counts)
             self.paged_managers[0].reserve = self._reserved  # of all groups together
         self.capacity.log(self._prompt_chunk, chunk * batches)
-        self._watch = watching.make(self) if self.log_stats else None
+        self._watch = SchedulerWatch(self) if self.log_stats else None
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """One step; tells the worker which raw pages to copy before it compacts.

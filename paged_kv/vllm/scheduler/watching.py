@@ -5,35 +5,17 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-
-from vllm.logger import init_logger
 
 from paged_kv.config import CompressionConfig
 from paged_kv.core.schedule import NEVER
 from paged_kv.registry import FULL
 from paged_kv.vllm.scheduler.manager import PagedManager
 from paged_kv.vllm.swap.connector import SwapConnector
-from paged_kv.vllm.watch import places, totals
+from paged_kv.vllm.watch import totals
 from paged_kv.vllm.watch.totals import Series
 
-logger = init_logger(f"vllm.{__name__}")
-
 INTERVAL = 0.5  # seconds between two looks at how many pages everybody holds
-
-
-def make(scheduler: Any) -> SchedulerWatch | None:
-    """For one of our schedulers; None: nobody looks, or there is no room for the file."""
-    directory = places.directory()
-    if directory is None:
-        return None
-    engine = scheduler.vllm_config.parallel_config.data_parallel_index
-    try:
-        return SchedulerWatch(scheduler, places.engine_file(directory, engine))
-    except OSError as error:
-        logger.warning("paged_kv: no metrics of engine %d: %s", engine, error)
-        return None
 
 
 class SchedulerWatch:
@@ -41,10 +23,9 @@ class SchedulerWatch:
 
     Args:
         scheduler: one of ours.
-        path: of the file that is made for them. Raises OSError: there is no room.
     """
 
-    def __init__(self, scheduler: Any, path: Path) -> None:
+    def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
         self._managers = scheduler.kv_cache_manager.coordinator.single_type_managers
         self._pool = self._managers[0].block_pool
@@ -55,11 +36,14 @@ class SchedulerWatch:
         self._config = CompressionConfig.from_dict(additional["paged_kv"])
         merges = self._config.create_policy().merges
         self._dropped = "merged_entries" if merges else "evicted_entries"
-        self._file = totals.create(path, self._series(), self._facts())
+        engine = scheduler.vllm_config.parallel_config.data_parallel_index
+        self._file = totals.for_engine(engine, None, self._series(), self._facts())
         self._next = 0.0
 
     def update(self) -> None:
-        """After a step, or a change of what is waiting."""
+        """After a step."""
+        if self._file is None:
+            return
         counters = [number for numbers in self._dropped_by_group() for number in numbers]
         counters += self._under_pressure()
         self._file.values[: len(counters)] = counters
@@ -86,7 +70,7 @@ class SchedulerWatch:
         return series
 
     def _facts(self) -> dict[str, Any]:
-        """Of the groups: which policy, how many layers, and what budget after max_model_len."""
+        """The layer groups, with their budgets after max_model_len, and what fits."""
         length = self._scheduler.max_model_len
         groups = [
             {
@@ -98,7 +82,16 @@ class SchedulerWatch:
             }
             for manager, layers in zip(self._managers, self._num_layers, strict=True)
         ]
-        return {"groups": groups, "page_size": self._paged()[0].block_size}
+        capacity, layers = self._scheduler.capacity, self._num_layers
+        num_layers = [layers[manager.kv_cache_group_id] for manager in self._paged()]
+        return {
+            "groups": groups,
+            "page_size": self._paged()[0].block_size,
+            "pool_pages": capacity.num_pages - 1,
+            "sequence_pages": capacity.pages_per_sequence(),
+            "plain_sequence_pages": capacity.plain_pages(num_layers),
+            "longest_prompt": capacity.longest_prompt,
+        }
 
     def _paged(self) -> Sequence[PagedManager]:
         managers: Sequence[PagedManager] = self._scheduler.paged_managers

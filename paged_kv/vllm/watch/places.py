@@ -47,14 +47,9 @@ def directory() -> Path | None:
     return Path(name) if name and Path(name).is_dir() else None
 
 
-def engine_file(directory: Path, engine: int) -> Path:
-    """The scheduler's file of an engine, by vLLM's number of it."""
-    return directory / f"engine-{engine}"
-
-
-def rank_file(directory: Path, engine: int, rank: int) -> Path:
-    """A worker's file."""
-    return directory / f"engine-{engine}-rank-{rank}"
+def file_of(directory: Path, engine: int, rank: int | None = None) -> Path:
+    """The file of an engine's scheduler, or of one of its workers."""
+    return directory / (f"engine-{engine}" if rank is None else f"engine-{engine}-rank-{rank}")
 
 
 def files(directory: Path, engine: int) -> list[Path]:
@@ -75,7 +70,7 @@ def _make() -> None:
         directory = tempfile.mkdtemp(prefix=_PREFIX, dir=_parent())
         _locks.append(_lock(Path(directory)))
     except OSError as error:
-        logger.warning("paged_kv: no metrics, no directory for them: %s", error)
+        logger.warning("paged_kv: no metrics, there is no directory for them: %s", error)
         os.environ.pop(VARIABLE, None)
         return
     os.environ[VARIABLE] = directory

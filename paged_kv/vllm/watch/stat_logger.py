@@ -14,7 +14,7 @@ import prometheus_client
 from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
-from paged_kv.vllm.watch import places, totals
+from paged_kv.vllm.watch import places, start_up, totals
 from paged_kv.vllm.watch.metrics import METRICS, PREFIX, Metric
 from paged_kv.vllm.watch.totals import Series
 
@@ -34,7 +34,11 @@ class PagedStatLogger(AggregateStatLoggerBase):
     def __init__(self, vllm_config: Any, engine_indexes: list[int]) -> None:
         self._model = str(vllm_config.model_config.served_model_name)
         self._indexes = engine_indexes
-        self._several = vllm_config.parallel_config._api_process_count > 1
+        self._vllm_config = vllm_config
+        parallel = vllm_config.parallel_config
+        self._several = parallel._api_process_count > 1
+        self._is_first_server = parallel._api_process_rank == 0
+        self._start_up = start_up.NOTHING
         self._engines: dict[int, _Engine] = {}
         self._metrics: dict[str, Any] = {}
         self._since_line: Counter[str] = Counter()
@@ -49,6 +53,9 @@ class PagedStatLogger(AggregateStatLoggerBase):
             if files:
                 self._engines[index] = _Engine(files)
                 self._export(index, self._engines[index])
+        if self._engines and self._is_first_server:
+            facts = next(iter(self._engines.values())).facts
+            self._start_up = start_up.announce(self._vllm_config, facts)
 
     def record(
         self,
@@ -64,6 +71,7 @@ class PagedStatLogger(AggregateStatLoggerBase):
 
     def log(self) -> None:
         """The line: what is new since the last one. Of several API servers none has all of it."""
+        self._start_up.write()
         for index, engine in self._engines.items():
             self._export(index, engine)
         new, self._since_line = self._since_line, Counter()
@@ -114,12 +122,14 @@ class _Engine:
     """The files of an engine and its workers.
 
     Attributes:
+        facts: what the scheduler says of itself.
         gauges: how things were when somebody looked last; those of several workers added up.
     """
 
     def __init__(self, files: list[Path]) -> None:
         opened = [totals.read(path) for path in files]
         self._files = [(f, totals.Increments(p, f)) for p, f in zip(files, opened, strict=True)]
+        self.facts = next((file.facts for file in opened if file.facts), {})
         self.gauges: Counter[_Key] = Counter()
         self._is_first = True
 

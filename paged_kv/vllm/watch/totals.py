@@ -17,6 +17,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from vllm.logger import init_logger
+
+from paged_kv.vllm.watch import places
+
+logger = init_logger(f"vllm.{__name__}")
 
 _WORD = 8  # bytes
 
@@ -40,6 +45,28 @@ class Totals:
     def __init__(self, series: Sequence[Series], facts: Mapping[str, Any], values: Any) -> None:
         self.series, self.facts = list(series), facts
         self.values: npt.NDArray[np.int64] = values
+
+
+def for_engine(
+    engine: int, rank: int | None, series: Sequence[Series], facts: Mapping[str, Any]
+) -> Totals | None:
+    """A new file in this server's directory; None: nobody looks, or there is no room for it.
+
+    Args:
+        engine: vLLM's number of the engine.
+        rank: of the worker whose it is; None: it is the scheduler's.
+        series: see Totals.
+        facts: see Totals.
+    """
+    directory = places.directory()
+    if directory is None:
+        return None
+    path = places.file_of(directory, engine, rank)
+    try:
+        return create(path, series, facts)
+    except OSError as error:
+        logger.warning("paged_kv: no metrics of %s: %s", path.name, error)
+        return None
 
 
 def create(path: Path, series: Sequence[Series], facts: Mapping[str, Any]) -> Totals:

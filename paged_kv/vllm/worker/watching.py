@@ -8,21 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from vllm.logger import init_logger
 
-from paged_kv.vllm.watch import places, totals
+from paged_kv.vllm.watch import totals
 from paged_kv.vllm.watch.totals import Series
 from paged_kv.vllm.worker.spilling import RequestStores
-
-logger = init_logger(f"vllm.{__name__}")
 
 INTERVAL = 0.5  # seconds between two looks at what is spilled
 
 
-def make(
-    engine: int, rank: int, device: torch.device, spilled: RequestStores | None
-) -> WorkerWatch | None:
-    """None: nobody looks, or there is no room for the file.
+class WorkerWatch:
+    """Counters of one rank; nothing waits for a GPU.
 
     Args:
         engine: vLLM's number of the engine.
@@ -30,37 +25,27 @@ def make(
         device: that compacts.
         spilled: what requests have spilled, if the policy spills.
     """
-    directory = places.directory()
-    if directory is None:
-        return None
-    labels = {"rank": str(rank)}
-    series = [Series("compactions", labels), Series("compaction_seconds", labels)]
-    if spilled is not None:
-        series.append(Series("fetched_entries", labels))
-        series += [Series("bytes", {"tier": t, "use": "spill"}) for t in ("host", "file")]
-    try:
-        file = totals.create(places.rank_file(directory, engine, rank), series, {})
-    except OSError as error:
-        logger.warning("paged_kv: no metrics of rank %d: %s", rank, error)
-        return None
-    return WorkerWatch(
-        file, _HostClock() if device.type == "cpu" else _DeviceClock(device), spilled
-    )
-
-
-class WorkerWatch:
-    """Counters of one rank; nothing waits for a GPU."""
 
     def __init__(
-        self, file: totals.Totals, clock: _HostClock | _DeviceClock, spilled: RequestStores | None
+        self, engine: int, rank: int, device: torch.device, spilled: RequestStores | None
     ) -> None:
-        self._values, self._clock, self._spilled = file.values, clock, spilled
+        labels = {"rank": str(rank)}
+        series = [Series("compactions", labels), Series("compaction_seconds", labels)]
+        if spilled is not None:
+            series.append(Series("fetched_entries", labels))
+            series += [Series("bytes", {"tier": t, "use": "spill"}) for t in ("host", "file")]
+        self._file = totals.for_engine(engine, rank, series, {})
+        self._clock = _HostClock() if device.type == "cpu" else _DeviceClock(device)
+        self._spilled = spilled
         self._next = 0.0
 
     @contextmanager
     def compactions(self, number: int) -> Iterator[None]:
         """Around so many compactions, in each step: counts them, and their time."""
-        values = self._values
+        if self._file is None:
+            yield
+            return
+        values = self._file.values
         if number:
             values[0] += number
             with self._clock:

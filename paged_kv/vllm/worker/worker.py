@@ -28,7 +28,6 @@ from paged_kv.vllm.scheduler.registration import register
 from paged_kv.vllm.scheduler.spec import PagedSpec
 from paged_kv.vllm.swap.connector import SwapConnector
 from paged_kv.vllm.swap.copier import Copier
-from paged_kv.vllm.worker import watching
 from paged_kv.vllm.worker.attention import observe_layer, wrap_backend
 from paged_kv.vllm.worker.caches import WorkerCaches, rings_of
 from paged_kv.vllm.worker.memory import Shares
@@ -36,6 +35,7 @@ from paged_kv.vllm.worker.packed import PackedAttention, layout_of, packed_backe
 from paged_kv.vllm.worker.residual import ResidualRings
 from paged_kv.vllm.worker.spilling import make_request_stores
 from paged_kv.vllm.worker.step import Compactor
+from paged_kv.vllm.worker.watching import WorkerWatch
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -144,9 +144,7 @@ class PagedWorkerMixin:
         waits = self._plan.waits_for_pressure
         compactor = Compactor(self.model_runner, self._policy, layers, layouts, spilled, waits)
         parallel, device = self.vllm_config.parallel_config, self.model_runner.device
-        compactor.watch = watching.make(
-            parallel.data_parallel_index, parallel.rank, device, spilled
-        )
+        compactor.watch = WorkerWatch(parallel.data_parallel_index, parallel.rank, device, spilled)
         return compactor
 
     def _copier(self, kv_cache_config: Any) -> Copier:
