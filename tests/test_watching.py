@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import re
 import subprocess
 import sys
@@ -16,11 +17,11 @@ import pytest
 import random_worlds
 import tiny_models
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
+from vllm import SamplingParams, envs
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 from watched_worlds import WatchedWorld
 
-from paged_kv.vllm.scheduler import watching
-from paged_kv.vllm.watch import places, start_up, totals
+from paged_kv.vllm.watch import metrics, places, start_up, totals
 from paged_kv.vllm.watch.metrics import METRICS, PREFIX
 from paged_kv.vllm.watch.stat_logger import PagedStatLogger
 from paged_kv.vllm.watch.totals import Increments, Series
@@ -41,12 +42,12 @@ def no_metrics():
     unregister_vllm_metrics()
 
 
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("kind", ["random_world", "random_swap_world"])
 @pytest.mark.parametrize("pressure", [False, True])
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_counters_agree_with_the_pool(directory, monkeypatch, kind, pressure, asynchronous, seed):
-    monkeypatch.setattr(watching, "INTERVAL", 0)
+    monkeypatch.setattr(metrics, "INTERVAL", 0)
     monkeypatch.setattr(random_worlds, "World", partial(WatchedWorld, directory=directory))
     world = getattr(random_worlds, kind)(seed, pressure=pressure, asynchronous=asynchronous)
     assert world.num_checks > 0
@@ -217,14 +218,15 @@ def test_the_last_word_before_a_server_is_ready(tmp_path, monkeypatch):
         assert float(found[1]) == pytest.approx(sequences, abs=0.06)
         assert float(found[2]) == pytest.approx(plain_sequences, abs=0.06)
         assert f"memory: the pool has {capacity.num_pages - 1:,} pages" in text
-        assert f"at most {capacity.longest_prompt:,} tokens" in text
-        many = {**facts, "pool_pages": 16 * facts["sequence_pages"], "longest_prompt": None}
+        assert facts["longest_prompt"] is capacity.longest_prompt is None
+        assert re.search(r"prompts +of any length", text)
+        many = {**facts, "pool_pages": 16 * facts["sequence_pages"], "longest_prompt": 1024}
         text = start_up.describe(vllm_config, many)
         assert re.search(r"bounded by +--max-num-seqs 16:", text)
-        assert re.search(r"prompts +of any length", text)
+        assert re.search(r"prompts +of at most 1,024 tokens", text)
         for plugins, page in (("paged_kv", "off; VLLM_PLUGINS=paged_kv,paged_kv_page"),
                               ("paged_kv,paged_kv_page", "/kv")):  # fmt: skip
-            monkeypatch.setenv("VLLM_PLUGINS", plugins)
+            monkeypatch.setattr(envs, "VLLM_PLUGINS", plugins.split(","), raising=False)
             assert re.search(rf"page +{page}", start_up.describe(vllm_config, facts))
 
 
@@ -293,6 +295,35 @@ def test_an_engine_counts_what_it_does(tmp_path, no_metrics, policy, dropped):
         logger.log()
         assert len(lines) == 1, "one of several servers does not know all"
         assert scrape_seconds() < 1e-3
+
+
+@pytest.mark.vllm
+def test_what_is_spilled_agrees_with_its_statistics(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "INTERVAL", 0)
+    model = tiny_models.saved("llama", tmp_path, tokenizer=True)
+    policy = {"policy": "snapkv", "budget": 96, "observation_window": 8, "spill": True}
+    policy |= {"spill_interval": 32, "spill_threshold": 0.0}
+    with engines.engine(model, policy) as llm:
+        file = totals.read(places.file_of(places.directory(), 0, 0))
+        names = [series.name for series in file.series]
+        params = SamplingParams(temperature=0.0, max_tokens=160, ignore_eos=True, detokenize=False)
+        prompt = [random.Random(0).randrange(3, tiny_models.VOCAB_SIZE) for _ in range(300)]
+        llm.llm_engine.add_request("0", {"prompt_token_ids": prompt}, params)
+        seen = []
+        while llm.llm_engine.has_unfinished_requests():
+            compactor, before = engines.worker(llm).compactor, file.values[0]
+            llm.llm_engine.step()
+            found = dict(zip(names[:3], file.values[:3].tolist(), strict=True))
+            host, files = file.values[3:].tolist()
+            stats = compactor.spill_stats()
+            assert found["compactions"] == compactor.num_events
+            if file.values[0] > before:  # what was on its way then has arrived now
+                assert found["fetched_entries"] == stats.fetched
+                assert host <= stats.host_bytes
+                assert files == stats.mmap_bytes == 0
+                seen.append(host)
+        assert stats.fetched > 0
+        assert seen[-1] > 0
 
 
 def samples() -> dict[str, dict[tuple[tuple[str, str], ...], float]]:

@@ -12,10 +12,8 @@ from paged_kv.core.schedule import NEVER
 from paged_kv.registry import FULL
 from paged_kv.vllm.scheduler.manager import PagedManager
 from paged_kv.vllm.swap.connector import SwapConnector
-from paged_kv.vllm.watch import totals
+from paged_kv.vllm.watch import metrics, totals
 from paged_kv.vllm.watch.totals import Series
-
-INTERVAL = 0.5  # seconds between two looks at how many pages everybody holds
 
 
 class SchedulerWatch:
@@ -49,7 +47,7 @@ class SchedulerWatch:
         self._file.values[: len(counters)] = counters
         now = time.monotonic()
         if now >= self._next or not self._scheduler.running:
-            self._next = now + INTERVAL
+            self._next = now + metrics.INTERVAL
             self._file.values[len(counters) :] = self._gauges()
 
     def _series(self) -> list[Series]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 PREFIX = "vllm:paged_kv"
+INTERVAL = 0.5  # seconds between two looks at what has to be added up: pages, bytes
 
 
 class Metric(NamedTuple):

@@ -9,11 +9,9 @@ from contextlib import contextmanager
 
 import torch
 
-from paged_kv.vllm.watch import totals
+from paged_kv.vllm.watch import metrics, totals
 from paged_kv.vllm.watch.totals import Series
 from paged_kv.vllm.worker.spilling import RequestStores
-
-INTERVAL = 0.5  # seconds between two looks at what is spilled
 
 
 class WorkerWatch:
@@ -54,7 +52,7 @@ class WorkerWatch:
             yield
         values[1] += self._clock.take()
         if self._spilled is not None and time.monotonic() >= self._next:
-            self._next = time.monotonic() + INTERVAL
+            self._next = time.monotonic() + metrics.INTERVAL
             sizes = self._spilled.known_bytes
             values[2:] = self._spilled.num_fetched, sizes["host"], sizes["mmap"]
 
