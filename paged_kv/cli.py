@@ -159,6 +159,11 @@ COMMANDS = {
         from_module("paged_kv.report.command"),
         "bench",
     ),
+    "top": Command(
+        "show what a running server's policy does, in the terminal",
+        from_module("paged_kv.top.command"),
+        "top",
+    ),
     "calibrate": Command(
         "measure a model once, for what compresses it later",
         from_modules(

@@ -1,6 +1,6 @@
 """Dependencies go one way.
 
-cli -> bench|eval|generate|report -> vllm|hf -> store -> tiers -> policies|quant -> kernels -> core
+cli -> bench|eval|generate|report|top -> vllm|hf -> store -> tiers -> policies|quant -> kernels -> core
 
 Imports for type checkers and those inside functions count, too.
 """
@@ -29,6 +29,7 @@ LEVELS = {
     "eval": 7,
     "capacity": 7,
     "report": 7,
+    "top": 7,
     "cli": 8,
 }
 # Modules beside the folders: policies' names, options and budgets, which the engines read.
@@ -51,6 +52,7 @@ SAME_LEVEL = {
     ("eval", "bench"),
     ("generate", "bench"),
     ("report", "bench"),
+    ("top", "capacity"),
 }
 
 
