@@ -1,6 +1,7 @@
 """Dependencies go one way.
 
-cli -> bench|eval|generate|report|top -> vllm|hf -> store -> tiers -> policies|quant -> kernels -> core
+cli -> bench|eval|generate|report|top -> vllm|hf -> store -> tiers -> policies|quant -> kernels ->
+core
 
 Imports for type checkers and those inside functions count, too.
 """

@@ -81,5 +81,11 @@ def _console(file: TextIO, color: bool = True) -> Console:
     reconfigure = getattr(file, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="replace")  # a terminal without the bars' characters
-    kinds = {} if color else {"color_system": None, "force_terminal": False}
-    return Console(file=file, markup=False, emoji=False, highlight=False, **kinds)
+    return Console(
+        file=file,
+        color_system="auto" if color else None,
+        force_terminal=None if color else False,
+        markup=False,
+        emoji=False,
+        highlight=False,
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import NamedTuple
 
 from paged_kv.capacity.sizes import show_size
@@ -79,7 +80,16 @@ def groups(window: Window) -> Table:
 def engines(window: Window) -> Table:
     """A row for each engine if there are several."""
     last = window.last
-    columns = ["engine", "running", "waiting", "at budget", "free", "pages", "tokens/s", "preempted"]
+    columns = [
+        "engine",
+        "running",
+        "waiting",
+        "at budget",
+        "free",
+        "pages",
+        "tokens/s",
+        "preempted",
+    ]
     found = [engine for engine in last.label("engine", RUNNING, ours("pool_pages")) if engine]
     if len(found) < 2:
         return Table(columns, [])
@@ -129,40 +139,34 @@ def _tokens(window: Window) -> Iterator[Facts]:
     yield (
         "tokens",
         [
-            f"out {rate(window.rate(TOKENS_OUT))}/s of {count(last.total(TOKENS_OUT))}",
-            f"in {rate(window.rate(TOKENS_IN))}/s of {count(last.total(TOKENS_IN))}",
+            f"{word} {rate(window.rate(name))}/s, {count(last.total(name))} in all"
+            for word, name in (("out", TOKENS_OUT), ("in", TOKENS_IN))
         ],
     )
     now = percent(window.rate(HITS), window.rate(QUERIES))
     ever = percent(last.total(HITS), last.total(QUERIES))
-    yield "prefix cache", [f"hit rate {now}", f"since the start {ever}"]
+    yield "prefix cache", [f"hits {now}", f"since the start {ever}"]
 
 
 def _compactions(window: Window) -> Iterator[Facts]:
+    """Ranks of an engine compact the same sequences, each its heads: all wait for the slowest."""
     number, seconds = ours("compactions"), ours("compaction_seconds")
-    places = {
-        (dict(s.labels).get("engine", ""), dict(s.labels).get("rank", ""))
-        for s in window.last.find(number)
+    ranks: dict[str, list[str]] = {
+        engine: window.last.label("rank", number, engine=engine)
+        for engine in window.last.label("engine", number)
     }
-    if not places:
+    if not ranks:
         return
-    # Ranks of an engine compact the same sequences, each its heads: all wait for the slowest.
-    slow_engine, slow_rank = max(
-        sorted(places), key=lambda p: window.rate(seconds, engine=p[0], rank=p[1]) or 0.0
-    )
-    slowest = {"engine": slow_engine, "rank": slow_rank}
-    each = window.rate(number, **slowest)
-    spent = window.rate(seconds, **slowest)
-    engines = {engine for engine, _ in places}
-    all_engines = [window.rate(number, engine=e, rank=min(r for o, r in places if o == e))
-        for e in engines]  # fmt: skip
-    known = [r for r in all_engines if r is not None]
-    found = [f"{rate(sum(known) if known else None)}/s"]
-    found.append(f"{1000 * spent / each:.1f} ms each" if each and spent else f"{UNKNOWN} ms each")
+    places = [{"engine": e, "rank": rank} for e, of_engine in ranks.items() for rank in of_engine]
+    slowest = max(places, key=lambda place: window.rate(seconds, **place) or 0.0)
+    each, spent = window.rate(number, **slowest), window.rate(seconds, **slowest)
+    of_first = [window.rate(number, engine=e, rank=names[0]) for e, names in ranks.items()]
+    known = [grows for grows in of_first if grows is not None]
+    milliseconds = f"{1000 * spent / each:.1f}" if each and spent is not None else UNKNOWN
+    found = [f"{rate(sum(known) if known else None)}/s", f"{milliseconds} ms each"]
     found.append(f"{percent(spent, 1.0)} of the time")
     if len(places) > 1:
-        where = f"rank {slow_rank}" if len(engines) == 1 else f"engine {slow_engine} rank {slow_rank}"
-        found.append(plain(f"slowest: {where}"))
+        found.append("slowest:" + plain(" ".join(["", *chain(*slowest.items())])))
     yield "compactions", found
 
 

@@ -20,7 +20,7 @@ from rich.live import Live
 
 from paged_kv.top.scrape import Scrape
 from paged_kv.top.server import Server, Unanswered
-from paged_kv.top.view import KEYS, View
+from paged_kv.top.view import View
 from paged_kv.top.window import Window
 
 NO_VLLM = "no metrics of vLLM here: another server, or one with --disable-log-stats"
@@ -30,7 +30,7 @@ Answer = Scrape | BaseException
 def show(server: Server, window: Window, interval: float, console: Console) -> None:
     """Until q or Ctrl-C; the terminal is as it was afterwards."""
     asking = _Asking(server, interval)
-    view = View(server.url, window, f"waiting for {server.url}", KEYS)
+    view = View(server.url, window, f"waiting for {server.url}", live=True)
     try:
         with (
             _keys(sys.stdin.fileno()),
@@ -44,7 +44,7 @@ def show(server: Server, window: Window, interval: float, console: Console) -> N
                     return
                 if asking.wakes in ready:
                     problem = take(asking.take(), window)
-                    live.update(View(server.url, window, problem, KEYS), refresh=True)
+                    live.update(View(server.url, window, problem, live=True), refresh=True)
     except KeyboardInterrupt:
         return
 

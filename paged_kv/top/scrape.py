@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -98,6 +98,6 @@ def parse(text: str, time: float) -> Scrape:
     return Scrape(time, values)
 
 
-def _natural(text: str) -> Iterable[tuple[int, str]]:
+def _natural(text: str) -> list[tuple[int, str]]:
     parts = re.split(r"(\d+)", text)
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]

@@ -16,37 +16,39 @@ from paged_kv.top.words import count, flow, percent, plain, rate, spark
 LABEL = 14  # columns of the word that a line begins with
 FULL, FREE = "█", "░"
 SCARCE = 0.1  # of the pool: what is free is red below
+LEAST, MANY = 3, 10**6  # lines of a table, with its head
 KEYS = "q ends"
 NO_POLICY = "no paged_kv metrics here: the server runs without --kv-policy"
 
 
 class View:
-    """What rich draws. As many rows of layer groups as there is room for; all of them if a height
-    is not given, as for text.
+    """What rich draws.
 
     Args:
         url: of the metrics.
         window: what is known.
         problem: why there is nothing newer; "" if there is.
-        keys: what the last line says.
+        live: with curves and keys, and as many rows of tables as the terminal has room for; else
+            all rows.
     """
 
-    def __init__(self, url: str, window: Window, problem: str = "", keys: str = "") -> None:
-        self._url, self._window, self._problem, self._keys = url, window, problem, keys
+    def __init__(self, url: str, window: Window, problem: str = "", live: bool = False) -> None:
+        self._url, self._window, self._problem, self._live = url, window, problem, live
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width = options.max_width
         lines = list(self._lines(width))
+        if self._live:
+            lines += _curves(self._window, width)
         yield from lines
         if not self._window.last.has_policy:
             return
-        room = None if options.height is None else options.height - len(lines)
-        for table in (engines(self._window), groups(self._window)):
-            if not table.rows or (room is not None and room < 3):
-                continue
-            shown = _shorten(table, None if room is None else room - 1)
-            yield _rich(shown)
-            room = None if room is None else room - len(shown.rows) - 1
+        room = options.max_height - len(lines) if self._live else MANY
+        for table, reserved in ((engines(self._window), LEAST), (groups(self._window), 0)):
+            if table.rows and room - reserved >= LEAST:
+                shown = _shorten(table, room - reserved - 1)
+                yield _rich(shown)
+                room -= len(shown.rows) + 1
 
     def _lines(self, width: int) -> Iterator[Text]:
         window = self._window
@@ -62,7 +64,6 @@ class View:
         yield from _pool(window, width)
         for fact in facts(window):
             yield from _fact(fact, width)
-        yield from _curves(window, width)
 
     def _source(self) -> str:
         window, parts = self._window, [plain(self._url)]
@@ -70,7 +71,7 @@ class View:
             parts.append(f"rates of the last {window.seconds:.0f} s")
         if window.restarted:
             parts.append(f"restarted before {window.restarted}")
-        return "   ".join([*parts, self._keys] if self._keys else parts)
+        return "   ".join([*parts, KEYS] if self._live else parts)
 
 
 def _line(text: str, style: str = "") -> Text:
@@ -104,6 +105,8 @@ def _pool(window: Window, width: int) -> Iterator[Text]:
 
 def _curves(window: Window, width: int) -> Iterator[Text]:
     """Sparklines from zero to their highest points, which they name."""
+    if not window.last.is_vllm:
+        return
     curves: list[tuple[str, Sequence[float], str]] = [("tokens/s out", window.tokens, "green")]
     if window.last.has_policy:
         curves.append(("free pages", window.free, "blue"))
@@ -115,9 +118,9 @@ def _curves(window: Window, width: int) -> Iterator[Text]:
             yield _labelled(word, bars, style).append(highest, "default")
 
 
-def _shorten(table: Table, rows: int | None) -> Table:
-    """The first rows; a last one says how many there are no room for."""
-    if rows is None or len(table.rows) <= rows:
+def _shorten(table: Table, rows: int) -> Table:
+    """The first rows; a last one says how many there is no room for."""
+    if len(table.rows) <= rows:
         return table
     left = len(table.rows) - rows + 1
     more = [f"+{left}", "more", *[""] * (len(table.columns) - 2)]
@@ -127,8 +130,11 @@ def _shorten(table: Table, rows: int | None) -> Table:
 def _rich(table: Table) -> RichTable:
     drawn = RichTable(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="cyan")
     for number, column in enumerate(table.columns):
-        side = "left" if number < table.names else "right"
-        drawn.add_column(Text(column), justify=side, no_wrap=True, overflow="ellipsis")
+        head = Text(column)
+        if number < table.names:
+            drawn.add_column(head, no_wrap=True, overflow="ellipsis")
+        else:
+            drawn.add_column(head, justify="right", no_wrap=True)
     for row in table.rows:
         drawn.add_row(*map(Text, row))
     return drawn
