@@ -166,7 +166,8 @@ def _compactions(window: Window) -> Iterator[Facts]:
     found = [f"{rate(sum(known) if known else None)}/s", f"{milliseconds} ms each"]
     found.append(f"{percent(spent, 1.0)} of the time")
     if len(places) > 1:
-        found.append("slowest:" + plain(" ".join(["", *chain(*slowest.items())])))
+        shown = slowest if len(ranks) > 1 else {"rank": slowest["rank"]}
+        found.append(plain(f"slowest: {' '.join(chain(*shown.items()))}"))
     yield "compactions", found
 
 

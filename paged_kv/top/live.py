@@ -24,6 +24,7 @@ from paged_kv.top.view import View
 from paged_kv.top.window import Window
 
 NO_VLLM = "no metrics of vLLM here: another server, or one with --disable-log-stats"
+_CHARACTERS = 6  # of what tcgetattr gives: those with a meaning
 Answer = Scrape | BaseException
 
 
@@ -100,6 +101,11 @@ def _keys(terminal: int) -> Iterator[None]:
     handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         tty.setcbreak(terminal)
+        changed = termios.tcgetattr(terminal)
+        changed[_CHARACTERS][termios.VSUSP] = (
+            b"\0"  # Ctrl-Z would leave a screen that is not its own
+        )
+        termios.tcsetattr(terminal, termios.TCSADRAIN, changed)
         yield
     finally:
         termios.tcsetattr(terminal, termios.TCSADRAIN, before)

@@ -87,7 +87,7 @@ class Scrape(NamedTuple):
 
 
 def parse(text: str, time: float) -> Scrape:
-    """Of Prometheus' text format. Raises ValueError: it is something else."""
+    """Of Prometheus' text format. Raises ValueError or OverflowError: it is something else."""
     values: dict[Series, float] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:

@@ -57,7 +57,7 @@ class Server:
             raise Unanswered(f"{self.url} answers more than {MOST >> 20} MiB")
         try:
             return parse(text.decode(errors="replace"), time.monotonic())
-        except Exception:  # the parser's, of any kind
+        except (ValueError, OverflowError):
             raise Unanswered(f"{self.url} answers something else than metrics") from None
 
 
