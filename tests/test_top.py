@@ -70,7 +70,7 @@ pool          ████████████████████░░
 bytes         pages (device) 3 MiB   swap (host) 1.50 MiB
 requests      running 3   waiting 7   at budget 2
 pressure      preemptions 3 (0.5/s)   shrunk 3   avoided preemptions 5 (1.0/s)
-tokens        out 100/s, 900 in all   in 200/s, 1,800 in all
+tokens        output 100/s, total 900   prompts 200/s, total 1,800
 prefix cache  hits 25.0%   since the start 11.1%
 compactions   5.0/s   10.0 ms each   5.0% of the time
 swap          out 3 (0.8/s)   in 0   tokens restored 0   to the file 0
@@ -88,7 +88,7 @@ def test_a_view_of_chosen_numbers():
 
 def test_rates_need_two_scrapes():
     shown = draw(window(AFTER))
-    assert "out -/s, 900 in all" in shown
+    assert "output -/s, total 900" in shown
     assert "-/s   - ms each   - of the time" in shown
     assert "hits -   since the start 11.1%" in shown
     assert "1      pyramidal          30         100      -   10,000      -" in shown
@@ -110,9 +110,9 @@ def test_a_server_that_was_restarted():
     known = window(BEFORE, AFTER, BEFORE)
     shown = draw(known)
     assert f"restarted before {known.restarted}" in shown
-    assert "out -/s, 500 in all" in shown
+    assert "output -/s, total 500" in shown
     known.add(parse(AFTER, 112))
-    assert "out 100/s, 900 in all" in draw(known)
+    assert "output 100/s, total 900" in draw(known)
 
 
 def test_engines_and_ranks():
@@ -143,7 +143,7 @@ def test_engines_and_ranks():
     shown = draw(window(text(1), text(2), engine="0", seconds=1.0))
     assert "compactions   20.0/s   20.0 ms each   40.0% of the time   slowest: rank 1" in shown
     lines = draw(window(text(1), text(2), engine="1", seconds=1.0)).splitlines()
-    assert "tokens        out 300/s, 600 in all   in 0.0/s, 0 in all" in lines
+    assert "tokens        output 300/s, total 600   prompts 0.0/s, total 0" in lines
     assert "compactions   10.0/s   20.0 ms each   20.0% of the time" in lines  # one rank
     assert not any(line.startswith("engine") for line in lines)
     with pytest.raises(ValueError, match="--engine must be one of 0, 1 here, not 2"):
@@ -198,7 +198,7 @@ def test_the_live_view_fits(width, height):
     assert max(map(len, shown)) <= width
     if (width, height) == (80, 24):
         assert len(shown) == 24
-        assert shown[11].split() == ["tokens/s", "out", "▁▁", "highest", "0.0"]
+        assert shown[11].split() == ["output/s", "▁▁", "highest", "0.0"]
         assert shown[12].split() == ["free", "pages", "███", "highest", "50"]
         assert [line.split()[:2] for line in shown if "more" in line] == [
             ["+10", "more"],  # of 16; seven rows after twelve lines and a head: three are kept free
@@ -213,7 +213,7 @@ def test_curves_hold_what_a_wide_terminal_shows():
 
 def test_a_server_without_a_policy():
     shown = draw(window(vllm(num_requests_running=1), vllm(num_requests_running=2)))
-    assert "no paged_kv metrics here: the server runs without --kv-policy" in shown
+    assert "no metrics of paged_kv: a server without --kv-policy" in shown
     assert "requests      running 2   waiting 0\n" in shown
     assert "pool" not in shown
     assert "group" not in shown

@@ -80,16 +80,8 @@ def groups(window: Window) -> Table:
 def engines(window: Window) -> Table:
     """A row for each engine if there are several."""
     last = window.last
-    columns = [
-        "engine",
-        "running",
-        "waiting",
-        "at budget",
-        "free",
-        "pages",
-        "tokens/s",
-        "preempted",
-    ]
+    columns = ["engine", "running", "waiting", "at budget", "free", "pages"]
+    columns += ["output/s", "preemptions"]
     found = [engine for engine in last.label("engine", RUNNING, ours("pool_pages")) if engine]
     if len(found) < 2:
         return Table(columns, [])
@@ -139,8 +131,8 @@ def _tokens(window: Window) -> Iterator[Facts]:
     yield (
         "tokens",
         [
-            f"{word} {rate(window.rate(name))}/s, {count(last.total(name))} in all"
-            for word, name in (("out", TOKENS_OUT), ("in", TOKENS_IN))
+            f"{word} {rate(window.rate(name))}/s, total {count(last.total(name))}"
+            for word, name in (("output", TOKENS_OUT), ("prompts", TOKENS_IN))
         ],
     )
     now = percent(window.rate(HITS), window.rate(QUERIES))

@@ -18,7 +18,7 @@ FULL, FREE = "█", "░"
 SCARCE = 0.1  # of the pool: what is free is red below
 LEAST, MANY = 3, 10**6  # lines of a table, with its head
 KEYS = "q ends"
-NO_POLICY = "no paged_kv metrics here: the server runs without --kv-policy"
+NO_POLICY = "no metrics of paged_kv: a server without --kv-policy (else its log says why)"
 
 
 class View:
@@ -68,7 +68,8 @@ class View:
     def _source(self) -> str:
         window, parts = self._window, [plain(self._url)]
         if window.seconds:
-            parts.append(f"rates of the last {window.seconds:.0f} s")
+            digits = 0 if window.seconds >= 1 else 1
+            parts.append(f"rates of the last {window.seconds:.{digits}f} s")
         if window.restarted:
             parts.append(f"restarted before {window.restarted}")
         return "   ".join([*parts, KEYS] if self._live else parts)
@@ -107,7 +108,7 @@ def _curves(window: Window, width: int) -> Iterator[Text]:
     """Sparklines from zero to their highest points, which they name."""
     if not window.last.is_vllm:
         return
-    curves: list[tuple[str, Sequence[float], str]] = [("tokens/s out", window.tokens, "green")]
+    curves: list[tuple[str, Sequence[float], str]] = [("output/s", window.tokens, "green")]
     if window.last.has_policy:
         curves.append(("free pages", window.free, "blue"))
     for word, points, style in curves:

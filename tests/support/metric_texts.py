@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -83,7 +83,8 @@ def serving(answer: Callable[[int], Answer | str]) -> Iterator[tuple[str, list[A
             for name, value in headers.items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(text.encode())
+            with suppress(BrokenPipeError):  # who has asked may have left
+                self.wfile.write(text.encode())
 
         def log_message(self, *_: object) -> None:
             """Nothing."""
