@@ -144,7 +144,8 @@ def test_a_server(tmp_path, capsys):
         assert cli.main(["top", server.url, "--once", "--interval", "0.1"]) == 0
     finally:
         server.kill()
-    words = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line[0] != " "]
+    words = [line.split()[0] for line in lines]
     assert [word for word in words if not word.isdecimal()] == [
         "paged-kv", f"{server.url}/metrics", "pool", "bytes", "requests", "pressure", "tokens",
         "prefix", "compactions", "swap", "fallbacks", "spill", "group", "all",

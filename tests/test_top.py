@@ -142,6 +142,7 @@ def test_engines_and_ranks():
     assert ["0", "pyramidal", "15", "80", "40.0", "0", "0.0"] in rows
     shown = draw(window(text(1), text(2), engine="0", seconds=1.0))
     assert "compactions   20.0/s   20.0 ms each   40.0% of the time   slowest: rank 1" in shown
+    assert "slowest" not in draw(window(text(1), text(1)))
     lines = draw(window(text(1), text(2), engine="1", seconds=1.0)).splitlines()
     assert "tokens        output 300/s, total 600   prompts 0.0/s, total 0" in lines
     assert "compactions   10.0/s   20.0 ms each   20.0% of the time" in lines  # one rank

@@ -157,7 +157,7 @@ def _compactions(window: Window) -> Iterator[Facts]:
     milliseconds = f"{1000 * spent / each:.1f}" if each and spent is not None else UNKNOWN
     found = [f"{rate(sum(known) if known else None)}/s", f"{milliseconds} ms each"]
     found.append(f"{percent(spent, 1.0)} of the time")
-    if len(places) > 1:
+    if len(places) > 1 and spent:
         shown = slowest if len(ranks) > 1 else {"rank": slowest["rank"]}
         found.append(plain(f"slowest: {' '.join(chain(*shown.items()))}"))
     yield "compactions", found
