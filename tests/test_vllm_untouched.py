@@ -18,9 +18,10 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.kv_cache_spec_registry import _REGISTRY_KVCACHESPEC_LIST as specs
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.async_llm import AsyncLLM
 
 def state():
-    classes = (EngineArgs, InputProcessor, Attention, Scheduler)
+    classes = (EngineArgs, InputProcessor, Attention, Scheduler, AsyncLLM)
     return [dict(vars(cls)) for cls in classes] + [dict(specs)]
 
 before = state()
@@ -35,12 +36,13 @@ once = state()
 assert once != before
 plugin.register()
 assert state() == once, "register() is not idempotent"
-assert once[1:4] == before[1:4], "without a policy only EngineArgs is wrapped"
+assert once[1:5] == before[1:5], "without a policy only EngineArgs is wrapped"
 """
 
 CONFIG = """
 import dataclasses, json, sys
 from vllm import EngineArgs
+from vllm.v1.engine.async_llm import load_stat_logger_plugin_factories
 config = EngineArgs(sys.argv[1], skip_tokenizer_init=True).create_engine_config()
 print(json.dumps({
     "worker_cls": config.parallel_config.worker_cls,
@@ -48,6 +50,7 @@ print(json.dumps({
     "block_size": config.cache_config.block_size,
     "additional_config": config.additional_config,
     "hash": config.compute_hash(),
+    "loggers": [repr(factory) for factory in load_stat_logger_plugin_factories()],
     "wrapped": hasattr(EngineArgs, "_paged_kv_wrapped") or hasattr(EngineArgs, "plugins"),
 }))
 """

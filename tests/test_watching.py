@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 from functools import partial
+from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 
 import engines
 import pytest
@@ -18,9 +20,12 @@ import random_worlds
 import tiny_models
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from vllm import SamplingParams, envs
+from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 from watched_worlds import WatchedWorld
 
+from paged_kv.vllm.frontend import loggers
+from paged_kv.vllm.plan import PLAN_KEY
 from paged_kv.vllm.watch import metrics, places, start_up, totals
 from paged_kv.vllm.watch.metrics import METRICS, PREFIX
 from paged_kv.vllm.watch.stat_logger import PagedStatLogger
@@ -143,8 +148,6 @@ def test_files_of_an_engine(tmp_path):
 
 
 def config(name: str = "m", api_servers: int = 1):
-    from types import SimpleNamespace
-
     return SimpleNamespace(
         model_config=SimpleNamespace(served_model_name=name),
         parallel_config=SimpleNamespace(_api_process_count=api_servers, _api_process_rank=1),
@@ -247,6 +250,34 @@ def test_it_is_said_once_and_last(monkeypatch):
         assert said == ["all of it"]
     finally:
         web_server.removeFilter(announcement)
+
+
+@pytest.mark.parametrize(
+    ("log_stats", "config", "ours"),
+    [
+        (True, {PLAN_KEY: {}}, True),
+        (False, {PLAN_KEY: {}}, False),
+        (True, {}, False),
+        (True, None, False),
+    ],
+)
+def test_vllm_is_asked_for_our_logger_where_it_keeps_statistics(log_stats, config, ours):
+    made = []
+
+    def init(self, vllm_config, executor_class, log_stats, more=1, stat_loggers=None) -> None:
+        made.append((vllm_config, executor_class, log_stats, more, stat_loggers or []))
+
+    vllm_config = SimpleNamespace(additional_config=config)
+    wrapped = loggers.with_logger(init)
+    wrapped(None, vllm_config, object, log_stats)
+    wrapped(None, executor_class=object, vllm_config=vllm_config, log_stats=log_stats, more=2,
+            stat_loggers=[int])  # fmt: skip
+    own = [PagedStatLogger] * ours
+    assert made == [
+        (vllm_config, object, log_stats, 1, own),
+        (vllm_config, object, log_stats, 2, [int, *own]),
+    ]
+    assert {"log_stats", "vllm_config", "stat_loggers"} <= set(signature(AsyncLLM).parameters)
 
 
 @pytest.mark.parametrize(

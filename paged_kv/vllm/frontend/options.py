@@ -22,7 +22,7 @@ from paged_kv.core.options import parse_json
 from paged_kv.core.page_formats import NATIVE
 from paged_kv.option_table import OLD_NAMES, OPTIONS
 from paged_kv.tiers.files import check_spill_dir
-from paged_kv.vllm.frontend import formats, intake, support
+from paged_kv.vllm.frontend import formats, intake, loggers, support
 from paged_kv.vllm.plan import PLAN_KEY
 from paged_kv.vllm.swap import options as swap
 from paged_kv.vllm.watch import places
@@ -217,6 +217,7 @@ def after_engine_config(engine_args: Any, vllm_config: Any, config: CompressionC
     if config.enabled or config.swap_space:
         _install_scheduler(vllm_config, config)
     if config.enabled:
+        loggers.install()
         places.ensure(inherited=vllm_config.parallel_config._api_process_count > 1)
 
 

@@ -1,4 +1,4 @@
-"""vLLM's logger plugin: our metrics on /metrics, and a line in the log beside vLLM's own.
+"""A logger of vLLM's kind: our metrics on /metrics, and a line in the log beside vLLM's own.
 
 vLLM makes one for each front end and calls it after every step whose results reach that front end.
 """
