@@ -72,7 +72,7 @@ def test_a_file_says_what_its_numbers_are(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["engine-0"]
     for number in (7, 5):  # what was taken of the old one does not count any more
         totals.create(tmp_path / "engine-0", SERIES, {}).values[0] = number
-        anew = Increments(tmp_path / "engine-0", totals.read(tmp_path / "engine-0"))
+        anew = Increments(totals.read(tmp_path / "engine-0"))
         assert [anew.take().tolist() for _ in range(2)] == [[number, 0], [0, 0]]
 
 
@@ -83,7 +83,7 @@ from paged_kv.vllm.watch.totals import Increments, read
 
 path = Path(sys.argv[1])
 file = read(path)
-increments, total = Increments(path, file), 0
+increments, total = Increments(file), 0
 while file.values[1] == 0:
     total += int(increments.take()[0])
 print(total + int(increments.take()[0]))
@@ -96,7 +96,7 @@ def test_each_increment_is_taken_by_one_front_end(tmp_path):
     written = totals.create(path, SERIES, {})
     line = [sys.executable, "-c", TAKING, str(path)]
     takers = [subprocess.Popen(line, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    own = Increments(path, totals.read(path))
+    own = Increments(totals.read(path))
     taken = 0
     end = time.monotonic() + 5
     while time.monotonic() < end and taken < 100:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
 from paged_kv.config import CompressionConfig
-from paged_kv.core.schedule import NEVER
 from paged_kv.registry import FULL
 from paged_kv.vllm.scheduler.manager import PagedManager
+from paged_kv.vllm.scheduler.page_map import PageMap, has_dropped, num_held
 from paged_kv.vllm.swap.connector import SwapConnector
 from paged_kv.vllm.watch import metrics, totals
 from paged_kv.vllm.watch.totals import Series
@@ -32,15 +31,18 @@ class SchedulerWatch:
         self._page_bytes = sum(t.size for t in config.kv_cache_tensors) // config.num_blocks
         additional = scheduler.vllm_config.additional_config
         self._config = CompressionConfig.from_dict(additional["paged_kv"])
-        merges = self._config.create_policy().merges
-        self._dropped = "merged_entries" if merges else "evicted_entries"
+        policy = self._config.create_policy()
+        self._dropped = "merged_entries" if policy.merges else "evicted_entries"
         engine = scheduler.vllm_config.parallel_config.data_parallel_index
         self._file = totals.for_engine(engine, None, self._series(), self._facts())
+        self._map = None
+        if self._file is not None:
+            self._map = PageMap(scheduler, self._file.path, policy.recent_window)
         self._next = 0.0
 
     def update(self) -> None:
         """After a step."""
-        if self._file is None:
+        if self._file is None or self._map is None:
             return
         counters = [number for numbers in self._dropped_by_group() for number in numbers]
         counters += self._under_pressure()
@@ -49,6 +51,7 @@ class SchedulerWatch:
         if now >= self._next or not self._scheduler.running:
             self._next = now + metrics.INTERVAL
             self._file.values[len(counters) :] = self._gauges()
+        self._map.update()
 
     def _series(self) -> list[Series]:
         """As update writes them."""
@@ -116,14 +119,10 @@ class SchedulerWatch:
     def _gauges(self) -> list[int]:
         pages = self._pool.num_gpu_blocks - 1  # without vLLM's null page
         free = self._pool.get_num_free_blocks()
-        held = [sum(map(_num_held, m.req_to_blocks.values())) for m in self._managers]
-        at_budget = sum(self._has_dropped(request) for request in self._scheduler.running)
+        held = [sum(map(num_held, m.req_to_blocks.values())) for m in self._managers]
+        at_budget = sum(has_dropped(self._paged(), request) for request in self._scheduler.running)
         used = (pages - free) * self._page_bytes
         return [pages, free, *held, at_budget, used, *self._swapped()]
-
-    def _has_dropped(self, request: Any) -> bool:
-        name, computed = request.request_id, request.num_computed_tokens
-        return any(m.start(name) != NEVER and m.evicted(name, computed) > 0 for m in self._paged())
 
     def _swapped(self) -> list[int]:
         if not self._config.swap_space:
@@ -134,8 +133,3 @@ class SchedulerWatch:
             return [0, 0]
         slot = ledger.capacity.slot_bytes * ledger.num_ranks
         return [slots * slot for slots in ledger.used]
-
-
-def _num_held(blocks: Sequence[Any]) -> int:
-    """Pages of a request; those that it has given back are null pages at its start."""
-    return len(blocks) - bisect_left(blocks, True, key=lambda block: not block.is_null)

@@ -9,6 +9,8 @@ on one machine; what engines on other machines count is not seen.
     DIRECTORY/engine-0              its scheduler's (totals.py)
     DIRECTORY/engine-0-rank-0       a worker's
     DIRECTORY/engine-0...-exported  how much of them the front ends have taken over
+    DIRECTORY/watched               touched by whoever looks at the live page (endpoint.py)
+    DIRECTORY/engine-0-map          what its pool holds, while somebody does (scheduler/page_map.py)
 """
 
 from __future__ import annotations
@@ -57,6 +59,22 @@ def files(directory: Path, engine: int) -> list[Path]:
     found = directory.glob(f"engine-{engine}*")
     names = re.compile(rf"engine-{engine}(-rank-\d+)?")
     return sorted(path for path in found if names.fullmatch(path.name))
+
+
+def engine_files(directory: Path) -> dict[int, Path]:
+    """The schedulers' files that there are, by engine."""
+    found = ((re.fullmatch(r"engine-(\d+)", path.name), path) for path in directory.iterdir())
+    return dict(sorted((int(match[1]), path) for match, path in found if match))
+
+
+def map_file(engine_file: Path) -> Path:
+    """What an engine's pool holds; beside its scheduler's file."""
+    return engine_file.with_name(f"{engine_file.name}-map")
+
+
+def watched_file(directory: Path) -> Path:
+    """When it was changed last, somebody looked at the maps."""
+    return directory / "watched"
 
 
 def _is_made_here() -> bool:

@@ -128,7 +128,7 @@ class _Engine:
 
     def __init__(self, files: list[Path]) -> None:
         opened = [totals.read(path) for path in files]
-        self._files = [(f, totals.Increments(p, f)) for p, f in zip(files, opened, strict=True)]
+        self._files = [(file, totals.Increments(file)) for file in opened]
         self.facts = next((file.facts for file in opened if file.facts), {})
         self.gauges: Counter[_Key] = Counter()
         self._is_first = True

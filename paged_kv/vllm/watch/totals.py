@@ -37,13 +37,16 @@ class Totals:
     """An open file: what it holds, and the numbers, live.
 
     Attributes:
+        path: of the file.
         series: what the numbers are.
         facts: what else the writer says of itself, once.
         values: int64 [series], mapped; the writer's alone to write.
     """
 
-    def __init__(self, series: Sequence[Series], facts: Mapping[str, Any], values: Any) -> None:
-        self.series, self.facts = list(series), facts
+    def __init__(
+        self, path: Path, series: Sequence[Series], facts: Mapping[str, Any], values: Any
+    ) -> None:
+        self.path, self.series, self.facts = path, list(series), facts
         self.values: npt.NDArray[np.int64] = values
 
 
@@ -86,7 +89,7 @@ def create(path: Path, series: Sequence[Series], facts: Mapping[str, Any]) -> To
         values = _map(file.fileno(), size, _WORD + len(header))
     _exported(path).unlink(missing_ok=True)  # of what the old one has counted
     new.rename(path)
-    return Totals(series, facts, values)
+    return Totals(path, series, facts, values)
 
 
 def read(path: Path) -> Totals:
@@ -97,21 +100,20 @@ def read(path: Path) -> Totals:
         size = os.fstat(file.fileno()).st_size
         values = _map(file.fileno(), size, _WORD + length)
     series = [Series(name, labels) for name, labels in header["series"]]
-    return Totals(series, header["facts"], values)
+    return Totals(path, series, header["facts"], values)
 
 
 class Increments:
     """What a file's numbers have grown by; each increment is taken by one of several processes.
 
     Args:
-        path: of the file.
         totals: the file.
     """
 
-    def __init__(self, path: Path, totals: Totals) -> None:
+    def __init__(self, totals: Totals) -> None:
         self._totals = totals
         size = _WORD * len(totals.series)
-        self._lock = os.open(_exported(path), os.O_RDWR | os.O_CREAT, 0o600)
+        self._lock = os.open(_exported(totals.path), os.O_RDWR | os.O_CREAT, 0o600)
         os.posix_fallocate(self._lock, 0, size)
         self._taken = _map(self._lock, size, 0)
 
