@@ -158,6 +158,13 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def _take_terminal() -> None:
+    """In the command's process: the terminal is its own, and Ctrl-C is not ignored there."""
+    os.setsid()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """A terminal of 24 lines with the command in it."""
 
@@ -169,7 +176,7 @@ class Terminal:
             [sys.executable, "-m", "paged_kv.cli", "top", *words],
             stdin=self.its, stdout=self.its, stderr=self.its,
             env=os.environ | {"TERM": "xterm-256color"},
-            preexec_fn=lambda: (os.setsid(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)),
+            preexec_fn=_take_terminal,
         )  # fmt: skip
         self.shown = ""
 

@@ -72,6 +72,7 @@ class PagedWorkerMixin:
             )
         if layers:
             self.compactor = self._compactor(layers, layouts)
+            self.compactor.watch = self._watch()
         self.layouts = layouts
         for name, layout in layouts.items():
             compactor = self.compactor if name in layers else None
@@ -142,10 +143,13 @@ class PagedWorkerMixin:
         num_requests = self.vllm_config.scheduler_config.max_num_seqs
         spilled = make_request_stores(self._config, list(layers.values()), num_requests)
         waits = self._plan.waits_for_pressure
-        compactor = Compactor(self.model_runner, self._policy, layers, layouts, spilled, waits)
+        return Compactor(self.model_runner, self._policy, layers, layouts, spilled, waits)
+
+    def _watch(self) -> WorkerWatch:
+        assert self.compactor is not None
         parallel, device = self.vllm_config.parallel_config, self.model_runner.device
-        compactor.watch = WorkerWatch(parallel.data_parallel_index, parallel.rank, device, spilled)
-        return compactor
+        spilled = self.compactor.spilled
+        return WorkerWatch(parallel.data_parallel_index, parallel.rank, device, spilled)
 
     def _copier(self, kv_cache_config: Any) -> Copier:
         compactor, residual = self.compactor, self.residual
