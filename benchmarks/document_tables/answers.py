@@ -9,6 +9,8 @@ from statistics import fmean, stdev
 from document_tables.lines import Row, grid, head, line, percent, rows_of
 
 NEAREST = ("streaming", "h2o")  # which others are compared with
+# RULER's needles, or their table is too wide.
+SHORT = {"single_": "s", "multikey_": "k", "multivalue": "values", "multiquery": "queries"}
 
 
 def needle(rows: Sequence[Row], question: str) -> list[str]:
@@ -31,7 +33,7 @@ def subtasks(rows: Sequence[Row], task: str, budget: int) -> list[str]:
     shown = [row for row in shown if row["budget"] in (budget, None)]
     scores = {(row["policy"], row["task"]): f"{100 * row['score']:.0f}" for row in shown}
     order = sorted(rows_of(task, shown), key=lambda row: (row["budget"] is not None, -row["score"]))
-    lines = head("policy", "mean", *(name.partition(":")[2] for name in names))
+    lines = head("policy", "mean", *map(_short, names))
     for row in order:
         cells = [scores[row["policy"], name] for name in (task, *names)]
         lines.append(line([f"`{row['policy']}`", *cells]))
@@ -56,6 +58,13 @@ def beside(rows: Sequence[Row], task: str, budget: int) -> list[str]:
     names = [f"above `{other}`" for other in NEAREST]
     names += [f"tasks above `{other}`" for other in NEAREST]
     return head("policy", "mean", *names) + [text for _, text in sorted(lines, reverse=True)]
+
+
+def _short(name: str) -> str:
+    name = name.partition(":")[2].removeprefix("niah_")
+    for long, short in SHORT.items():
+        name = name.replace(long, short)
+    return name
 
 
 def _scores(rows: Sequence[Row], task: str, budget: int) -> dict[str, dict[tuple[str, str], float]]:
