@@ -20,6 +20,7 @@ from paged_kv.report.summary import Summary
 from paged_kv.results import Row
 
 HERE = Path(__file__).parent
+STYLES = (HERE.parent / "looks.css", HERE / "page.css")
 
 
 class Section(NamedTuple):
@@ -54,7 +55,7 @@ def render(
     models = sorted({str(row.get("model") or "unknown model") for row in rows})
     return environment.get_template("page.html").render(
         title=f"KV-cache compression: {', '.join(models)}",
-        css=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+        css=Markup("".join(path.read_text(encoding="utf-8") for path in STYLES)),
         js=Markup((HERE / "page.js").read_text(encoding="utf-8")),
         runs=_runs(rows),
         commands=sorted({str(row["command"]) for row in rows if row.get("command")}),

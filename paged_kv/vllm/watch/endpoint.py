@@ -26,6 +26,7 @@ from fastapi import FastAPI, Request, Response
 from paged_kv.vllm.watch import places, totals
 
 HERE = Path(__file__).parent
+STYLES = (HERE.parents[1] / "looks.css", HERE / "page.css")
 SCRIPTS = ("page_map.js", "page_requests.js", "page_metrics.js", "page.js")
 _HEADERS = {
     "Cache-Control": "no-store",
@@ -73,7 +74,7 @@ class PageEndpoint:
 
 def _page() -> tuple[str, str]:
     """The page, and what it may load and run: what it brings along, and this server's answers."""
-    css = (HERE / "page.css").read_text(encoding="utf-8")
+    css = "".join(path.read_text(encoding="utf-8") for path in STYLES)
     js = "".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
     page = (HERE / "page.html").read_text(encoding="utf-8")
     page = page.replace("{{ css }}", css).replace("{{ js }}", js)
