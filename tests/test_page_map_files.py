@@ -61,7 +61,7 @@ def test_a_map_is_written_while_somebody_looks(tmp_path, clock):
     clock.now += 0.2
     watch.update()
     assert file.stat().st_ino != written
-    clock.now += 3
+    clock.now += page_map.WATCHED
     watch.update()
     assert not file.exists(), "nobody looks any more"
 

@@ -33,7 +33,7 @@ GROUP = 8  # a page's byte is this times its layer group, and its kind
 _LAST_GROUP = 255 // GROUP  # stands for all that come after it, too
 
 LOOK = 0.5  # seconds between two looks at whether somebody watches
-WATCHED = 3.0  # seconds for which one request for the map counts
+WATCHED = 10.0  # seconds for which one request for the map counts; busy browsers ask late
 INTERVAL = 1.0  # seconds between two snapshots, at least
 SHARE = 0.01  # of the time goes into snapshots, at most
 MAX_ROWS = 256  # requests that are told of
