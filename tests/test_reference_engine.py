@@ -8,9 +8,12 @@ import tiny_models
 import torch
 from reference_loop import Rule, one_by_one, reference_tokens
 
+from paged_kv import registry
 from paged_kv.config import CompressionConfig
+from paged_kv.eval.reference import engine as module
 from paged_kv.eval.reference.engine import ReferenceEngine
 from paged_kv.policies.h2o import H2O
+from paged_kv.store.holding import MAX_NUMBERS
 
 NUM_LAYERS = 6
 
@@ -148,6 +151,22 @@ def test_fork_equals_a_run_of_its_own(model):
         fork.process(tokens[:10])
     assert prefill.num_kept == [200] * NUM_LAYERS
     assert prefill.num_tokens == 200
+
+
+@pytest.mark.parametrize("policy", [p for p in registry.available() if p != "full"])
+def test_layers_compact_by_themselves_as_they_do_together(policy, model, monkeypatch):
+    caches = []
+    for at_once in (MAX_NUMBERS, 1):
+        monkeypatch.setattr(module, "MAX_NUMBERS", at_once)
+        engine = ReferenceEngine(model, config(policy, 128, compress_prefill=True))
+        engine.process(prompt(200))
+        engine.process(prompt(60, seed=1))
+        caches.append([layer.cache for layer in engine.layers])
+    for together, alone in zip(*caches, strict=True):
+        assert together.size < 260
+        assert torch.equal(together["positions"], alone["positions"])
+        for name in ("keys", "values", "weights"):
+            torch.testing.assert_close(together[name], alone[name], atol=1e-5, rtol=1e-5)
 
 
 def test_fork_refuses_what_was_not_recorded(model):

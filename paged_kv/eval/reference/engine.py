@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from copy import copy, deepcopy
+from math import prod
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from paged_kv.plan import make_plan
 from paged_kv.policies.base import Policy
 from paged_kv.policies.region import Region
 from paged_kv.store import query_gathering
+from paged_kv.store.holding import MAX_NUMBERS
 from paged_kv.store.query_gathering import QueryGathering
 from paged_kv.tiers.spill_memory import SpillSpace
 
@@ -251,14 +253,19 @@ class ReferenceEngine(seams.Attends):
             if surplus > 0:
                 due[layer.alike(surplus, apart=self._space is not None)].append(layer)
         for alike, layers in due.items():
-            assert self.policy is not None
-            if self._space is not None:
-                layers[0].spill_to(self._space)
-            reads, window = self.policy.reads, self.policy.observation_window
-            region = self.region(layers, alike.num_losers, reads, window)
-            region = rated(region, self.policy, layers, self._rope, self.gathering)
-            decided = self.policy.compact(region).written_out(region)
-            apply(layers, alike.num_losers, decided)
+            at_once = max(1, MAX_NUMBERS // prod(alike.shape))
+            for start in range(0, len(layers), at_once):
+                self._compact(layers[start : start + at_once], alike.num_losers)
+
+    def _compact(self, layers: Sequence[Layer], num_losers: int) -> None:
+        """Layers that are alike, so few that what they hold stays in a CPU's cache."""
+        assert self.policy is not None
+        if self._space is not None:
+            layers[0].spill_to(self._space)
+        reads, window = self.policy.reads, self.policy.observation_window
+        region = self.region(layers, num_losers, reads, window)
+        region = rated(region, self.policy, layers, self._rope, self.gathering)
+        apply(layers, num_losers, self.policy.compact(region).written_out(region))
 
     def region(
         self, layers: Sequence[Layer], num_losers: int, reads: frozenset[str], window: int = 0
