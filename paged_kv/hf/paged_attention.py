@@ -113,12 +113,14 @@ def probabilities(
         block = grouped[:, :, :, start : start + size]
         query_slots = first + torch.arange(start, start + block.shape[3], device=keys.device)
         extra, seen = None, min(num_entries, max(first_slots) + start + block.shape[3])
+        by_all = min(num_entries, min(first_slots) + start + 1)
         if bias is not None:
             query_slots, seen = torch.full_like(query_slots, num_entries), num_entries
+            by_all = num_entries
             part = bias[:, start : start + size]
             extra = part[None, None] if len(part) == 1 else part.unflatten(0, (kv_heads, -1))[None]
         sees = entries[:, :, :seen], query_slots, slots[..., :seen]
-        yield start, attention_probabilities(DenseAttention(block, *sees, terms), extra)
+        yield start, attention_probabilities(DenseAttention(block, *sees, terms), extra, by_all)
 
 
 def block_size(device: torch.device) -> int:

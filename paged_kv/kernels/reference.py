@@ -16,7 +16,7 @@ CACHED_NUMBERS = 1 << 19  # float32 numbers that a core's own cache holds
 
 
 def attention_probabilities(
-    attention: DenseAttention, bias: torch.Tensor | None = None
+    attention: DenseAttention, bias: torch.Tensor | None = None, num_seen: int = 0
 ) -> torch.Tensor:
     """What each query gives to each entry: float32 [..., kv_heads, group, queries, entries].
 
@@ -25,6 +25,8 @@ def attention_probabilities(
     Args:
         attention: see DenseAttention.
         bias: float32, broadcasts to the result; added to the logits after the softcap.
+        num_seen: so many of the first entries are seen by all queries, as the positions also say:
+            a mask over all of them takes as long as the softmax.
     """
     queries, keys, query_positions, key_positions, (scale, softcap, sinks) = attention
     # One product per KV head: expanding the keys over their group would copy them.
@@ -35,8 +37,8 @@ def attention_probabilities(
         logits = torch.tanh(logits / softcap) * softcap
     if bias is not None:
         logits = logits + bias
-    visible = key_positions[..., None, None, :] <= query_positions[..., None]
-    logits = logits.masked_fill_(~visible, -torch.inf)
+    visible = key_positions[..., None, None, num_seen:] <= query_positions[..., None]
+    logits[..., num_seen:].masked_fill_(~visible, -torch.inf)
     if sinks is not None:
         column = sinks[..., None, None].expand(*logits.shape[:-1], 1)
         logits = torch.cat([logits, column], -1)

@@ -21,6 +21,7 @@ import torch
 
 from paged_kv.kernels.index import Index, entry_index, slot_index
 from paged_kv.policies.base import Int64s, Policy
+from paged_kv.policies.entries import take
 from paged_kv.policies.region import Compaction, Exchanged, Region, RegionIndex, moves
 from paged_kv.policies.written import NO_FACTS, ModelFacts
 from paged_kv.store.entries import Entries
@@ -200,7 +201,7 @@ def _write_changed(store: PageStore, write: Index, decided: Compaction, source: 
     for name, entries in zip(store.pages._fields, store.pages, strict=True):
         new: Tensor | None = getattr(decided, name)
         if new is not None:
-            entries.store(write, new.take_along_dim(source[..., None], -2), changed)
+            entries.store(write, take(new, source), changed)
     for name in store.side.tensors:
         new = getattr(decided, name)
         if new is not None:

@@ -12,6 +12,7 @@ from paged_kv.eval.reference.layer_cache import LayerCache, Window
 from paged_kv.eval.reference.packing import Packing
 from paged_kv.kernels.operands import Terms
 from paged_kv.kernels.rotary import Rotary
+from paged_kv.policies.entries import take
 from paged_kv.policies.region import Compaction, ObservedQueries, Region
 from paged_kv.tiers.spill_memory import SpillSpace
 from paged_kv.tiers.spill_store import SpillStore
@@ -153,6 +154,5 @@ def apply(layers: Sequence[Layer], num_losers: int, result: Compaction) -> None:
                 assert result.changed is not None
                 stored = layer.packing.stored(name, before)
                 before = torch.where(result.changed[row, 0, ..., None], stored, layer.cache[name])
-            slots = index[row] if before.dim() == 2 else index[row][..., None]
-            fields[name] = before.gather(1, slots.expand(kv_heads, size, *before.shape[2:]))
+            fields[name] = take(before, index[row])
         layer.cache.replace(size, **fields)
