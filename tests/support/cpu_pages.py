@@ -5,6 +5,7 @@ from typing import Any
 
 import engines  # noqa: F401  sets the environment before torch and vLLM are imported
 import torch
+from stores import skip_without_fp8
 
 FP8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 # Exact in every dtype, 8 bits included.
@@ -19,6 +20,7 @@ def cpu_layer(
     from vllm.model_executor.layers.attention import Attention
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
+    skip_without_fp8(cache_dtype)
     config = VllmConfig()
     config.model_config = SimpleNamespace(dtype=dtype, is_mm_prefix_lm=False, rswa_window=None)
     cache_config = CacheConfig(block_size=page_size, cache_dtype=cache_dtype)

@@ -17,5 +17,6 @@ STORES: dict[str, dict[str, Any]] = {
 
 
 def skip_without_fp8(store: str) -> None:
-    if store == "fp8" and not torch.cpu._is_avx512_supported():
+    """Store: one of STORES, or a dtype of vLLM's cache."""
+    if store.startswith("fp8") and not torch.cpu._is_avx512_supported():
         pytest.skip("vLLM's fp8 cache needs AVX-512")
