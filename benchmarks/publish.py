@@ -58,11 +58,11 @@ RUNS: dict[str, list[str]] = {
         for when in ("hidden", "seen")
     ],
     "ruler": [
-        f"eval ruler --length 4096 --examples 3 --max-new-tokens 64 --question seen "
+        f"eval ruler --length 4096 --examples 5 --max-new-tokens 64 --question seen "
         f"--policy {ANSWERING} {BUDGETS}"
     ],
     "longbench": [
-        f"eval longbench --data longbench --tasks {LONGBENCH} --examples 5 --max-new-tokens 64 "
+        f"eval longbench --data longbench --tasks {LONGBENCH} --examples 8 --max-new-tokens 64 "
         f"--question seen --policy {ANSWERING} {SMALL}"
     ],
     "memory": [f"bench memory {LOAD} --page-format native,int8 --input-len 1024 --output-len 32"],
