@@ -17,6 +17,6 @@ STORES: dict[str, dict[str, Any]] = {
 
 
 def skip_without_fp8(store: str) -> None:
-    """Store: one of STORES, or a dtype of vLLM's cache."""
+    """Skips where a store (one of STORES, or a dtype of vLLM's cache) needs what is not here."""
     if store.startswith("fp8") and not torch.cpu._is_avx512_supported():
         pytest.skip("vLLM's fp8 cache needs AVX-512")
