@@ -10,7 +10,7 @@ from reference_loop import Rule, one_by_one, reference_tokens
 
 from paged_kv import registry
 from paged_kv.config import CompressionConfig
-from paged_kv.eval.reference import engine as module
+from paged_kv.eval.reference import compaction
 from paged_kv.eval.reference.engine import ReferenceEngine
 from paged_kv.policies.h2o import H2O
 from paged_kv.store.holding import MAX_NUMBERS
@@ -157,7 +157,7 @@ def test_fork_equals_a_run_of_its_own(model):
 def test_layers_compact_by_themselves_as_they_do_together(policy, model, monkeypatch):
     caches = []
     for at_once in (MAX_NUMBERS, 1):
-        monkeypatch.setattr(module, "MAX_NUMBERS", at_once)
+        monkeypatch.setattr(compaction, "MAX_NUMBERS", at_once)
         engine = ReferenceEngine(model, config(policy, 128, compress_prefill=True))
         engine.process(prompt(200))
         engine.process(prompt(60, seed=1))

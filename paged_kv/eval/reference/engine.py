@@ -9,10 +9,8 @@ policies without vLLM. One sequence; the policy is applied directly:
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from copy import copy, deepcopy
-from math import prod
 from typing import Any
 
 import torch
@@ -21,10 +19,10 @@ from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig
 from paged_kv.core.page_formats import NATIVE, layer_formats
 from paged_kv.core.schedule import Schedule
 from paged_kv.eval.reference.attention import explicit, outside_window, plain
-from paged_kv.eval.reference.layer import Alike, Layer, apply, make_region
+from paged_kv.eval.reference.compaction import compact
+from paged_kv.eval.reference.layer import Layer, make_region
 from paged_kv.eval.reference.layer_cache import Window
 from paged_kv.eval.reference.packing import Packing
-from paged_kv.eval.reference.rating import rated
 from paged_kv.hf import dispatch, seams
 from paged_kv.hf.arguments import check_page_format
 from paged_kv.kernels.operands import Terms
@@ -32,7 +30,6 @@ from paged_kv.plan import make_plan
 from paged_kv.policies.base import Policy
 from paged_kv.policies.region import Region
 from paged_kv.store import query_gathering
-from paged_kv.store.holding import MAX_NUMBERS
 from paged_kv.store.query_gathering import QueryGathering
 from paged_kv.tiers.spill_memory import SpillSpace
 
@@ -244,28 +241,18 @@ class ReferenceEngine(seams.Attends):
     @torch.inference_mode()
     def compact(self) -> None:
         """Every layer that holds more than its schedule says drops or merges the surplus."""
-        due: dict[Alike, list[Layer]] = defaultdict(list)
+        due = []
         for layer, schedule in zip(self.layers, self.schedules, strict=True):
             if schedule is None:
                 continue
             evicted = schedule.evicted(self.num_tokens, self.prompt_len)
             surplus = layer.cache.size - (self.num_tokens - evicted)
             if surplus > 0:
-                due[layer.alike(surplus, apart=self._space is not None)].append(layer)
-        for alike, layers in due.items():
-            at_once = max(1, MAX_NUMBERS // prod(alike.shape))
-            for start in range(0, len(layers), at_once):
-                self._compact(layers[start : start + at_once], alike.num_losers)
-
-    def _compact(self, layers: Sequence[Layer], num_losers: int) -> None:
-        """Layers that are alike, so few that what they hold stays in a CPU's cache."""
-        assert self.policy is not None
-        if self._space is not None:
-            layers[0].spill_to(self._space)
-        reads, window = self.policy.reads, self.policy.observation_window
-        region = self.region(layers, num_losers, reads, window)
-        region = rated(region, self.policy, layers, self._rope, self.gathering)
-        apply(layers, num_losers, self.policy.compact(region).written_out(region))
+                due.append((layer, surplus))
+        if due:
+            assert self.policy is not None
+            rope, space = self._rope, self._space
+            compact(self.policy, due, self.num_tokens, rope, self.gathering, space)
 
     def region(
         self, layers: Sequence[Layer], num_losers: int, reads: frozenset[str], window: int = 0
