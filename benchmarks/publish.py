@@ -35,6 +35,8 @@ PEERS = (
 )
 # Without value_merge, which takes minutes for 4,096 tokens, and with a text cut short as baseline.
 ANSWERING = POLICIES.replace("value_merge,", "") + ",truncate"
+# Pooling that keeps a member of each window in place of a mean.
+BEST = "pooling:mode=best"
 LONGBENCH = "trec,triviaqa,qasper,samsum,multi_news"
 # 64 entries are 8 pages, and of those that stay anyway no more than a quarter are the newest.
 SMALL = '--page-size 8 --policy-config {"recent_window":16} --budget 64,128,256,512,1024'
@@ -59,11 +61,14 @@ RUNS: dict[str, list[str]] = {
     ],
     "ruler": [
         f"eval ruler --length 4096 --examples 5 --max-new-tokens 64 --question seen "
-        f"--policy {ANSWERING} {BUDGETS}"
+        f"--policy {ANSWERING},{BEST} {BUDGETS}"
     ],
     "longbench": [
         f"eval longbench --data longbench --tasks {LONGBENCH} --examples 8 --max-new-tokens 64 "
-        f"--question seen --policy {ANSWERING} {SMALL}"
+        f"--question seen --policy {ANSWERING},{BEST} {SMALL}"
+    ],
+    "variants": [
+        *(f"eval perplexity --text {text} {WINDOWS} --policy {BEST} {BUDGETS}" for text in TEXTS),
     ],
     "memory": [f"bench memory {LOAD} --page-format native,int8 --input-len 1024 --output-len 32"],
     # Nothing else may run beside these two.

@@ -1,7 +1,7 @@
 """Result rows: what `paged-kv eval` and `bench` write, one JSON object a line, and `report` reads.
 
-Every row has the fields of FIELDS, then those of its task. A row is a claim, and carries what it
-takes to make it again.
+Every row has the fields of FIELDS, then those of OF_ALL and of its task. A row is a claim, and
+carries what it takes to make it again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 FIELDS = {
     "task": "what was measured, as on the command line",
-    "policy": "a policy, or the name of a peer",
+    "policy": "a policy, with options of its own after colons, or the name of a peer",
     "budget": "entries or share kept; null for what keeps everything",
     "page_format": "of the pages",
     "engine": "what ran the model",
@@ -37,6 +37,11 @@ FIELDS = {
     "kept": "entries held per layer, mean; null if the engine does not say",
     "bytes_per_token": "of keys and values as pages store them, per token of context",
     "seconds": "of all samples, without loading",
+}
+OF_ALL = {  # policies of a run; where it is not the default
+    "page_size": "entries are dropped in multiples of it",
+    "residual_pages": "newest pages that stay in the model's dtype",
+    "policy_config": "further options, an object",
 }
 PROVENANCE = {
     "model": "the directory's name",

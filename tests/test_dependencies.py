@@ -34,7 +34,7 @@ LEVELS = {
     "cli": 8,
 }
 # Modules beside the folders: policies' names, options and budgets, which the engines read.
-LEVELS |= {"registry": 5, "option_table": 5, "config": 5, "plan": 5, "sampling": 5}
+LEVELS |= {"registry": 5, "option_table": 5, "config": 5, "plan": 5, "sampling": 5, "variants": 5}
 LEVELS |= {
     "results": 1,
     "models": 0,
@@ -49,6 +49,7 @@ SAME_LEVEL = {
     ("config", "registry"),
     ("config", "option_table"),
     ("plan", "config"),
+    ("variants", "registry"),
     ("models", "directory_cache"),
     ("eval", "bench"),
     ("generate", "bench"),

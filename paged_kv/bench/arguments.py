@@ -11,13 +11,14 @@ from paged_kv import models, registry
 from paged_kv.bench.cases import PEERS, Case, Load, check, read_cases, read_loads
 from paged_kv.bench.script import positive
 from paged_kv.core.page_formats import FORMATS, NATIVE
+from paged_kv.variants import SHARED, SYNTAX
 
 
 def add_shared(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     """The options of all three; defaults: policy, input_len, output_len, requests, pool."""
     add = parser.add_argument
     add("--model", default="smollm2", help="smollm2 (the default), a directory or a hub name")
-    add("--policy", default=defaults["policy"], metavar="P[,P...]", help=f"peers "
+    add("--policy", default=defaults["policy"], metavar=SYNTAX, help=f"peers "
         f"({', '.join(PEERS)}: vLLM as it is) and policies ({', '.join(registry.available())}); "
         f"default {defaults['policy']}")  # fmt: skip
     add("--budget", default="256", metavar="B[,B...]", help="entries kept per layer, or with a "
@@ -25,8 +26,7 @@ def add_shared(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     add("--page-format", default=NATIVE, metavar="F[,F...]",
         help=f"{', '.join(FORMATS)}, or files of paged-kv calibrate formats; of the policies "
              "(default native)")  # fmt: skip
-    add("--policy-config", metavar="JSON", help="more options, for all policies given: see "
-        "paged-kv options")  # fmt: skip
+    add("--policy-config", metavar="JSON", help=SHARED)
     add("--pool", type=listed(pool), default=[defaults["pool"]], metavar="S[,S...]",
         help="memory of the KV cache: with a point the share of what all requests need "
              "uncompressed in bfloat16, else tokens that fit in uncompressed (default "

@@ -17,10 +17,10 @@ from paged_kv import registry
 from paged_kv.bench.held import layer_schedules
 from paged_kv.bench.settings import kv_bytes_per_token, model_config
 from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig
-from paged_kv.core.options import parse_json
 from paged_kv.core.page_formats import NATIVE
 from paged_kv.core.readers import read_budget
 from paged_kv.core.schedule import cdiv
+from paged_kv.variants import Variant, read_variants
 
 PLAIN, PLAIN_FP8 = "plain", "plain-fp8"
 PEERS = {PLAIN: "auto", PLAIN_FP8: "fp8"}  # name -> vLLM's kv_cache_dtype
@@ -38,7 +38,7 @@ class Case:
     """One line of the result.
 
     Args:
-        policy: a policy, or one of PEERS.
+        policy: as the user wrote it, or one of PEERS.
         budget: None for what keeps everything.
         config: the policy's options; a peer has none that differ from the defaults.
         options: those given, as in additional_config["paged_kv"]; empty for peers.
@@ -75,7 +75,7 @@ class Case:
         if self.policy in PEERS:
             return ["--kv-cache-dtype", self.kv_cache_dtype]
         more = {k: v for k, v in self.options.items() if k not in ("policy", "budget", "start")}
-        flags = ["--kv-policy", self.policy]
+        flags = ["--kv-policy", self.config.policy]
         if self.budget is not None:
             flags += ["--kv-budget", str(self.options["budget"])]
         if "start" in self.options:
@@ -126,7 +126,7 @@ def read_cases(
     """Every page format with every policy and budget; what keeps everything, and peers, once.
 
     Args:
-        policies: names with commas between.
+        policies: see read_variants.
         budgets: the same of budgets.
         page_formats: the same of page formats.
         start: of the policies; None for the default.
@@ -135,21 +135,14 @@ def read_cases(
     Raises:
         ValueError: names the option.
     """
-    given = parse_json(more, "policy-config") if more else {}
-    for name in set(OWN_FLAGS) & set(given):
-        raise ValueError(f"policy-config must not have {name}: use {OWN_FLAGS[name]}")
     cases = []
-    for policy in policies.split(","):
-        if policy in PEERS:
-            cases.append(Case(policy, None, CompressionConfig(), {}))
+    for variant in read_variants(policies, more, OWN_FLAGS, PEERS):
+        if variant.policy in PEERS:
+            cases.append(Case(variant.text, None, CompressionConfig(), {}))
             continue
-        try:
-            registry.check(policy)
-        except ValueError as error:
-            raise ValueError(f"{error}; or a peer: {', '.join(PEERS)}") from None
-        sizes = [None] if policy == registry.FULL else budgets.split(",")
+        sizes = [None] if variant.policy == registry.FULL else budgets.split(",")
         for page_format, size in product(page_formats.split(","), sizes):
-            cases.append(_case(policy, size, page_format, start, given))
+            cases.append(_case(variant, size, page_format, start))
     labels = [case.label for case in cases]
     for label in labels:
         if labels.count(label) > 1:
@@ -157,14 +150,13 @@ def read_cases(
     return cases
 
 
-def _case(
-    policy: str, size: str | None, page_format: str, start: str | None, given: dict[str, Any]
-) -> Case:
-    options: dict[str, Any] = {"policy": policy, "page_format": page_format}
+def _case(variant: Variant, size: str | None, page_format: str, start: str | None) -> Case:
+    options: dict[str, Any] = {"policy": variant.policy, "page_format": page_format}
     if size is None:
-        return Case(policy, None, CompressionConfig.from_dict(options), options)
-    options = {**given, **options, "budget": size} | ({"start": start} if start else {})
-    return Case(policy, read_budget("budget", size), CompressionConfig.from_dict(options), options)
+        return Case(variant.text, None, CompressionConfig.from_dict(options), options)
+    options = {**variant.options, **options, "budget": size} | ({"start": start} if start else {})
+    config = CompressionConfig.from_dict(options)
+    return Case(variant.text, read_budget("budget", size), config, options)
 
 
 def read_loads(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from paged_kv.bench.cases import PEERS, Case, Load
 from paged_kv.bench.held import entries, entry_bytes, layer_schedules
 from paged_kv.config import DEFAULT_PAGE_SIZE
+from paged_kv.core.options import parse_json
 from paged_kv.results import Row, append
 
 
@@ -34,7 +35,21 @@ def case_fields(args: argparse.Namespace, case: Case, load: Load) -> Row:
         "input_len": load.input_len,
         "output_len": load.output_len,
         "requests": load.requests,
+        **of_all(args),
     }
+
+
+def of_all(args: argparse.Namespace) -> Row:
+    """Those fields of results.OF_ALL that a command with such options was given."""
+    fields: Row = {}
+    if getattr(args, "page_size", DEFAULT_PAGE_SIZE) != DEFAULT_PAGE_SIZE:
+        fields["page_size"] = args.page_size
+    if getattr(args, "residual_pages", 0):
+        fields["residual_pages"] = args.residual_pages
+    given = getattr(args, "policy_config", None)
+    if options := parse_json(given, "policy-config") if given else {}:
+        fields["policy_config"] = dict(sorted(options.items()))
+    return fields
 
 
 def kept_by_layer(args: argparse.Namespace, case: Case, load: Load) -> list[int]:

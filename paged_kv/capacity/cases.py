@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
@@ -12,8 +12,10 @@ from paged_kv import registry
 from paged_kv.config import CompressionConfig
 from paged_kv.core.options import shown
 from paged_kv.core.page_formats import FORMATS, NATIVE
+from paged_kv.variants import Variant
 
 FIXED = {"policy": "--policy", "budget": "--budget", "page_format": "--page-format"}
+_OF_PAGES = ("swap_", "residual_pages")  # begin options that `full` takes, too
 CPU, GPU = "cpu", "gpu"
 GPU_DTYPES = {  # format -> vLLM's --kv-cache-dtype, on a GPU
     NATIVE: "auto",
@@ -76,49 +78,36 @@ class Engine:
 
 
 def make_cases(
-    policies: list[str],
+    variants: Sequence[Variant],
     budgets: list[int | Fraction] | None,
     formats: list[str],
-    more: dict[str, Any],
     device: str,
 ) -> Iterator[Case]:
-    """Every page format with every policy and budget; `full` once for each format, and first.
+    """Every page format with every policy and budget; what keeps everything once for each format.
 
     Args:
-        policies: names.
+        variants: see read_variants.
         budgets: of each; None: the largest that fits is asked for.
         formats: see Case.
-        more: further options, for all policies.
         device: see Engine.
 
     Raises:
-        ValueError: an option is wrong, or given in two places.
+        ValueError: an option is wrong.
     """
-    for name in FIXED:
-        if name in more:
-            raise ValueError(f"policy-config must not have {name}: use {FIXED[name]}")
-    for policy in policies:
-        registry.check(policy)
-    residual = more.get("residual_pages", 0)
-    paging = {key: more[key] for key in more if key.startswith("swap_") or key == "residual_pages"}
-    for page_format, policy in product(formats, _full_first(policies)):
+    for page_format, (text, policy, more) in product(formats, variants):
         where: dict[str, Any] = {"page_format": _own_format(page_format, device)}
-        if page_format == NATIVE and len(formats) > 1 and residual:
+        if page_format == NATIVE and len(formats) > 1 and more.get("residual_pages"):
             where["residual_pages"] = 0  # a list may begin with native
         if policy == registry.FULL:
-            yield Case(policy, page_format, CompressionConfig.from_dict({**paging, **where}))
+            kept = {name: more[name] for name in more if name.startswith(_OF_PAGES)}
+            yield Case(text, page_format, CompressionConfig.from_dict({**kept, **where}))
             continue
         for budget in [None] if budgets is None else budgets:
             options = {**more, "policy": policy, **where}
             if budget is not None:
                 options["budget"] = budget
             config = CompressionConfig.from_dict(options)
-            yield Case(policy, page_format, config, budget is None)
-
-
-def _full_first(policies: list[str]) -> list[str]:
-    """All are compared with it."""
-    return [registry.FULL, *(name for name in policies if name != registry.FULL)]
+            yield Case(text, page_format, config, budget is None)
 
 
 def _own_format(page_format: str, device: str) -> str:

@@ -23,17 +23,18 @@ import argparse
 import json
 
 from paged_kv import registry
-from paged_kv.capacity.cases import CPU, GPU, Engine, make_cases
+from paged_kv.capacity.cases import CPU, FIXED, GPU, Engine, make_cases
 from paged_kv.capacity.estimate import estimate
 from paged_kv.capacity.model import DTYPE_BYTES, Model, read_model
 from paged_kv.capacity.sizes import read_size, show_size
 from paged_kv.capacity.table import describe, notes, table_lines
 from paged_kv.capacity.weights import FAMILIES, WEIGHT_BYTES, weight_bytes
 from paged_kv.config import DEFAULT_PAGE_SIZE
-from paged_kv.core.options import MOST, parse_json
+from paged_kv.core.options import MOST
 from paged_kv.core.page_formats import FORMATS, NATIVE
 from paged_kv.core.readers import read_budget
 from paged_kv.option_table import DEFAULT_BUDGET
+from paged_kv.variants import SHARED, SYNTAX, Variant, read_variants
 
 UTILIZATION = 0.9  # vLLM's default
 LARGE_GPU = 70 << 30  # from where on vLLM's server has larger defaults
@@ -59,15 +60,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "GPU (default: gpu with --gpu-memory, else cpu)")  # fmt: skip
     add("--context", type=int, default=8192, metavar="N", help="tokens of a prompt (default 8192)")
     add("--output", type=int, default=1024, metavar="N", help="generated after it (default 1024)")
-    add("--policy", default=registry.FULL, metavar="P[,P...]",
+    add("--policy", default=registry.FULL, metavar=SYNTAX,
         help="compared with full: see paged-kv policies")  # fmt: skip
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--budget", metavar="B[,B...]", help="entries kept per layer, or with a "
         f"point the fraction kept (default {DEFAULT_BUDGET})")  # fmt: skip
     budget.add_argument("--sequences", type=int, metavar="N", help="in place of a budget: the "
         "largest one with which so many decode at once")  # fmt: skip
-    add("--policy-config", metavar="JSON", help="more options, for all policies: see "
-        "paged-kv options")  # fmt: skip
+    add("--policy-config", metavar="JSON", help=SHARED)
     add("--page-format", default=NATIVE, metavar="F[,F...]",
         help=f"{', '.join(FORMATS)}, or files of paged-kv calibrate formats")  # fmt: skip
     add("--dtype", choices=("auto", *DTYPE_BYTES), default="auto", help="vLLM's option")
@@ -88,8 +88,8 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(f"{name.replace('_', '-')} must be an integer >= 1, not {value}")
     if args.context + args.output > MOST:
         raise ValueError(f"context {args.context} + output {args.output} must be at most {MOST}")
-    policies = args.policy.split(",")
-    if args.sequences is not None and set(policies) == {registry.FULL}:
+    variants = _variants(args)
+    if args.sequences is not None and len(variants) == 1:
         raise ValueError(f"sequences {args.sequences} needs a --policy that has a budget")
     model = read_model(args.model, args.dtype)
     engine = read_engine(args, model)
@@ -97,9 +97,8 @@ def main(args: argparse.Namespace) -> None:
     if args.sequences is None:
         texts = (args.budget or str(DEFAULT_BUDGET)).split(",")
         budgets = [read_budget("budget", text) for text in texts]
-    more = parse_json(args.policy_config, "policy-config") if args.policy_config else {}
     formats = args.page_format.split(",")
-    cases = make_cases(policies, budgets, formats, more, engine.device)
+    cases = make_cases(variants, budgets, formats, engine.device)
     rows = list(estimate(model, engine, cases, args.sequences))
     if args.json:
         for row in rows:
@@ -109,6 +108,12 @@ def main(args: argparse.Namespace) -> None:
     print(*about, "", *table_lines(rows), sep="\n")
     if remarks := list(notes(rows, engine)):
         print("", *remarks, sep="\n")
+
+
+def _variants(args: argparse.Namespace) -> list[Variant]:
+    """Full first, and once: all are compared with it. Raises ValueError."""
+    full, *others = read_variants(f"{registry.FULL},{args.policy}", args.policy_config, FIXED)
+    return [full, *(variant for variant in others if variant.policy != registry.FULL)]
 
 
 def read_engine(args: argparse.Namespace, model: Model) -> Engine:

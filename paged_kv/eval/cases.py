@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 from paged_kv import registry
 from paged_kv.bench.held import entries, entry_bytes, layer_schedules
 from paged_kv.config import CompressionConfig
-from paged_kv.core.options import parse_json
 from paged_kv.core.page_formats import NATIVE
 from paged_kv.core.readers import read_budget
 from paged_kv.core.schedule import Schedule
 from paged_kv.eval.peers import peers
 from paged_kv.eval.tasks.longbench import truncated_middle
+from paged_kv.variants import read_variants
 
 TRUNCATE = "truncate"  # no policy: the context's first and last half of the budget, all kept
 FIXED = {  # options that the command line or the protocol decides on -> what to use
@@ -49,7 +49,7 @@ class Case:
     """One policy under one budget.
 
     Args:
-        policy: its name.
+        policy: as the user wrote it, which tells it from another with other options.
         budget: entries or share that is kept; None: everything.
         config: the same, as engines take it.
         model: a model directory.
@@ -115,16 +115,13 @@ def read_cases(args: argparse.Namespace, model: Path, baselines: Sequence[str] =
     Raises:
         ValueError: what the user got wrong.
     """
-    more = parse_json(args.policy_config, "policy-config") if args.policy_config else {}
-    for name in FIXED:
-        if name in more:
-            raise ValueError(f"policy-config must not have {name}: use {FIXED[name]}")
+    others = [*peers.NAMES, *baselines]
+    variants = read_variants(args.policy, args.policy_config, FIXED, others)
     cases = []
     budgets = [read_budget("budget", text) for text in args.budget.split(",")]
-    policies = args.policy.split(",")
-    named = [policy for policy in policies if policy in peers.NAMES]
-    policies = [policy for policy in policies if policy not in named]
-    for page_format, policy in product(args.page_format.split(","), policies):
+    named = [variant.text for variant in variants if variant.text in peers.NAMES]
+    policies = [variant for variant in variants if variant.text not in named]
+    for page_format, (text, policy, more) in product(args.page_format.split(","), policies):
         paging: dict[str, Any] = {"page_format": page_format}
         if page_format != NATIVE or args.page_format == NATIVE:  # a list may begin with native
             paging["residual_pages"] = args.residual_pages
@@ -132,8 +129,6 @@ def read_cases(args: argparse.Namespace, model: Path, baselines: Sequence[str] =
         if policy == registry.FULL:
             cases.append(Case(policy, None, uncompressed, model, args.page_size))
             continue
-        if policy not in baselines:
-            registry.check(policy)
         for budget in budgets:
             options = {"policy": policy, "budget": budget, "compress_prefill": True, **paging}
             config = uncompressed
@@ -141,7 +136,7 @@ def read_cases(args: argparse.Namespace, model: Path, baselines: Sequence[str] =
                 config = CompressionConfig.from_dict({**more, **options})
             elif isinstance(budget, Fraction):
                 raise ValueError(f"budget {float(budget)}: {policy} needs a number of tokens")
-            cases.append(Case(policy, budget, config, model, args.page_size))
+            cases.append(Case(text, budget, config, model, args.page_size))
     for case in cases:
         case.schedules(args.engine)
     return cases + [case for name in named for case in _peer_cases(args, model, name, budgets)]

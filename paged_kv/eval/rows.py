@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Protocol
 
 from paged_kv import results
+from paged_kv.bench.rows import of_all
 from paged_kv.eval.cases import TRUNCATE, Case
 from paged_kv.eval.peers import peers
 
@@ -62,6 +63,7 @@ def result_row(
         "kept": round(fmean(outcome.kept for outcome in outcomes), 2),
         "bytes_per_token": round(fmean(shares), 2),
         "seconds": round(sum(outcome.seconds for outcome in outcomes), 2),
+        **of_all(args),
     }
     if case.is_peer:
         name = case.policy.partition(":")[0]

@@ -19,6 +19,7 @@ from paged_kv.eval.cases import Case
 from paged_kv.eval.peers import peers
 from paged_kv.eval.record import Place, Record
 from paged_kv.option_table import OPTIONS
+from paged_kv.variants import SHARED, SYNTAX
 
 Outcome = TypeVar("Outcome", bound=NamedTuple)
 Todo = Callable[[int, int], bool]  # of a sample and a case
@@ -45,12 +46,11 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     """What is compared, and where the results go."""
     add = parser.add_argument
     add("--model", default="smollm2", help="smollm2 (the default), a directory or a hub name")
-    add("--policy", required=True, metavar="P[,P...]", help=f"{', '.join(registry.available())}; "
+    add("--policy", required=True, metavar=SYNTAX, help=f"{', '.join(registry.available())}; "
         f"peers: {', '.join(peers.NAMES)}")  # fmt: skip
     add("--budget", default="256", metavar="B[,B...]", help="entries kept per layer, or with a "
         "point the fraction kept (default 256; ignored by full)")  # fmt: skip
-    add("--policy-config", metavar="JSON", help="more options, for all policies given: see "
-        "paged-kv options")  # fmt: skip
+    add("--policy-config", metavar="JSON", help=SHARED)
     add("--page-format", default=NATIVE, metavar="F[,F...]",
         help=f"{', '.join(FORMATS)}, or files of paged-kv calibrate formats "
              "(default native)")  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from paged_kv.core.page_formats import NATIVE
 from paged_kv.option_table import OPTIONS
 from paged_kv.registry import FULL
-from paged_kv.results import Row
+from paged_kv.results import OF_ALL, Row
 
 # Speed and memory have sections of their own; every other task is quality.
 THROUGHPUT, LATENCY, MEMORY, NEEDLE = "throughput", "latency", "memory", "needle"
@@ -18,10 +18,11 @@ ALWAYS = OPTIONS["start"].default
 SPEED = (THROUGHPUT, LATENCY, MEMORY, "cache-speedup")
 ORDER = ("perplexity", "agreement", NEEDLE, "ruler", "longbench")  # then others, then SPEED
 # Fields that tasks add and that say what was asked: rows that differ in them are in plots apart.
-LOAD = ("requests", "input_len", "output_len")
+FOR_ALL = tuple(OF_ALL)
+LOAD = ("requests", "input_len", "output_len", *FOR_ALL)
 SETTINGS = {THROUGHPUT: LOAD, LATENCY: ("share", *LOAD), MEMORY: (*LOAD, "length")}
 QUALITY = ("subtask", "text", "question", "protocol", "length", "max_new_tokens", "context_tokens",
-           "prompt_tokens", "score_tokens")  # fmt: skip
+           "prompt_tokens", "score_tokens", *FOR_ALL)  # fmt: skip
 # What the curves of a plot differ in, or run over.
 SERIES = ("policy", "budget", "page_format", "engine", "start", "case", "pool_tokens", "share",
           "request_rate")  # fmt: skip
@@ -164,6 +165,8 @@ def groups(rows: Iterable[Row]) -> list[Group]:
 def _setting(name: str, value: Any) -> str:
     if name in ("subtask", "protocol"):  # names that speak for themselves
         return str(value)
+    if isinstance(value, dict):  # of options
+        return ", ".join(f"{key} {option}" for key, option in value.items())
     text = f"{value:,}" if isinstance(value, (int, float)) else str(value)
     return f"{NAMES.get(name, name.replace('_', ' '))} {text}"
 
