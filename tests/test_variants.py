@@ -10,12 +10,14 @@ import perplexity_rows
 import pytest
 import tiny_models
 from capacity_models import LLAMA_8B, write
+from report_rows import row as row_of
 
 from paged_kv import cli, results
 from paged_kv.bench import cases as bench
 from paged_kv.bench.rows import of_all
 from paged_kv.eval import cases as evaluation
 from paged_kv.report import rows as reading
+from paged_kv.report import tables
 from paged_kv.variants import read_variants
 
 ELSEWHERE = {"budget": "--budget"}
@@ -104,7 +106,7 @@ def test_told_apart_in_results():
         "--policy-config", '{"recent_window": 16, "num_sink_tokens": 2}', "--page-format", "int8",
         "--residual-pages", "2",
     ])  # fmt: skip
-    common = dict.fromkeys(results.FIELDS) | {"task": "ruler", **of_all(args)}
+    common = row_of("ruler", "", 96, 0.5, **of_all(args))
     assert {name: common[name] for name in results.OF_ALL} == {
         "page_size": 8,
         "residual_pages": 2,
@@ -119,6 +121,10 @@ def test_told_apart_in_results():
     (both,) = (group for group in found if len(group.rows) == 2)
     assert [row["label"] for row in both.rows] == ["pooling", "pooling:mode=best"]
     assert both.setting == "page size 8, residual pages 2, num_sink_tokens 2, recent_window 16"
+    (table,) = tables.of_tasks(found)
+    column = [heading for heading, _ in table.columns].index("policy config")
+    cells = [row[column].text for row in table.rows]
+    assert sorted(set(cells)) == ["num_sink_tokens 2, recent_window 16", "–"]
 
 
 def test_served(tiny):

@@ -165,10 +165,15 @@ def groups(rows: Iterable[Row]) -> list[Group]:
 def _setting(name: str, value: Any) -> str:
     if name in ("subtask", "protocol"):  # names that speak for themselves
         return str(value)
-    if isinstance(value, dict):  # of options
-        return ", ".join(f"{key} {option}" for key, option in value.items())
+    if isinstance(value, dict):
+        return options_text(value)
     text = f"{value:,}" if isinstance(value, (int, float)) else str(value)
     return f"{NAMES.get(name, name.replace('_', ' '))} {text}"
+
+
+def options_text(options: dict[str, Any]) -> str:
+    """Of policies."""
+    return ", ".join(f"{name} {value}" for name, value in options.items())
 
 
 def task_order(task: str) -> tuple[int, str]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from paged_kv.report import rows as reading
 from paged_kv.report.rows import Group, number
 from paged_kv.report.summary import Summary
-from paged_kv.results import FIELDS, PROVENANCE, Row
+from paged_kv.results import FIELDS, OF_ALL, PROVENANCE, Row
 
 FIRST = ("policy", "budget", "page_format", "engine")
 LAST = ("kept", "bytes_per_token", "seconds", "samples")
@@ -69,8 +69,13 @@ def _heading(name: str) -> str:
 
 
 def _more(rows: Iterable[Row]) -> list[str]:
-    """The scalar fields that the task added, in their order; a name may stand in some rows only."""
-    given = dict.fromkeys(name for row in rows for name, value in row.items() if _scalar(value))
+    """The fields that the task added and a cell can show, in their order.
+
+    A name may stand in some rows only.
+    """
+    given = dict.fromkeys(
+        name for row in rows for name, value in row.items() if _scalar(value) or name in OF_ALL
+    )
     known = {*FIELDS, *PROVENANCE, *OWN}
     return [name for name in given if name not in known]
 
@@ -93,6 +98,8 @@ def _cell(name: str, row: Row) -> Cell:
     if name == "score":
         error = number(row["standard_error"])
         return Cell(_with_error(value, error) if error else _score(value), number(value))
+    if isinstance(value, dict):
+        return Cell(reading.options_text(value))
     return Cell(_figure(value), number(value)) if _scalar(value) else Cell(str(value))
 
 
