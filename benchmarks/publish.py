@@ -1,7 +1,7 @@
 """Makes benchmarks/results/*.jsonl, on SmolLM2: every policy in every task, and speed.
 
-    python benchmarks/publish.py --data DIR              # all runs that are not there yet
-    python benchmarks/publish.py --data DIR needle ruler # these, each anew if it is there
+    python benchmarks/publish.py --data DIR              # all commands that are not there yet
+    python benchmarks/publish.py --data DIR needle ruler # of these, anew if they are all there
 
 Of two cores perplexity takes an hour, needle half an hour, ruler and longbench hours (one core
 each, with OMP_NUM_THREADS=1), throughput half an hour for the first three pools alone.
@@ -15,11 +15,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from paged_kv import results
+
+PROGRAM = "paged-kv"
 RESULTS = Path(__file__).resolve().parent / "results"
 POLICIES = (
     "full,window,streaming,random,lru,h2o,attention,hybrid,snapkv,tova,knorm,keydiff,"
@@ -56,8 +60,8 @@ RUNS: dict[str, list[str]] = {
         for text in TEXTS
     ],
     "needle": [
-        f"eval needle --lengths 4096 --facts 2 --question {when} --policy {ANSWERING} {BUDGETS}"
-        for when in ("hidden", "seen")
+        f"eval needle --lengths 4096 {more} --policy {ANSWERING} {BUDGETS}"
+        for more in ("--depths 0 25 50 75 100 --facts 2", "--facts 2 --question seen")
     ],
     "ruler": [
         f"eval ruler --length 4096 --examples 5 --max-new-tokens 64 --question seen "
@@ -98,21 +102,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = set(args.names) - set(RUNS)
     if unknown:
         parser.error(f"NAME must be one of {', '.join(RUNS)}, not {', '.join(sorted(unknown))}")
-    program = Path(sys.executable).with_name("paged-kv")
-    for name, commands in RUNS.items():
+    for name in args.names or RUNS:
         out = RESULTS / f"{name}.jsonl"
-        if name not in args.names and (args.names or _is_complete(out)):
-            continue
-        for command in commands:
-            words = [program, *command.split(), "--out", out]
+        missing = _missing(name, out)
+        if args.names and not missing:
+            out.unlink()
+            missing = RUNS[name]
+        for command in missing:
+            words = [Path(sys.executable).with_name(PROGRAM), *command.split(), "--out", out]
             code = subprocess.run(words, cwd=args.data, env={**os.environ, **_offline()}).returncode
             if code:
                 return code
+        if missing:
+            _only_of(name, out)
     return 0
 
 
-def _is_complete(out: Path) -> bool:
-    return out.exists() and out.stat().st_size > 0 and not Path(f"{out}.partial").exists()
+def _missing(name: str, out: Path) -> list[str]:
+    """The commands of a run that no row names."""
+    done = {row["command"] for row in results.read([out])} if out.exists() else set()
+    return [command for command in RUNS[name] if _line(command) not in done]
+
+
+def _only_of(name: str, out: Path) -> None:
+    """Leaves out rows of what was such a command once."""
+    lines = set(map(_line, RUNS[name]))
+    rows = [row for row in results.read([out]) if row["command"] in lines]
+    out.unlink()
+    for row in rows:
+        results.append(out, row)
+
+
+def _line(command: str) -> str:
+    """As rows have it."""
+    return shlex.join([PROGRAM, *command.split()])
 
 
 def _offline() -> dict[str, str]:

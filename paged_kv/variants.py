@@ -6,14 +6,16 @@ snapkv,pooling:mode=best:window=4,residual:of=snapkv
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from paged_kv import registry
 from paged_kv.core.options import parse_json, read_json
+from paged_kv.core.page_formats import NATIVE
 
 SYNTAX = "P[:OPTION=VALUE...][,P...]"  # of --policy
 SHARED = "more options, for all policies (those of one follow its name): see paged-kv options"
+_OF_PAGES = ("residual_pages", "swap_")  # begin options that `full` takes, too
 _COMMA = re.compile(r",(?![^\[]*\])")  # not one between the brackets of a list
 
 
@@ -23,12 +25,23 @@ class Variant(NamedTuple):
     Args:
         text: as the user wrote it, by which results name it.
         policy: its name.
-        options: those that all have, and its own, which go before.
+        options: those that all have, and its own, which go before. `full` has none of its own, and
+            of the others those about pages.
     """
 
     text: str
     policy: str
     options: dict[str, Any]
+
+    def stored_in(self, page_format: str, page_formats: Sequence[str]) -> dict[str, Any]:
+        """Its options with one of several page formats: a list may begin with native.
+
+        Native pages have no residual; without a list that is a mistake.
+        """
+        options = {**self.options, "policy": self.policy, "page_format": page_format}
+        if page_format == NATIVE and len(page_formats) > 1:
+            options.pop("residual_pages", None)
+        return options
 
 
 def read_variants(
@@ -51,7 +64,11 @@ def read_variants(
     """
     common = parse_json(shared, "policy-config") if shared else {}
     _refuse(common, elsewhere, "policy-config")
-    return [_variant(text, common, elsewhere, peers) for text in _COMMA.split(policies)]
+    texts = _COMMA.split(policies)
+    for text in texts:
+        if texts.count(text) > 1:
+            raise ValueError(f"policy {policies}: {text} is there {texts.count(text)} times")
+    return [_variant(text, common, elsewhere, peers) for text in texts]
 
 
 def _variant(
@@ -64,12 +81,18 @@ def _variant(
         registry.check(policy)
     except ValueError as error:
         others = f"; or a peer: {', '.join(peers)}" if peers else ""
-        raise ValueError(f"{error}{others}") from None
+        whole = str(error).replace(repr(policy), repr(text), 1)  # a peer's name may have colons
+        raise ValueError(f"{whole}{others}") from None
     own = dict(_option(part, text) for part in given)
     _refuse(own, elsewhere, f"policy {text}")
-    if own and policy == registry.FULL:
+    if len(own) < len(given):
+        raise ValueError(f"policy {text}: an option is there twice")
+    if policy != registry.FULL:
+        return Variant(text, policy, common | own)
+    if own:
         raise ValueError(f"policy {text}: {policy} has no options of its own")
-    return Variant(text, policy, common | own)
+    of_pages = {name: common[name] for name in common if name.startswith(_OF_PAGES)}
+    return Variant(text, policy, of_pages)
 
 
 def _option(part: str, text: str) -> tuple[str, Any]:

@@ -98,6 +98,29 @@ def test_a_line_that_was_cut_off_is_not_done(tiny, out):
     assert all(json.loads(line) for line in first.path.read_text().splitlines()[2:])
 
 
+def test_what_others_do_is_left(tiny, out):
+    stopped = record(out, tiny, engine="hf")
+    stopped.add(0, 1, ANSWER)
+    stopped.close(is_complete=False)
+    one, beside = record(out, tiny), record(out, tiny, samples=PROMPTS[:1])
+    one.add(1, 0, ANSWER)
+    beside.add(0, 0, ANSWER)
+    one.close(is_complete=True)
+    assert set(record(out, tiny, engine="hf").outcomes) == {(0, 1)}
+    beside.close(is_complete=True)
+    again = record(out, tiny, engine="hf")
+    again.close(is_complete=True)
+    assert not again.path.exists()
+
+
+def test_a_file_that_somebody_else_has_removed(tiny, out):
+    first, second = record(out, tiny), record(out, tiny)
+    first.close(is_complete=True)
+    second.add(0, 0, ANSWER)
+    second.close(is_complete=True)
+    assert not second.path.exists()
+
+
 def test_nothing_is_kept_unless_asked_for(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     one = record(None, tiny)

@@ -219,7 +219,22 @@ def test_ctrl_c_leaves_what_is_done(capsys, tiny, text, tmp_path, monkeypatch):
         (["needle", "--policy", "full", "--engine", "vllm"], "question hidden: engine vllm"),
         (["needle", "--policy", "nope"], "unknown kv-policy 'nope'"),
         (["needle", "--policy", "truncate", "--budget", "0.5"], "truncate needs a number of tok"),
-        (["needle", "--policy", "full", "--lengths", "9000"], "no example fits: the shortest"),
+        (
+            ["needle", "--policy", "full", "--lengths", "1000", "9000"],
+            "lengths 9000: a prompt and its answer take up to 9",
+        ),
+        (
+            ["ruler", "--policy", "full", "--tasks", "vt", "--length", "8200", "--examples", "1"],
+            "length 8200: a prompt and its answer take up to ",
+        ),
+        (
+            ["agreement", "--policy", "full", "--text", "README.md", "--prompt-tokens", "9000"],
+            "prompt-tokens 9000 and new-tokens 128 need 9129 tokens; the model has 8192",
+        ),
+        (
+            ["agreement", "--policy", "full", "--text", "README.md", "--offset", "-5"],
+            "offset must be an integer >= 0, not -5",
+        ),
         (["needle", "--policy", "full", "--depths", "101"], "depths"),
         (["ruler", "--policy", "full", "--tasks", "nope"], "task 'nope' must be one of niah_"),
         (["ruler", "--policy", "full", "--haystack", "/nowhere"], "haystack /nowhere"),

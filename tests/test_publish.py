@@ -1,18 +1,20 @@
 """What is published is what commands of today do."""
 
 import runpy
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from paged_kv import cli, registry
+from paged_kv import cli, registry, results
 from paged_kv.core.page_formats import FORMATS
 from paged_kv.eval.cases import TRUNCATE, read_cases
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "publish.py"
 NAMES = runpy.run_path(str(SCRIPT))
-COMMANDS = [command for commands in NAMES["RUNS"].values() for command in commands]
+RUNS = NAMES["RUNS"]
+COMMANDS = [command for commands in RUNS.values() for command in commands]
 
 
 @pytest.fixture
@@ -25,7 +27,10 @@ def started(tmp_path):
 
     def run(words, **_):
         calls.append(words)
-        return SimpleNamespace(returncode=codes[len(calls) - 1])
+        code = codes[len(calls) - 1]
+        if not code:
+            add(words[-1], shlex.join(["paged-kv", *words[1:-2]]))
+        return SimpleNamespace(returncode=code)
 
     scope["subprocess"] = SimpleNamespace(run=run)
     return module["main"], calls, codes
@@ -42,7 +47,7 @@ def test_commands_are_understood(command, tiny):
     if "page-format" in command:
         assert {case.config.page_format for case in cases} == set(FORMATS)
         return
-    if command in NAMES["RUNS"]["variants"]:
+    if command in RUNS["variants"]:
         assert {case.policy for case in cases} == {NAMES["BEST"]}
         return
     assert len(cases) > 80
@@ -53,21 +58,61 @@ def test_one_run_after_the_other_into_a_file_of_its_own(started, tmp_path):
     main, calls, _ = started
     assert main(["--data", "."]) == 0
     assert [words[1:3] for words in calls] == [command.split()[:2] for command in COMMANDS]
-    files = [f"{name}.jsonl" for name, commands in NAMES["RUNS"].items() for _ in commands]
+    files = [f"{name}.jsonl" for name, commands in RUNS.items() for _ in commands]
     assert [words[-1] for words in calls] == [tmp_path / file for file in files]
+
+
+def add(file, command):
+    """A row that such a command could have written."""
+    results.append(file, {**dict.fromkeys(results.FIELDS), "command": command})
+
+
+def commands_in(file):
+    return [row["command"].split()[1:] for row in results.read([file])]
 
 
 def test_what_is_there_is_left_unless_named(started, tmp_path):
     main, calls, codes = started
-    for name in NAMES["RUNS"]:
-        (tmp_path / f"{name}.jsonl").write_text("{}")
-    (tmp_path / "ruler.jsonl.partial").write_text("")  # was stopped
     assert main(["--data", "."]) == 0
-    assert [words[2] for words in calls] == ["ruler"]
+    calls.clear()
+    assert main(["--data", "."]) == 0
+    assert not calls
+    assert main(["--data", ".", "ruler", "needle"]) == 0
+    assert [words[2] for words in calls] == ["ruler", "needle", "needle"]
+    assert commands_in(tmp_path / "ruler.jsonl") == [RUNS["ruler"][0].split()], "made anew"
     calls.clear()
     codes[0] = 3
     assert main(["--data", ".", "needle", "ruler"]) == 3
     assert [words[2] for words in calls] == ["needle"]
+
+
+def test_a_run_that_was_stopped_goes_on_with_its_next_command(started, tmp_path):
+    main, calls, codes = started
+    codes[1] = 130
+    assert main(["--data", ".", "perplexity"]) == 130
+    calls.clear()
+    codes[1] = 0
+    assert main(["--data", ".", "perplexity"]) == 0
+    assert [words[4] for words in calls] == ["american_adventures.txt", "news_from_nowhere.txt"]
+    file = tmp_path / "perplexity.jsonl"
+    assert commands_in(file) == [command.split() for command in RUNS["perplexity"]]
+
+
+def test_rows_of_a_command_of_once_are_left_out(started, tmp_path):
+    main, calls, _ = started
+    file = tmp_path / "ruler.jsonl"
+    add(file, "paged-kv eval ruler --examples 1")
+    assert main(["--data", ".", "ruler"]) == 0
+    assert len(calls) == 1
+    assert commands_in(file) == [RUNS["ruler"][0].split()]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_rows_are_of_the_commands(name):
+    """What is published was made by these commands, all of them, and no other."""
+    rows = results.read([SCRIPT.parent / "results" / f"{name}.jsonl"])
+    wanted = {shlex.join(["paged-kv", *command.split()]) for command in RUNS[name]}
+    assert {row["command"] for row in rows} == wanted
 
 
 def test_an_unknown_name(started, capsys):

@@ -29,6 +29,15 @@ def texts(table: tables.Table) -> list[list[str]]:
         {"start": "pressure"},
         {"subtask": "qa"},
         {"length": 4096},
+        {"tasks": ["vt", "cwe"]},
+        {"seed": 1},
+        {"haystack": "essays.txt"},
+        {"depths": [0, 50]},
+        {"lengths": [1024]},
+        {"offset": 8000},
+        {"stride": 100},
+        {"prompt_tokens": 512},
+        {"new_tokens": 64},
     ],
 )
 def test_another_claim_replaces_nothing(more):
@@ -82,7 +91,7 @@ def test_the_summary_is_a_mean_over_tasks_of_shares():
     assert tova.share == 0.625
     assert tova.memory == 64 / 2048
     assert texts(tables.of_summary(summary)) == [
-        ["snapkv", "80.0 % (1/2)"],
+        ["snapkv", "80.0 % (1/3)"],
         ["tova", "62.5 %"],
     ]
     assert texts(tables.of_shares(summary)) == [
@@ -106,6 +115,34 @@ def test_a_policy_is_compared_with_the_full_cache_of_its_engine():
     (summary,) = summaries(groups_of(given))
     assert summary.cells["tova"][64].share == 0.8
     assert summary.cells["h2o"][64].share == 0.8  # the first there is
+
+
+def test_what_ran_the_easy_setting_only_is_not_the_best():
+    given = []
+    for text, share in (("easy", 0.9), ("hard", 0.4)):
+        given += [row("ruler", "full", None, 1.0, text=text)]
+        given += [row("ruler", "tova", 64, share, text=text)]
+    given += [row("ruler", "h2o", 64, 0.4, text="hard"), row("ruler", "h2o", 64, 0.5, text="easy")]
+    given += [row("ruler", "snapkv", 64, 0.95, text="easy")]
+    (summary,) = summaries(groups_of(given))
+    shown = {cells[0].text: (cells[1].text, cells[1].best) for cells in
+             tables.of_summary(summary).rows}  # fmt: skip
+    assert shown["snapkv"] == ("95.0 % (1/2)", False)
+    assert shown["tova"] == ("65.0 %", True)
+
+
+def test_names_of_plots_say_what_differs():
+    given = [row("ruler", "tova", 64, 0.5, seed=seed, haystack=None) for seed in (0, 1)]
+    given += [row("needle", "tova", 64, 0.5, seed=0, depths=[0, 50])]
+    assert [group.name for group in groups_of(given)] == [
+        "needle, accuracy", "ruler, seed 0, accuracy", "ruler, seed 1, accuracy",
+    ]  # fmt: skip
+    given += [row("needle", "tova", 64, 0.5, seed=0, depths=[100])]
+    assert groups_of(given)[0].name == "needle, depths 0 50, accuracy"
+    given = [
+        row("throughput", "tova", 64, 9.0, share=1.0, request_rate=rate) for rate in (1, "inf")
+    ]
+    assert [group.setting for group in groups_of(given)] == ["request rate 1", "request rate inf"]
 
 
 def test_the_best_of_a_budget_ran_all_tasks():

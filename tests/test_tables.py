@@ -85,24 +85,25 @@ def test_perplexity_is_paired(tables):
     rows += [predicted("x", 128, "a", 2.0, 3.0), predicted("x", 128, "b", 1.0, 1.0)]
     rows += [predicted("y", 128, "a", 2.0, 3.0), predicted("y", 128, "b", 1.0, 1.1)]
     rows.append(predicted("y", 64, "a", 9.0, 9.0, page_format="int4"))  # of another table
-    # exp(0.1) - 1 = 10.5 %; of 0, 0.1, 0, 0.1: mean 0.05, deviation 0.0577, by the root of 4
+    # exp(0.1) - 1 = 10.5 %; of 0, 0.1, 0, 0.1: mean 0.05, deviation 0.0577, by the root of 4,
+    # times exp(0.05) 3.03 %
     assert tables()["TABLES"]["perplexity"](rows) == [
         "| policy | 64 | 128 |",
         "| --- | --- | --- |",
         "| `x` | 10.5 ± 0.0 | 0.0 ± 0.0 |",
-        "| `y` | 5.1 ± 2.9 | 2.5 ± 2.5 |",
+        "| `y` | 5.1 ± 3.0 | 2.5 ± 2.6 |",
     ]
 
 
 def test_formats_are_of_cases_that_have_several(tables):
     rows = [predicted("full", None, "a", 2.0, 3.0), predicted("x", 64, "a", 2.1, 3.1, size=2.0)]
     rows.append(predicted("full", None, "a", 2.1, 3.0, page_format="int4", size=1.0))
-    # exp(0.05) - 1 = 5.1 %; of 0.1 and 0: deviation 0.0707, by the root of 2
+    # exp(0.05) - 1 = 5.1 %; of 0.1 and 0: deviation 0.0707, by the root of 2, times exp(0.05)
     assert tables()["TABLES"]["formats"](rows) == [
         "| cache | pages | bytes | percent above |",
         "| --- | --- | --- | --- |",
         "| `full` | native | 100.0 % | 0.0 ± 0.0 |",
-        "| `full` | int4 | 12.5 % | 5.1 ± 5.0 |",
+        "| `full` | int4 | 12.5 % | 5.1 ± 5.3 |",
     ]
 
 
@@ -111,6 +112,13 @@ def answered(task, policy, budget, *scores):
     examples = [{"id": f"{n}", "score": score} for n, score in enumerate(scores)]
     return {"task": task, "policy": policy, "budget": budget, "examples": examples,
             "score": sum(scores) / len(scores), "standard_error": 0.1}  # fmt: skip
+
+
+def test_two_measurements_of_a_case_are_refused(tables):
+    rows = [answered("longbench", "x", 64, 0.5), answered("longbench", "x", 64, 0.6)]
+    for name in ("longbench", "longbench-tasks"):
+        with pytest.raises(ValueError, match=r"has 2 rows of .*'longbench', 'policy': 'x'"):
+            tables()["TABLES"][name](rows)
 
 
 @pytest.fixture

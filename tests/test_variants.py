@@ -24,11 +24,12 @@ ELSEWHERE = {"budget": "--budget"}
 
 
 def test_options_of_one_go_before_those_of_all():
-    found = read_variants("full,pooling:mode=best:window=4,snapkv", '{"window": 3}', ELSEWHERE)
+    shared = '{"window": 3, "swap_space": 1}'
+    found = read_variants("full,pooling:mode=best:window=4,snapkv", shared, ELSEWHERE)
     assert [(one.text, one.policy, one.options) for one in found] == [
-        ("full", "full", {"window": 3}),
-        ("pooling:mode=best:window=4", "pooling", {"mode": "best", "window": 4}),
-        ("snapkv", "snapkv", {"window": 3}),
+        ("full", "full", {"swap_space": 1}),
+        ("pooling:mode=best:window=4", "pooling", {"mode": "best", "window": 4, "swap_space": 1}),
+        ("snapkv", "snapkv", {"window": 3, "swap_space": 1}),
     ]
 
 
@@ -59,10 +60,12 @@ MISTAKES = {
     "pooling:mode": "policy pooling:mode: 'mode' must be OPTION=VALUE",
     "pooling:budget=3": "policy pooling:budget=3 must not have budget: use --budget",
     "full:mode=best": "policy full:mode=best: full has no options of its own",
-    "nope:mode=best": "unknown kv-policy 'nope'; known are: full",
+    "nope:mode=best": "unknown kv-policy 'nope:mode=best'; known are: full",
     "pooling:mode=first": "mode must be one of mean, max, best, not 'first'",
     "pooling:modes=best": "unknown paged_kv option modes",
     "": "unknown kv-policy ''",
+    "pooling,pooling": "policy pooling,pooling: pooling is there 2 times",
+    "pooling:mode=best:mode=max": "policy pooling:mode=best:mode=max: an option is there twice",
 }
 
 
@@ -125,6 +128,18 @@ def test_told_apart_in_results():
     column = [heading for heading, _ in table.columns].index("policy config")
     cells = [row[column].text for row in table.rows]
     assert sorted(set(cells)) == ["num_sink_tokens 2, recent_window 16", "–"]
+
+
+def test_native_pages_of_a_list_have_no_residual(tiny):
+    more = '{"residual_pages": 2, "recent_window": 16}'
+    found = bench.read_cases("full,streaming", "96", "native,int8", None, more)
+    assert [(case.label, case.config.residual_pages) for case in found] == [
+        ("full", 0), ("full int8", 2), ("streaming 96", 0), ("streaming 96 int8", 2),
+    ]  # fmt: skip
+    assert json.loads(found[1].flags()[-1]) == {"page_format": "int8", "residual_pages": 2}
+    (alone,) = bench.read_cases("streaming", "96", "native", None, more)
+    with pytest.raises(ValueError, match="residual_pages 2: with page_format native"):
+        bench.check([alone], Path(tiny))
 
 
 def test_served(tiny):

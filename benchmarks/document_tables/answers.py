@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from statistics import fmean, stdev
 
-from document_tables.lines import Row, grid, head, line, percent, rows_of
+from document_tables.lines import Row, grid, head, line, percent, rows_of, single
 
 NEAREST = ("streaming", "h2o")  # which others are compared with
 # RULER's needles, or their table is too wide.
@@ -16,13 +16,13 @@ SHORT = {"single_": "s", "multikey_": "k", "multivalue": "values", "multiquery":
 def needle(rows: Sequence[Row], question: str) -> list[str]:
     """Keys found, in percent; most with the largest budget first."""
     found = [row for row in rows_of("needle", rows, question=question) if row["budget"]]
-    return grid(found, lambda several: f"{100 * several[0]['score']:.0f}", -1, highest_first=True)
+    return grid(found, lambda rows: f"{100 * single(rows)['score']:.0f}", -1, highest_first=True)
 
 
 def means(rows: Sequence[Row], task: str, order: int) -> list[str]:
     """Mean over all subtasks in percent, by policy and budget; the best of column `order` first."""
     found = [row for row in rows_of(task, rows) if row["budget"]]
-    return grid(found, lambda several: percent(several[0]), order, highest_first=True)
+    return grid(found, lambda several: percent(single(several)), order, highest_first=True)
 
 
 def subtasks(rows: Sequence[Row], task: str, budget: int) -> list[str]:
@@ -35,6 +35,7 @@ def subtasks(rows: Sequence[Row], task: str, budget: int) -> list[str]:
     order = sorted(rows_of(task, shown), key=lambda row: (row["budget"] is not None, -row["score"]))
     lines = head("policy", "mean", *map(_short, names))
     for row in order:
+        single([other for other in order if other["policy"] == row["policy"]])
         cells = [scores[row["policy"], name] for name in (task, *names)]
         lines.append(line([f"`{row['policy']}`", *cells]))
     return lines

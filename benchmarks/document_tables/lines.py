@@ -55,6 +55,14 @@ def grid(
     return head("policy", *names) + [line([f"`{policy}`", *cells]) for policy, cells in lines]
 
 
+def single(several: Sequence[Row]) -> Row:
+    """The row of a case. Raises ValueError: there are more, which are not the same measurement."""
+    if len(several) > 1:
+        first = {name: several[0][name] for name in ("task", "policy", "budget")}
+        raise ValueError(f"benchmarks/results has {len(several)} rows of {first}")
+    return several[0]
+
+
 def _number(cell: str, highest_first: bool) -> float:
     if not cell:
         return math.inf

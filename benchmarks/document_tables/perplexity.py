@@ -32,8 +32,8 @@ def rise(several: Sequence[Row], rows: Sequence[Row]) -> tuple[float, float]:
         for row in several
         for window, other in zip(row["windows"], full[row["text"]]["windows"], strict=True)
     ]
-    error = stdev(differences) / math.sqrt(len(differences))
-    return 100 * math.expm1(fmean(differences)), 100 * error
+    mean, error = fmean(differences), stdev(differences) / math.sqrt(len(differences))
+    return 100 * math.expm1(mean), 100 * math.exp(mean) * error
 
 
 def perplexity(rows: Sequence[Row]) -> list[str]:

@@ -52,7 +52,10 @@ def main(args: argparse.Namespace) -> None:
             f"lengths {max(args.lengths)} with rounds {args.rounds}: needs {longest} tokens, "
             f"the model has {limit}"
         )
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out {args.out} must be a directory: {error.strerror}") from None
     cases = measure(args)
     from paged_kv.bench import plot
 
@@ -105,6 +108,7 @@ def make_row(
         "seconds": round(sum(map(sum, seconds.values())), 3),
         **results.provenance(args.model),
         "length": length,
+        "dtype": args.dtype,
         "cached_ms": round(cached, 3),
         "uncached_ms": round(uncached, 3),
         "speedup": round(uncached / cached, 2),

@@ -20,7 +20,7 @@ from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig
 from paged_kv.core.page_formats import NATIVE
 from paged_kv.core.readers import read_budget
 from paged_kv.core.schedule import cdiv
-from paged_kv.variants import Variant, read_variants
+from paged_kv.variants import read_variants
 
 PLAIN, PLAIN_FP8 = "plain", "plain-fp8"
 PEERS = {PLAIN: "auto", PLAIN_FP8: "fp8"}  # name -> vLLM's kv_cache_dtype
@@ -140,23 +140,23 @@ def read_cases(
         if variant.policy in PEERS:
             cases.append(Case(variant.text, None, CompressionConfig(), {}))
             continue
+        formats = page_formats.split(",")
         sizes = [None] if variant.policy == registry.FULL else budgets.split(",")
-        for page_format, size in product(page_formats.split(","), sizes):
-            cases.append(_case(variant, size, page_format, start))
+        for page_format, size in product(formats, sizes):
+            options = variant.stored_in(page_format, formats)
+            cases.append(_case(variant.text, options, size, start))
     labels = [case.label for case in cases]
     for label in labels:
         if labels.count(label) > 1:
-            raise ValueError(f"policy {policies}: {label} is there {labels.count(label)} times")
+            raise ValueError(f"budget {budgets}: {label} is there {labels.count(label)} times")
     return cases
 
 
-def _case(variant: Variant, size: str | None, page_format: str, start: str | None) -> Case:
-    options: dict[str, Any] = {"policy": variant.policy, "page_format": page_format}
+def _case(text: str, options: dict[str, Any], size: str | None, start: str | None) -> Case:
     if size is None:
-        return Case(variant.text, None, CompressionConfig.from_dict(options), options)
-    options = {**variant.options, **options, "budget": size} | ({"start": start} if start else {})
-    config = CompressionConfig.from_dict(options)
-    return Case(variant.text, read_budget("budget", size), config, options)
+        return Case(text, None, CompressionConfig.from_dict(options), options)
+    options = {**options, "budget": size} | ({"start": start} if start else {})
+    return Case(text, read_budget("budget", size), CompressionConfig.from_dict(options), options)
 
 
 def read_loads(

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from paged_kv import registry
 from paged_kv.config import CompressionConfig
@@ -15,7 +15,6 @@ from paged_kv.core.page_formats import FORMATS, NATIVE
 from paged_kv.variants import Variant
 
 FIXED = {"policy": "--policy", "budget": "--budget", "page_format": "--page-format"}
-_OF_PAGES = ("swap_", "residual_pages")  # begin options that `full` takes, too
 CPU, GPU = "cpu", "gpu"
 GPU_DTYPES = {  # format -> vLLM's --kv-cache-dtype, on a GPU
     NATIVE: "auto",
@@ -94,20 +93,16 @@ def make_cases(
     Raises:
         ValueError: an option is wrong.
     """
-    for page_format, (text, policy, more) in product(formats, variants):
-        where: dict[str, Any] = {"page_format": _own_format(page_format, device)}
-        if page_format == NATIVE and len(formats) > 1 and more.get("residual_pages"):
-            where["residual_pages"] = 0  # a list may begin with native
-        if policy == registry.FULL:
-            kept = {name: more[name] for name in more if name.startswith(_OF_PAGES)}
-            yield Case(text, page_format, CompressionConfig.from_dict({**kept, **where}))
+    for page_format, variant in product(formats, variants):
+        options = variant.stored_in(page_format, formats)
+        options["page_format"] = _own_format(page_format, device)
+        if variant.policy == registry.FULL:
+            yield Case(variant.text, page_format, CompressionConfig.from_dict(options))
             continue
         for budget in [None] if budgets is None else budgets:
-            options = {**more, "policy": policy, **where}
-            if budget is not None:
-                options["budget"] = budget
-            config = CompressionConfig.from_dict(options)
-            yield Case(text, page_format, config, budget is None)
+            sized = options if budget is None else {**options, "budget": budget}
+            config = CompressionConfig.from_dict(sized)
+            yield Case(variant.text, page_format, config, budget is None)
 
 
 def _own_format(page_format: str, device: str) -> str:

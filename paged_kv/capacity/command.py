@@ -112,8 +112,11 @@ def main(args: argparse.Namespace) -> None:
 
 def _variants(args: argparse.Namespace) -> list[Variant]:
     """Full first, and once: all are compared with it. Raises ValueError."""
-    full, *others = read_variants(f"{registry.FULL},{args.policy}", args.policy_config, FIXED)
-    return [full, *(variant for variant in others if variant.policy != registry.FULL)]
+    full, others = (
+        read_variants(policies, args.policy_config, FIXED)
+        for policies in (registry.FULL, args.policy)
+    )
+    return [*full, *(variant for variant in others if variant.policy != registry.FULL)]
 
 
 def read_engine(args: argparse.Namespace, model: Model) -> Engine:

@@ -51,7 +51,8 @@ def main(args: argparse.Namespace) -> None:
     if whole not in cases:  # what others are compared with
         cases = [whole, *cases]
     task = Task(model, "prompt", args.prompt_tokens, args.new_tokens, args.page_size)
-    windows = read_windows(task, args.text, args.offset, args.windows, task.num_tokens)
+    stride = task.num_tokens
+    windows = read_windows(task, args.text, args.offset, args.windows, stride, "new-tokens")
     prompts = [
         Prompt(window.tokens[: args.prompt_tokens], max_new_tokens=args.new_tokens)
         for window in windows
@@ -83,7 +84,9 @@ def make_rows(
         row = result_row(args, "agreement", case, "agreement", shares, answers, seen)
         rows.append(
             row
-            | {"text": args.text.name, "prefix": round(fmean(prefixes), 2)}
+            | {"text": args.text.name, "prompt_tokens": args.prompt_tokens}
+            | {"new_tokens": args.new_tokens, "offset": args.offset}
+            | {"prefix": round(fmean(prefixes), 2)}
             | {"prefix_se": standard_error(prefixes), "by_position": _by_position(same)}
         )
     return rows

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -60,10 +60,20 @@ class Asked:
     Args:
         examples: of one task or several.
         prompts: of each example.
+        too_long: tokens of those that do not fit, each with its answer.
     """
 
-    examples: list[Example]
-    prompts: list[Prompt]
+    examples: list[Example] = field(default_factory=list)
+    prompts: list[Prompt] = field(default_factory=list)
+    too_long: list[int] = field(default_factory=list)
+
+    def check_all_fit(self, option: str, limit: int) -> None:
+        """Raises ValueError, naming what made examples too long, where some are."""
+        if self.too_long:
+            raise ValueError(
+                f"{option}: a prompt and its answer take up to {max(self.too_long)} tokens; the "
+                f"model has {limit}"
+            )
 
 
 def encode(
@@ -81,34 +91,29 @@ def encode(
         examples: all.
         limit: tokens of a prompt and its answer.
         count: most examples; None for all.
-
-    Raises:
-        ValueError: none fits.
     """
-    asked = Asked([], [])
-    shortest = 0
+    asked = Asked()
     for example in examples:
+        if len(asked.prompts) == count:
+            break
         texts = example.context, example.question, example.answer_prefix
         context, rest = encoder.parts(*texts, example.chat)
         if args.question == SEEN:
             context, rest = context + rest, []
         most = min(example.max_new_tokens, args.max_new_tokens or example.max_new_tokens)
         prompt = Prompt(context, rest, most, encoder.stop)
-        if len(asked.prompts) == count:
-            break
         if prompt.num_tokens <= limit:
             asked.examples.append(example)
             asked.prompts.append(prompt)
-        shortest = min(shortest or prompt.num_tokens, prompt.num_tokens)
-    if not asked.prompts:
-        raise ValueError(f"no example fits: the shortest takes {shortest} tokens of {limit}")
+        else:
+            asked.too_long.append(prompt.num_tokens)
     return asked
 
 
 def in_turns(parts: Sequence[Asked]) -> Asked:
     """One of each part after the other: a run that is stopped has answers to all tasks."""
     pairs = [zip(part.examples, part.prompts, strict=True) for part in parts]
-    asked = Asked([], [])
+    asked = Asked()
     for several in zip_longest(*pairs):
         for example, prompt in filter(None, several):
             asked.examples.append(example)
@@ -122,6 +127,11 @@ def limit_of(model: Path, given: int | None) -> int:
     if given and most and given > most:
         raise ValueError(f"max-length must be at most the model's {most}, not {given}")
     return int(given or most or 1 << 30)
+
+
+def haystack_of(args: argparse.Namespace) -> dict[str, str]:
+    """The field of rows that says whose text lies around needles, where it is not ours."""
+    return {"haystack": args.haystack.name} if args.haystack else {}
 
 
 def run_examples(

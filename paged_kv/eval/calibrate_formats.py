@@ -56,7 +56,8 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError("tokens must be at least 2: the first predicts the second")
     directory = models.resolve(args.model)
     layers, num_sensitive = read_layers(directory, args.int8_layers)
-    (task,) = read_windows(Task(directory, "stream", 1, args.tokens - 1, 1), args.text)
+    whole = Task(directory, "stream", 1, args.tokens - 1, 1)
+    (task,) = read_windows(whole, args.text, scored="tokens")
     from paged_kv.eval.layer_costs import Costs
 
     costs = Costs(directory, task.tokens)

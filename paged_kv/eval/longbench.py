@@ -9,6 +9,7 @@ the last half of the budget of the text itself, as LongBench does with what is t
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from paged_kv import models
@@ -48,5 +49,14 @@ def main(args: argparse.Namespace) -> None:
     parts = []
     for task in args.tasks.split(","):
         examples = longbench.examples(args.data, task, None, args.seed)
-        parts.append(encode(args, encoder, examples, limit, args.examples))
-    run_examples(args, model, "longbench", in_turns(parts))
+        part = encode(args, encoder, examples, limit, args.examples)
+        if not part.prompts:
+            raise ValueError(
+                f"max-length {limit}: no example of {task} fits: the shortest takes "
+                f"{min(part.too_long)} tokens"
+            )
+        parts.append(part)
+    if num_left_out := sum(len(part.too_long) for part in parts):
+        print(f"{num_left_out} examples are longer than {limit} tokens: left out", file=sys.stderr)
+    more = {"seed": args.seed, "max_length": args.max_length}
+    run_examples(args, model, "longbench", in_turns(parts), lambda *_: more)

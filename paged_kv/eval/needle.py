@@ -16,7 +16,14 @@ from typing import Any
 
 from paged_kv import models
 from paged_kv.bench.script import positive
-from paged_kv.eval.answering import add_asking, check_question, encode, limit_of, run_examples
+from paged_kv.eval.answering import (
+    add_asking,
+    check_question,
+    encode,
+    haystack_of,
+    limit_of,
+    run_examples,
+)
 from paged_kv.eval.running import add_common
 from paged_kv.eval.tasks import needle
 from paged_kv.eval.tasks.example import Example
@@ -48,8 +55,11 @@ def main(args: argparse.Namespace) -> None:
             args.lengths, args.depths, args.facts, args.seed, encoder.count, args.haystack
         )
     )
-    asked = encode(args, encoder, examples, limit_of(model, None))
-    run_examples(args, model, "needle", asked, cells)
+    limit = limit_of(model, None)
+    asked = encode(args, encoder, examples, limit)
+    asked.check_all_fit(f"lengths {max(args.lengths)}", limit)
+    more = {"lengths": args.lengths, "depths": args.depths, "seed": args.seed, **haystack_of(args)}
+    run_examples(args, model, "needle", asked, lambda *found: {**more, **cells(*found)})
 
 
 def cells(examples: Sequence[Example], scores: Sequence[float]) -> dict[str, Any]:

@@ -104,6 +104,7 @@ def make_rows(
         rows.append(
             result_row(*common, higher_is_better=False)
             | {"text": args.text.name, "protocol": args.protocol}
+            | windows[0].asked(args.stride)
             | _figures(nll, [outcome.kl for outcome in several], differences)
             | {"windows": [_window(windows[place], outcome) for place, outcome in found]}
         )
@@ -134,8 +135,6 @@ def make_task(args: argparse.Namespace, model: Path) -> Task:
     """What to process and to score, still without the tokens. Raises ValueError."""
     prompt, score = DEFAULTS[args.protocol]
     num_prompt, num_scored = args.prompt_tokens or prompt, args.score_tokens or score
-    if args.offset < 0:
-        raise ValueError(f"offset must be an integer >= 0, not {args.offset}")
     if args.engine == "vllm" and args.protocol == "prompt" and num_scored + 1 > num_prompt:
         raise ValueError(
             f"score-tokens {num_scored} with prompt-tokens {num_prompt}: engine vllm scores in one "

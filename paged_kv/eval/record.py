@@ -56,8 +56,7 @@ class Record(Generic[Outcome]):
             self._file = self.path.open("a+", encoding="utf-8")
         except OSError as error:
             raise ValueError(f"out {path}: {error.strerror}") from None
-        self._file.seek(0)
-        lines = self._file.readlines()
+        lines = self._lines()
         if lines and not lines[-1].endswith("\n"):  # cut off: the next one begins anew
             self._file.write("\n")
         known = dict(filter(None, map(_line, lines)))
@@ -78,11 +77,23 @@ class Record(Generic[Outcome]):
             self._file.flush()
 
     def close(self, is_complete: bool) -> None:
-        """The results are written: nothing is left to go on with, unless something is missing."""
-        if self._file is not None:
-            self._file.close()
-            if is_complete:
-                self.path.unlink()
+        """The results are written: unless something is missing, only what others do is left."""
+        if self._file is None:
+            return
+        if is_complete:
+            own = set(self._keys.values())
+            found = ((_line(text), text) for text in self._lines())
+            others = [text for line, text in found if line is not None and line[0] not in own]
+            self._file.truncate(0)
+            self._file.writelines(others)
+            if not others:
+                self.path.unlink(missing_ok=True)
+        self._file.close()
+
+    def _lines(self) -> list[str]:
+        assert self._file is not None
+        self._file.seek(0)
+        return self._file.readlines()
 
 
 def _settings(case: Case) -> list[Any]:

@@ -1,8 +1,9 @@
 """`paged-kv eval ruler`: what a model can still find in and gather from a long text.
 
-RULER's synthetic tasks (arXiv 2404.06654), of any length: needles among noise, sentences or other
-needles (niah_*), chains of variables (vt), common and frequent words (cwe, fwe). score is the share
-of what is asked for that the answer has. A row for each task, and one, `ruler`, for all of them.
+RULER's synthetic tasks (arXiv 2404.06654), of any length (cwe up to 16k): needles among noise,
+sentences or other needles (niah_*), chains of variables (vt), common and frequent words (cwe, fwe).
+score is the share of what is asked for that the answer has. A row for each task, and one, `ruler`,
+for all of them.
 `truncate` as a policy keeps the first and the last half of the budget of the text itself.
 """
 
@@ -17,6 +18,7 @@ from paged_kv.eval.answering import (
     add_asking,
     check_question,
     encode,
+    haystack_of,
     in_turns,
     limit_of,
     run_examples,
@@ -50,4 +52,7 @@ def main(args: argparse.Namespace) -> None:
     limit = limit_of(model, None)
     drawn = [ruler.examples(task, *settings) for task in args.tasks.split(",")]
     parts = [encode(args, encoder, examples, limit) for examples in drawn]
-    run_examples(args, model, "ruler", in_turns(parts), lambda *_: {"length": args.length})
+    for part in parts:
+        part.check_all_fit(f"length {args.length}", limit)
+    more = {"length": args.length, "seed": args.seed, **haystack_of(args)}
+    run_examples(args, model, "ruler", in_turns(parts), lambda *_: more)

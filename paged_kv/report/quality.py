@@ -29,7 +29,7 @@ def means(summary: Summary, looks: Looks) -> Plot | None:
         points = [
             (100 * cell.memory, 100 * cell.share)
             for budget, cell in cells.items()
-            if budget is not None and cell.memory and len(cell.by_task) == len(summary.tasks)
+            if budget is not None and cell.memory and cell.num_compared == summary.num_compared
         ]
         if points:
             curves.append(Curve(label, points, looks[label]))

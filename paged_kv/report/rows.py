@@ -20,9 +20,14 @@ ORDER = ("perplexity", "agreement", NEEDLE, "ruler", "longbench")  # then others
 # Fields that tasks add and that say what was asked: rows that differ in them are in plots apart.
 FOR_ALL = tuple(OF_ALL)
 LOAD = ("requests", "input_len", "output_len", *FOR_ALL)
-SETTINGS = {THROUGHPUT: LOAD, LATENCY: ("share", *LOAD), MEMORY: (*LOAD, "length")}
+SETTINGS = {THROUGHPUT: ("request_rate", *LOAD), LATENCY: ("share", *LOAD),
+            MEMORY: (*LOAD, "length")}  # fmt: skip
 QUALITY = ("subtask", "text", "question", "protocol", "length", "max_new_tokens", "context_tokens",
-           "prompt_tokens", "score_tokens", *FOR_ALL)  # fmt: skip
+           "prompt_tokens", "score_tokens", "new_tokens", "lengths", "depths", "tasks", "haystack",
+           "offset", "stride", "seed", "max_length", *FOR_ALL)  # fmt: skip
+# Of these, what a plot's name says only where rows differ in it.
+SELDOM = {"request_rate", "lengths", "depths", "tasks", "haystack", "offset", "stride", "seed",
+          "max_length"}  # fmt: skip
 # What the curves of a plot differ in, or run over.
 SERIES = ("policy", "budget", "page_format", "engine", "start", "case", "pool_tokens", "share",
           "request_rate")  # fmt: skip
@@ -78,7 +83,7 @@ def latest(rows: Iterable[Row]) -> tuple[list[Row], list[Replaced]]:
 def settings(row: Row) -> tuple[str, ...]:
     """The fields that say what was asked, in a row of this task."""
     task = row["task"]
-    names = SETTINGS.get(task, ("length",) if task in SPEED else QUALITY)
+    names = SETTINGS.get(task, ("length", "dtype") if task in SPEED else QUALITY)
     if row.get("length") is not None:  # which was asked for; contexts come out a little shorter
         names = tuple(name for name in names if name != "context_tokens")
     return names
@@ -152,14 +157,30 @@ def labels(rows: Iterable[Row]) -> list[str]:
 
 def groups(rows: Iterable[Row]) -> list[Group]:
     """Rows by place, task, metric and settings, in a stable order."""
+    rows = list(rows)
+    varied = _varied(rows)
     found = defaultdict(list)
     for row in rows:
-        setting = ", ".join(
-            _setting(name, row[name]) for name in settings(row) if row.get(name) is not None
-        )
+        names = [name for name in settings(row) if row.get(name) is not None]
+        shown = [name for name in names if name not in SELDOM or (_kind(row), name) in varied]
+        setting = ", ".join(_setting(name, row[name]) for name in shown)
         found[row["place"], row["task"], row["metric"], setting].append(row)
     listed = [Group(*key, rows) for key, rows in found.items()]
     return sorted(listed, key=lambda group: (group.place, task_order(group.task), *group[2:4]))
+
+
+def _varied(rows: Sequence[Row]) -> set[tuple[Any, str]]:
+    """(kind, name) of the fields of SELDOM in which rows of a kind differ."""
+    values = defaultdict(set)
+    for row in rows:
+        for name in SELDOM.intersection(settings(row)):
+            values[_kind(row), name].add(repr(row.get(name)))
+    return {key for key, several in values.items() if len(several) > 1}
+
+
+def _kind(row: Row) -> tuple[Any, ...]:
+    """Of what was measured."""
+    return row["place"], row["task"], row.get("subtask"), row["metric"], row.get("text")
 
 
 def _setting(name: str, value: Any) -> str:
@@ -168,6 +189,8 @@ def _setting(name: str, value: Any) -> str:
     if isinstance(value, dict):
         return options_text(value)
     text = f"{value:,}" if isinstance(value, (int, float)) else str(value)
+    if isinstance(value, list):
+        text = " ".join(map(str, value))
     return f"{NAMES.get(name, name.replace('_', ' '))} {text}"
 
 

@@ -20,6 +20,7 @@ class Cell(NamedTuple):
     share: float  # of the full cache's score
     memory: float | None  # of the full cache's bytes per token
     by_task: dict[str, float]
+    num_compared: int  # tasks with their settings and metrics that it ran
 
 
 class Summary(NamedTuple):
@@ -27,6 +28,7 @@ class Summary(NamedTuple):
 
     place: str
     tasks: list[str]  # that the means are over
+    num_compared: int  # these with their settings and metrics
     left_out: list[str]  # groups without a full cache to compare with
     budgets: list[Any]
     cells: dict[str, dict[Any, Cell]]  # label -> budget -> cell; None is a budget, too
@@ -63,6 +65,7 @@ def remaining(row: Row, full: Row) -> float | None:
 def _summary(place: str, groups: list[Group]) -> Summary:
     shares: dict[Key, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     memory: dict[Key, list[float]] = defaultdict(list)
+    compared_in: dict[Key, set[str]] = defaultdict(set)
     left_out = []
     whole_tasks = {group.task for group in groups if not group.subtask}
     for group in groups:
@@ -78,6 +81,7 @@ def _summary(place: str, groups: list[Group]) -> Summary:
                 continue
             key = (row["label"], row["budget"])
             shares[key][group.task].append(share)
+            compared_in[key].add(group.name)
             size, whole = (reading.number(each["bytes_per_token"]) for each in (row, full))
             if size and whole:
                 memory[key].append(size / whole)
@@ -87,10 +91,13 @@ def _summary(place: str, groups: list[Group]) -> Summary:
     for (label, budget), tasks in sorted(shares.items(), key=_order):
         means = {task: fmean(found) for task, found in tasks.items()}
         size = fmean(memory[label, budget]) if memory[label, budget] else None
-        cells[label][budget] = Cell(fmean(means.values()), size, means)
+        num_compared = len(compared_in[label, budget])
+        cells[label][budget] = Cell(fmean(means.values()), size, means, num_compared)
     all_tasks = {task for found in shares.values() for task in found}
     budgets = sorted({budget for _, budget in shares}, key=reading.budget_order)
-    return Summary(place, sorted(all_tasks, key=reading.task_order), left_out, budgets, dict(cells))
+    names = sorted(all_tasks, key=reading.task_order)
+    num_compared = len(set().union(*compared_in.values()))
+    return Summary(place, names, num_compared, left_out, budgets, dict(cells))
 
 
 def _order(item: tuple[Key, Any]) -> tuple[bool, str, tuple[int, float]]:

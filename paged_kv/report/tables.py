@@ -139,19 +139,19 @@ def of_summary(summary: Summary) -> Table:
                 row.append(Cell("–"))
                 continue
             text = f"{100 * cell.share:.1f} %"
-            if len(cell.by_task) < len(summary.tasks):
-                text += f" ({len(cell.by_task)}/{len(summary.tasks)})"
+            if cell.num_compared < summary.num_compared:
+                text += f" ({cell.num_compared}/{summary.num_compared})"
             row.append(Cell(text, cell.share, min(cell.share, 1), best.get(budget) == label))
         rows.append(row)
     return Table("of the full cache's score, by budget", columns, rows)
 
 
 def _best(summary: Summary, budget: Any) -> str | None:
-    """The label with the largest share, of those that ran all tasks."""
+    """The label with the largest share, of those that ran all tasks in all settings."""
     complete = {
         label: cells[budget].share
         for label, cells in summary.cells.items()
-        if budget in cells and len(cells[budget].by_task) == len(summary.tasks)
+        if budget in cells and cells[budget].num_compared == summary.num_compared
     }
     return max(complete, key=lambda label: complete[label]) if len(complete) > 1 else None
 
