@@ -48,7 +48,18 @@ FIELDS = {
     },
 }
 FIELDS["hf_speed"]["streaming"] = FIELDS["hf_speed"]["full"]
-OTHERS = {"same_tokens", "same_waits", "waits", "steps", "drops", "ties", "wanted", "met", "killed"}
+OTHERS = {
+    "same_tokens",
+    "eager_tokens",
+    "same_waits",
+    "waits",
+    "steps",
+    "drops",
+    "ties",
+    "wanted",
+    "met",
+    "killed",
+}
 OTHERS |= {"graph_error", "exit_code", "lines", "failed"}
 
 

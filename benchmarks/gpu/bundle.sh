@@ -18,6 +18,8 @@ PACKAGES=(
     vllm==0.32.0 transformers==5.19.0 'pyzmq>=25' cbor2 openai-harmony 'openai>=2.25' httpx2 sniffio msgspec pybase64
     cachetools xgrammar==0.2.8 apache-tvm-ffi==0.1.11 'fastapi>=0.133,<0.137' 'starlette>=1.0.1' opentelemetry-api
     partial-json-parser 'llguidance>=1.7,<1.8'
+    # What these import: none of it comes with torch or its usual companions.
+    pydantic==2.14.3 pydantic-core==2.50.4 annotated-types typing-inspection httpcore2 truststore jiter distro
 )
 for package in "${PACKAGES[@]}"; do
     "$PYTHON" -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \

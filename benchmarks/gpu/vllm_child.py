@@ -1,6 +1,6 @@
 """One engine of vllm_runs.py, in this process: does what its case says, and prints a RESULT.
 
-tokens      requests of prompts that fit a step, in one batch
+tokens      requests whose prompts fit a step together, in one batch
 chunked     prompts that take several steps each
 prefix      the same requests twice: the second time their prompts are in the prefix cache
 speed       more and longer requests, timed
@@ -36,6 +36,7 @@ SIZES = {
     "profile": ((16, 250, 128), (2, 90, 60)),  # some compact in the steps that are profiled
 }
 CHUNK = (512, 64)  # tokens of a step, for chunked
+GRAPHS = [1, 2, 4, 8, 16, 32, 64, 128]  # sequences
 PREEMPT_EVERY = (64, 8)
 # What makes the host wait for the GPU, or reads from it, by the profiler's names.
 WAITS = ("Memcpy DtoH", "Synchronize")
@@ -65,6 +66,10 @@ def start(args: argparse.Namespace, case: Case, longest: int) -> Any:
         more["gpu_memory_utilization"] = 0.15  # others are there; the pool's bytes are given
     else:  # plain vLLM has other kernels on a CPU: tokens are the same in float32 only
         more["dtype"] = "float32"
+    if case.graphs:  # of every size that a run decodes with there is a graph; more take longer
+        more["compilation_config"] = {"cudagraph_capture_sizes": GRAPHS}
+    if case.kind == "tokens":  # all prompts in one step
+        more["max_num_batched_tokens"] = max(2048, requests * longest)
     if case.kind == "chunked":
         more["max_num_batched_tokens"] = CHUNK[args.small]
     return Engine(settings, **more)
