@@ -56,6 +56,7 @@ OTHERS = {
     "steps",
     "drops",
     "ties",
+    "logprob_error",
     "wanted",
     "met",
     "killed",

@@ -8,7 +8,7 @@ told what the engine dropped. Anything but such a tie is a difference.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -215,6 +215,7 @@ def complete_and_check(
     config: dict[str, Any],
     max_tokens: int,
     tolerance: float = 2e-4,
+    check: Callable[..., str | None] = check_output,
 ) -> tuple[list[list[Chunk]], list[PolicySequence]]:
     """All prompts in one batch, each token compared with the loop. Returns chunks and loops."""
     with (
@@ -228,7 +229,7 @@ def complete_and_check(
         start, scored = loop_arguments(starts, name, len(prompt))
         sequence = PolicySequence(model, rule, start, config, dropped[name], scored)
         sequences.append(sequence)
-        if difference := check_output(sequence, prompt, output, chunks, tolerance):
+        if difference := check(sequence, prompt, output, chunks, tolerance):
             differences[f"prompt of {len(prompt)}"] = difference
     assert not differences, differences
     return list(recorded.values()), sequences

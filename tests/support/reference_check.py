@@ -65,6 +65,24 @@ def check_output(
         tolerance: how far a token's logprob may be from the reference's. Text that repeats itself
             would hide a lost entry from a look at the tokens alone.
     """
+    for index, token, row, error in differences(sequence, prompt, output, chunks):
+        # Two tokens this close are one choice: which comes out first depends on the CPU.
+        if row.max() - row[token] > FLOAT_NOISE or error > tolerance:
+            return f"{describe(index, token, row)}; its logprob is {error:.2e} off"
+    return None
+
+
+def differences(
+    sequence: Sequence_, prompt: Tokens, output: Any, chunks: list[Chunk]
+) -> Iterator[tuple[int, int, torch.Tensor, float]]:
+    """(index, token, the reference's logits there, by how much its logprob differs) of each token.
+
+    Args:
+        sequence: see check_output.
+        prompt: see check_output.
+        output: see check_output.
+        chunks: see check_output.
+    """
     known = [*prompt, *output.token_ids]
     lengths = len(prompt), len(output.token_ids)
     for run in merge(chunks, sequence.rule, *lengths, sequence.start):
@@ -76,11 +94,7 @@ def check_output(
         for end, row in zip(run.sampled, logits, strict=True):
             index, token = end - len(prompt), known[end]
             logprob = output.logprobs[index][token].logprob
-            error = abs(row.log_softmax(-1)[token] - logprob)
-            # Two tokens this close are one choice: which comes out first depends on the CPU.
-            if row.max() - row[token] > FLOAT_NOISE or error > tolerance:
-                return f"{describe(index, token, row)}; its logprob is {error:.2e} off"
-    return None
+            yield index, token, row, abs(float(row.log_softmax(-1)[token]) - logprob)
 
 
 def describe(index: int, token: int, logits: torch.Tensor) -> str:
@@ -104,11 +118,11 @@ def complete_and_check(
         outputs = complete(llm, prompts, max_tokens, logprobs=0)
     chunks = list(recorded.values())  # requests are first scheduled in the order of the prompts
     assert len(chunks) == len(prompts)
-    differences = {}
+    found = {}
     for prompt, output, own in zip(prompts, outputs, chunks, strict=True):
         assert len(output.token_ids) == max_tokens
         sequence = Sequence_(model, rule, len(prompt))
         if difference := check_output(sequence, prompt, output, own, tolerance):
-            differences[f"prompt of {len(prompt)}"] = difference
-    assert not differences
+            found[f"prompt of {len(prompt)}"] = difference
+    assert not found
     return chunks
