@@ -64,11 +64,11 @@ RUNS: dict[str, list[str]] = {
         for more in ("--depths 0 25 50 75 100 --facts 2", "--facts 2 --question seen")
     ],
     "ruler": [
-        f"eval ruler --length 4096 --examples 5 --max-new-tokens 64 --question seen "
+        f"eval ruler --length 4096 --examples 7 --max-new-tokens 64 --question seen "
         f"--policy {ANSWERING},{BEST} {BUDGETS}"
     ],
     "longbench": [
-        f"eval longbench --data longbench --tasks {LONGBENCH} --examples 8 --max-new-tokens 64 "
+        f"eval longbench --data longbench --tasks {LONGBENCH} --examples 12 --max-new-tokens 64 "
         f"--question seen --policy {ANSWERING},{BEST} {SMALL}"
     ],
     "variants": [
