@@ -100,10 +100,11 @@ def test_the_summary_is_a_mean_over_tasks_of_shares():
     ]
 
 
-def test_the_length_asked_for_counts_before_that_of_the_contexts():
-    given = [row("ruler", "tova", 64, 0.5, context_tokens=n, length=1024) for n in (998, 991)]
+def test_more_samples_replace_fewer():
+    """Which are there is no setting, nor how long they came out."""
+    given = [row("longbench", "tova", 64, 0.5, context_tokens=n, samples=n) for n in (998, 991)]
+    assert [each["samples"] for each in rows.latest(given)[0]] == [991]
     assert len(groups_of(given)) == 1
-    assert len(groups_of([{**each, "length": None} for each in given])) == 2
 
 
 def test_a_policy_is_compared_with_the_full_cache_of_its_engine():

@@ -22,7 +22,7 @@ FOR_ALL = tuple(OF_ALL)
 LOAD = ("requests", "input_len", "output_len", *FOR_ALL)
 SETTINGS = {THROUGHPUT: ("request_rate", *LOAD), LATENCY: ("share", *LOAD),
             MEMORY: (*LOAD, "length")}  # fmt: skip
-QUALITY = ("subtask", "text", "question", "protocol", "length", "max_new_tokens", "context_tokens",
+QUALITY = ("subtask", "text", "question", "protocol", "length", "max_new_tokens",
            "prompt_tokens", "score_tokens", "new_tokens", "lengths", "depths", "tasks", "haystack",
            "offset", "stride", "seed", "max_length", *FOR_ALL)  # fmt: skip
 # Of these, what a plot's name says only where rows differ in it.
@@ -83,10 +83,7 @@ def latest(rows: Iterable[Row]) -> tuple[list[Row], list[Replaced]]:
 def settings(row: Row) -> tuple[str, ...]:
     """The fields that say what was asked, in a row of this task."""
     task = row["task"]
-    names = SETTINGS.get(task, ("length", "dtype") if task in SPEED else QUALITY)
-    if row.get("length") is not None:  # which was asked for; contexts come out a little shorter
-        names = tuple(name for name in names if name != "context_tokens")
-    return names
+    return SETTINGS.get(task, ("length", "dtype") if task in SPEED else QUALITY)
 
 
 def number(value: Any) -> float | None:
