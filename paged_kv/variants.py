@@ -39,9 +39,14 @@ class Variant(NamedTuple):
         Native pages have no residual; without a list that is a mistake.
         """
         options = {**self.options, "policy": self.policy, "page_format": page_format}
-        if page_format == NATIVE and len(page_formats) > 1:
+        if not takes_residual(page_format, page_formats):
             options.pop("residual_pages", None)
         return options
+
+
+def takes_residual(page_format: str, page_formats: Sequence[str]) -> bool:
+    """Whether the option residual_pages is meant for this one of several page formats."""
+    return page_format != NATIVE or len(page_formats) == 1
 
 
 def read_variants(
@@ -106,5 +111,5 @@ def _option(part: str, text: str) -> tuple[str, Any]:
 
 
 def _refuse(options: Mapping[str, Any], elsewhere: Mapping[str, str], where: str) -> None:
-    for name in set(options) & set(elsewhere):
+    for name in sorted(set(options) & set(elsewhere)):
         raise ValueError(f"{where} must not have {name}: use {elsewhere[name]}")

@@ -124,6 +124,22 @@ def test_vllm_is_compared_with_plain_vllm():
     assert "wanted" not in lines["speed plain v1 eager tight"]
 
 
+def test_where_plain_vllm_differs_from_itself_nobody_need_be_the_same():
+    other = FAKE_CHILD.replace(
+        'policy != "unreached"', 'policy not in ("unreached", "plain_again")'
+    )
+    assert other != FAKE_CHILD
+    done = run(
+        SCRIPTS / "vllm_runs.py",
+        *("--device", "cpu", "--small", "--cases", "tokens"),
+        code=f"exec({other!r})",
+    )
+    assert done.returncode == 1, done.stderr
+    lines = {line["case"].split()[1]: line for line in lines_of(done.stdout)}
+    assert lines["plain_again"]["error"] == "75.00% of the tokens are plain's, not 100.00%"
+    assert (lines["unreached"]["ok"], lines["unreached"]["same_tokens"]) == (True, 0.75)
+
+
 # ---- times
 
 

@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 from paged_kv import registry
 from paged_kv.bench.held import entries, entry_bytes, layer_schedules
 from paged_kv.config import CompressionConfig
-from paged_kv.core.page_formats import NATIVE
 from paged_kv.core.readers import read_budget
 from paged_kv.core.schedule import Schedule
 from paged_kv.eval.peers import peers
 from paged_kv.eval.tasks.longbench import truncated_middle
-from paged_kv.variants import read_variants
+from paged_kv.variants import read_variants, takes_residual
 
 TRUNCATE = "truncate"  # no policy: the context's first and last half of the budget, all kept
 FIXED = {  # options that the command line or the protocol decides on -> what to use
@@ -121,9 +120,10 @@ def read_cases(args: argparse.Namespace, model: Path, baselines: Sequence[str] =
     budgets = [read_budget("budget", text) for text in args.budget.split(",")]
     named = [variant.text for variant in variants if variant.text in peers.NAMES]
     policies = [variant for variant in variants if variant.text not in named]
-    for page_format, (text, policy, more) in product(args.page_format.split(","), policies):
+    formats = args.page_format.split(",")
+    for page_format, (text, policy, more) in product(formats, policies):
         paging: dict[str, Any] = {"page_format": page_format}
-        if page_format != NATIVE or args.page_format == NATIVE:  # a list may begin with native
+        if takes_residual(page_format, formats):
             paging["residual_pages"] = args.residual_pages
         uncompressed = CompressionConfig.from_dict(paging)
         if policy == registry.FULL:
