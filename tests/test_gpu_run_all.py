@@ -125,9 +125,8 @@ def test_vllm_is_compared_with_plain_vllm():
 
 
 def test_where_plain_vllm_differs_from_itself_nobody_need_be_the_same():
-    other = FAKE_CHILD.replace(
-        'policy != "unreached"', 'policy not in ("unreached", "plain_again")'
-    )
+    differs = 'policy not in ("unreached", "plain_again")'
+    other = FAKE_CHILD.replace('policy != "unreached"', differs)
     assert other != FAKE_CHILD
     done = run(
         SCRIPTS / "vllm_runs.py",
