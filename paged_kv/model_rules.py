@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+ALL_SLIDING = ("mistral", "mixtral")  # where a sliding_window without layer_types is every layer's
+
 
 def full_attention_layers(config: Any, num_layers: int) -> list[int]:
     """The layers without a sliding window."""
@@ -16,6 +18,30 @@ def full_attention_layers(config: Any, num_layers: int) -> list[int]:
     if uses_window(config):
         return []
     return list(range(num_layers))
+
+
+def layer_windows(config: Any, num_layers: int) -> list[int | None]:
+    """How many of the last tokens each layer sees, the newest included; None: all."""
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        types = ["sliding_attention" if uses_window(config) else "full_attention"] * num_layers
+    window: int | None = getattr(config, "sliding_window", None)
+    return [window if kind == "sliding_attention" else None for kind in types[:num_layers]]
+
+
+def check_layer_types(where: str, config: Any) -> None:
+    """Refuses a config.json that leaves open which layers have a window. Raises ValueError.
+
+    Args:
+        where: names the model.
+        config: what config.json says: transformers adds layer_types when it reads one.
+    """
+    types = getattr(config, "layer_types", None)
+    if uses_window(config) and not types and config.model_type not in ALL_SLIDING:
+        raise ValueError(
+            f"{where}: its config.json has a sliding_window, but no layer_types that says which "
+            "layers it is for; load and save the config with transformers, which adds them"
+        )
 
 
 def uses_window(config: Any) -> bool:

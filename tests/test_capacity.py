@@ -112,13 +112,16 @@ def test_page_formats(llama, device, page_format, entry, capsys):
 
 
 def test_a_hybrid(gemma, capsys):
-    """5 full layers are a group, 29 with a window 6 groups that hold window and step."""
+    """5 full layers are a group, 29 with a window 6 groups that hold window and prompt's step."""
     args = ("--memory", "8GiB", "--policy", "streaming", "--max-num-batched-tokens", "2048")
     full, row = rows(capsys, gemma, *args)
     page = 5 * 32 * 2 * 4 * 256 * 2
     assert (full["page_bytes"], full["pages"]) == (page, 8 * GIB // page)
     assert [(group["layers"], group["groups"]) for group in full["groups"]] == [(5, 1), (29, 6)]
     window = (1023 + 2048 + 31) // 32 + 1
+    assert full["prompt_bytes"] == row["prompt_bytes"] == (256 + 6 * window) * page
+    assert full["vllm_max_concurrency"] == round(full["pages"] / (288 + 6 * window), 2)
+    window = 1023 // 32 + 2  # one entry in the first page and in the last
     assert full["pages_per_sequence"] == 288 + 6 * window
     assert row["pages_per_sequence"] == 33 + 6 * window
     assert full["decode_entries"] == round((5 * 9216 + 29 * 1024) / 34, 2)
@@ -173,6 +176,12 @@ def test_gpu_memory(llama, capsys):
     args = ("--gpu-memory", "80GB", "--gpu-memory-utilization", "0.5", "--weights-dtype", "int4")
     (row,) = rows(capsys, llama, *args)
     assert row["memory_bytes"] == 40_000_000_000 - 5_591_539_712
+
+
+def test_a_default_context_is_what_the_model_takes(tmp_path, capsys):
+    model = write(tmp_path / "short", LLAMA_8B, max_position_embeddings=8192)
+    (row,) = rows(capsys, model, "--memory", "40GiB")
+    assert (row["prompt_entries"], row["decode_entries"]) == (8192 - 1024, 8192)
 
 
 # ---- tiers

@@ -37,9 +37,16 @@ def refusal(capsys, *args: str) -> str:
         (("--gpu-memory", "16GB"), "90% of it is less than the weights of Llama, 15.0 GiB"),
         (("--gpu-memory", "80GB", "--gpu-memory-utilization", "1.1"), "in (0, 1], not 1.1"),
         (("--gpu-memory", "80GB", "--device", "cpu"), "device cpu does not go with --gpu-memory"),
-        ((*MEMORY, "--weights-dtype", "int4"), "weights-dtype is for --gpu-memory"),
+        ((*MEMORY, "--gpu-memory-utilization", "7"), "utilization must be a number in (0, 1], not"),
+        ((*MEMORY, "--gpu-memory-utilization", "0.9"), "utilization 0.9 is for --gpu-memory"),
+        ((*MEMORY, "--weights-dtype", "int4"), "weights-dtype int4 is for --gpu-memory"),
         ((*MEMORY, "--context", "0"), "context must be an integer >= 1, not 0"),
-        ((*MEMORY, "--context", "2147483647"), "+ output 1024 must be at most 2147483647"),
+        (
+            (*MEMORY, "--context", "131000"),
+            "context 131000 + output 1024 must be at most 131072, the longest sequence of model "
+            "Llama, not 132024",
+        ),
+        ((*MEMORY, "--output", "131072"), "context 1 + output 131072 must be at most 131072"),
         ((*MEMORY, "--page-size", "-1"), "page-size must be an integer >= 1, not -1"),
         ((*MEMORY, "--max-num-seqs", "0"), "max-num-seqs must be an integer >= 1, not 0"),
         ((*MEMORY, "--tensor-parallel", "3"), "32 query heads and 8 KV heads, which so many"),
@@ -59,7 +66,12 @@ def refusal(capsys, *args: str) -> str:
         ),
         (
             (*MEMORY, "--device", "gpu", "--policy", "snapkv", "--page-format", "int8"),
-            "the cache dtype int8_per_token_head with snapkv, which reads the cache",
+            "page-format on a GPU with policy snapkv, which reads the cache, must be one of native,"
+            " fp8, not int8",
+        ),
+        (
+            (*MEMORY, "--policy=streaming,snapkv", "--page-format=native,int8", "--budget=64"),
+            "budget 64 is too small",
         ),
         (
             (*MEMORY, "--device", "gpu", "--policy-config", '{"residual_pages": 1}'),
@@ -74,6 +86,7 @@ def refusal(capsys, *args: str) -> str:
         ),
         ((*MEMORY, "--page-format", "int8", "--page-size", "8"), "need a multiple of 16 from 16"),
         ((*MEMORY, "--sequences", "5"), "sequences 5 needs a --policy that has a budget"),
+        ((*MEMORY, "--policy", "full", "--budget", "77"), "budget 77 needs a --policy that has a"),
         (
             (*MEMORY, "--policy", "streaming", "--sequences", "9999"),
             "no budget of streaming is small enough: with 96, the least, 2559.8 decode at once",
@@ -128,6 +141,11 @@ def test_options_that_argparse_refuses(llama, args, capsys):
         ({"num_attention_heads": None}, "its config.json has no num_attention_heads; load and"),
         ({"num_hidden_layers": "32"}, "num_hidden_layers must be an integer >= 1, not '32'"),
         ({"torch_dtype": "float8_e4m3fn"}, "has dtype float8_e4m3fn: use --dtype to choose"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": "4"}},
+            "factor of its rope scaling must be a number above 0, not '4'",
+        ),
+        ({"max_position_embeddings": "long"}, "max_position_embeddings must be an integer >= 1"),
         ({"model_type": None}, "its config.json has no model_type"),
         ({"model_type": "mixtral"}, ""),
     ],
@@ -175,6 +193,12 @@ def test_files(content, message, tmp_path, capsys):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     assert message in refusal(capsys, "--model", str(tmp_path), *MEMORY)
+
+
+def test_the_longest_sequence_of_a_model_that_has_no_limit(tmp_path, capsys):
+    model = write(tmp_path / "model", LLAMA_8B, max_position_embeddings=None)
+    args = ("--model", model, *MEMORY, "--context", "2147483647")
+    assert "+ output 1024 must be at most 2147483647" in refusal(capsys, *args)
 
 
 def test_a_file_of_any_name(tmp_path, capsys):

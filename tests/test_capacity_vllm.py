@@ -9,6 +9,7 @@ import engines
 import pytest
 import tiny_models
 import torch
+from capacity_models import LLAMA_8B, write
 from engines import logged
 
 from paged_kv.capacity.cases import GPU_DTYPES, Case, Engine
@@ -122,6 +123,47 @@ def test_pages_of_a_sliding_window_are_those_of_vllm(batches, max_len, window, d
     pool = Pool(model, engine, Case("full", "native", CompressionConfig()))
     sliding = spec.max_admission_blocks_per_request(batches * 512, max_len)
     assert pool.reserved_pages == sliding + cdiv(max_len, PAGE)
+
+
+def _rope(kind: str, factor: float, **more: Any) -> dict[str, Any]:
+    return {"rope_type": kind, "factor": factor, "original_max_position_embeddings": 32768, **more}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"rope_scaling": {"type": "linear", "factor": 4.0}},
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.5}},
+        {"rope_scaling": _rope("yarn", 4.0)},
+        {"rope_scaling": _rope("llama3", 8.0, low_freq_factor=1.0, high_freq_factor=4.0)},
+        {"rope_scaling": _rope("longrope", 4.0, short_factor=[1.0] * 64, long_factor=[2.0] * 64)},
+        {"max_seq_len": 999},
+        {"model_max_length": 200_000},
+        {
+            "model_type": "gemma3_text",
+            "architectures": ["Gemma3ForCausalLM"],
+            "head_dim": 128,
+            "sliding_window": 64,
+            "layer_types": ["sliding_attention", "full_attention"] * 16,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ],
+    ids=lambda changed: " ".join(map(str, changed.values()))[:40],
+)
+def test_the_longest_sequence_is_that_of_vllm(changed, tmp_path):
+    from vllm.config import ModelConfig
+
+    directory = write(tmp_path / "model", LLAMA_8B, **changed)
+    longest = read_model(directory).max_len
+    assert longest is not None
+    settings = {"model": directory, "dtype": "float32", "skip_tokenizer_init": True}
+    assert ModelConfig(**settings, max_model_len=longest).max_model_len == longest
+    with pytest.raises(ValueError, match="greater than the derived max_model_len"):
+        ModelConfig(**settings, max_model_len=longest + 1)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -41,9 +41,12 @@ class Case(NamedTuple):
     finds_budget: bool = False
 
     @property
-    def budget(self) -> int | Fraction | None:
-        """None for what keeps everything."""
-        return self.config.budget if self.config.enabled else None
+    def budget(self) -> int | float | None:
+        """As it is shown; None for what keeps everything, and while it is not found."""
+        if self.finds_budget or not self.config.enabled:
+            return None
+        budget = self.config.budget
+        return float(budget) if isinstance(budget, Fraction) else budget
 
 
 @dataclass(frozen=True)

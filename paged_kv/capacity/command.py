@@ -11,6 +11,8 @@ seqs at once     that can decode: the decode capacity in the log of a vLLM serve
 gain             of that over `full` with native pages
 vLLM says        its own "Maximum concurrency", which counts prompts that are held whole
 
+Policies and page formats that do not go together are named below (with --json on stderr).
+
 --gpu-memory takes the weights off, of the usual dense decoders, and what vLLM leaves free. What a
 step needs (activations, CUDA graphs) is not known here and vLLM's profiling takes it off, too: an
 upper bound. --memory is what is left, as vLLM logs it ("Available KV cache memory"), or as
@@ -21,13 +23,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 from paged_kv import registry
 from paged_kv.capacity.cases import CPU, FIXED, GPU, Engine, make_cases
 from paged_kv.capacity.estimate import estimate
 from paged_kv.capacity.model import DTYPE_BYTES, Model, read_model
 from paged_kv.capacity.sizes import read_size, show_size
-from paged_kv.capacity.table import describe, notes, table_lines
+from paged_kv.capacity.table import describe, left_out, notes, table_lines
 from paged_kv.capacity.weights import FAMILIES, WEIGHT_BYTES, weight_bytes
 from paged_kv.config import DEFAULT_PAGE_SIZE
 from paged_kv.core.options import MOST
@@ -36,6 +39,7 @@ from paged_kv.core.readers import read_budget
 from paged_kv.option_table import DEFAULT_BUDGET
 from paged_kv.variants import SHARED, SYNTAX, Variant, read_variants
 
+CONTEXT = 8192
 UTILIZATION = 0.9  # vLLM's default
 LARGE_GPU = 70 << 30  # from where on vLLM's server has larger defaults
 # --max-num-batched-tokens and --max-num-seqs of vLLM's server, of each rank on a CPU.
@@ -54,11 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"off, of {', '.join(FAMILIES)} models")  # fmt: skip
     add("--weights-dtype", choices=WEIGHT_BYTES, metavar="D", help="of linear layers: "
         f"{', '.join(WEIGHT_BYTES)} (default: the model's; scales are not counted)")  # fmt: skip
-    add("--gpu-memory-utilization", type=float, default=UTILIZATION, metavar="F",
+    add("--gpu-memory-utilization", type=float, metavar="F",
         help=f"vLLM's option (default {UTILIZATION})")  # fmt: skip
     add("--device", choices=(CPU, GPU), help="whose page formats: ours on a CPU, vLLM's own on a "
         "GPU (default: gpu with --gpu-memory, else cpu)")  # fmt: skip
-    add("--context", type=int, default=8192, metavar="N", help="tokens of a prompt (default 8192)")
+    add("--context", type=int, metavar="N", help=f"tokens of a prompt (default {CONTEXT}, or as "
+        "many as the model takes)")  # fmt: skip
     add("--output", type=int, default=1024, metavar="N", help="generated after it (default 1024)")
     add("--policy", default=registry.FULL, metavar=SYNTAX,
         help="compared with full: see paged-kv policies")  # fmt: skip
@@ -86,11 +91,10 @@ def main(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not 1 <= value <= MOST:
             raise ValueError(f"{name.replace('_', '-')} must be an integer >= 1, not {value}")
-    if args.context + args.output > MOST:
-        raise ValueError(f"context {args.context} + output {args.output} must be at most {MOST}")
     variants = _variants(args)
-    if args.sequences is not None and len(variants) == 1:
-        raise ValueError(f"sequences {args.sequences} needs a --policy that has a budget")
+    for name in ("sequences", "budget"):
+        if getattr(args, name) is not None and len(variants) == 1:
+            raise ValueError(f"{name} {getattr(args, name)} needs a --policy that has a budget")
     model = read_model(args.model, args.dtype)
     engine = read_engine(args, model)
     budgets = None
@@ -99,14 +103,16 @@ def main(args: argparse.Namespace) -> None:
         budgets = [read_budget("budget", text) for text in texts]
     formats = args.page_format.split(",")
     cases = make_cases(variants, budgets, formats, engine.device)
-    rows = list(estimate(model, engine, cases, args.sequences))
+    rows, refused = estimate(model, engine, cases, args.sequences)
     if args.json:
         for row in rows:
             print(json.dumps({"model": model.name, "memory_bytes": engine.memory, **row}))
+        for line in left_out(refused):
+            print(f"paged-kv: {line}", file=sys.stderr)
         return
     about = describe(model, engine) + _describe_gpu(args, model)
     print(*about, "", *table_lines(rows), sep="\n")
-    if remarks := list(notes(rows, engine)):
+    if remarks := list(notes(rows, refused, engine)):
         print("", *remarks, sep="\n")
 
 
@@ -125,16 +131,21 @@ def read_engine(args: argparse.Namespace, model: Model) -> Engine:
     device = args.device or (GPU if gpu else CPU)
     if gpu and device == CPU:
         raise ValueError("device cpu does not go with --gpu-memory: use --memory")
-    if args.weights_dtype and not gpu:
-        raise ValueError("weights-dtype is for --gpu-memory")
+    share = args.gpu_memory_utilization
+    if share is not None and not 0 < share <= 1:
+        raise ValueError(f"gpu-memory-utilization must be a number in (0, 1], not {share}")
+    for name in ("weights_dtype", "gpu_memory_utilization"):
+        value = getattr(args, name)
+        if value is not None and not gpu:
+            raise ValueError(f"{name.replace('_', '-')} {value} is for --gpu-memory")
     tokens, seqs = DEFAULTS["large" if gpu and gpu >= LARGE_GPU else device]
-    ranks = args.tensor_parallel
+    ranks, context = args.tensor_parallel, _context(args, model)
     if device == CPU:
         tokens, seqs = tokens * ranks, seqs * ranks
     return Engine(
         memory=_left(args, model, gpu) if gpu else read_size("memory", args.memory),
-        prompt_len=args.context,
-        max_len=args.context + args.output,
+        prompt_len=context,
+        max_len=context + args.output,
         page_size=args.page_size,
         max_num_seqs=args.max_num_seqs or seqs,
         max_num_batched_tokens=args.max_num_batched_tokens or tokens,
@@ -145,11 +156,21 @@ def read_engine(args: argparse.Namespace, model: Model) -> Engine:
     )
 
 
+def _context(args: argparse.Namespace, model: Model) -> int:
+    """Tokens of a prompt. Raises ValueError: the model does not take so many."""
+    limit, output = model.max_len or MOST, args.output
+    context: int = args.context or max(1, min(CONTEXT, limit - output))
+    if context + output > limit:
+        raise ValueError(
+            f"context {context} + output {output} must be at most {limit}, the longest sequence "
+            f"of model {model.name}, not {context + output}"
+        )
+    return context
+
+
 def _left(args: argparse.Namespace, model: Model, gpu: int) -> int:
     """Of a GPU's memory, for the KV cache. Raises ValueError: nothing."""
-    share = args.gpu_memory_utilization
-    if not 0 < share <= 1:
-        raise ValueError(f"gpu-memory-utilization must be a number in (0, 1], not {share}")
+    share = _utilization(args)
     weights = weight_bytes(model, _weights_dtype(args, model), args.tensor_parallel)
     left = int(gpu * share) - weights
     if left <= 0:
@@ -159,6 +180,10 @@ def _left(args: argparse.Namespace, model: Model, gpu: int) -> int:
             "weights (--weights-dtype)"
         )
     return left
+
+
+def _utilization(args: argparse.Namespace) -> float:
+    return UTILIZATION if args.gpu_memory_utilization is None else args.gpu_memory_utilization
 
 
 def _weights_dtype(args: argparse.Namespace, model: Model) -> str:
@@ -177,6 +202,6 @@ def _describe_gpu(args: argparse.Namespace, model: Model) -> list[str]:
     dtype = _weights_dtype(args, model)
     weights = show_size(weight_bytes(model, dtype, args.tensor_parallel))
     return [
-        f"({args.gpu_memory_utilization:.0%} of {args.gpu_memory} less {weights} of weights in "
+        f"({_utilization(args):.0%} of {args.gpu_memory} less {weights} of weights in "
         f"{dtype}; what steps need is not known: an upper bound)"
     ]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
-from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 from paged_kv import registry
 from paged_kv.capacity.cases import Case, Engine
@@ -20,10 +19,17 @@ from paged_kv.core.schedule import cdiv
 Row = dict[str, Any]
 
 
+class Refused(NamedTuple):
+    """A case that the plugin would refuse, or that has no budget that is small enough."""
+
+    case: Case
+    error: ValueError
+
+
 def estimate(
     model: Model, engine: Engine, cases: Iterable[Case], num_sequences: int | None = None
-) -> Iterator[Row]:
-    """A row for each case.
+) -> tuple[list[Row], list[Refused]]:
+    """A row for each case, and the cases that have none.
 
     Args:
         model: its sizes.
@@ -32,15 +38,26 @@ def estimate(
         num_sequences: that must decode at once, for cases that ask for their budget.
 
     Raises:
-        ValueError: the plugin would refuse a case, or no budget lets so many decode.
+        ValueError: the model does not fit, or all cases are refused but those with `full`, which
+            nobody has asked for.
     """
     full = Pool(model, engine, Case(registry.FULL, NATIVE, CompressionConfig()))
     base = _decoding(full)
+    rows: list[Row] = []
+    refused: list[Refused] = []
     for case in cases:
-        if case.finds_budget:
-            assert num_sequences is not None
-            case = fitting(model, engine, case, num_sequences)
-        yield _row(Pool(model, engine, case), base)
+        try:
+            sized = case
+            if case.finds_budget:
+                assert num_sequences is not None
+                sized = fitting(model, engine, case, num_sequences)
+            rows.append(_row(Pool(model, engine, sized), base))
+        except ValueError as error:
+            refused.append(Refused(case, error))
+    asked = [each for each in refused if not rows or each.case.policy != registry.FULL]
+    if asked and all(row["policy"] == registry.FULL for row in rows):
+        raise asked[0].error
+    return rows, refused
 
 
 def fitting(model: Model, engine: Engine, case: Case, num_sequences: int) -> Case:
@@ -52,7 +69,8 @@ def fitting(model: Model, engine: Engine, case: Case, num_sequences: int) -> Cas
     size = engine.page_size
 
     def with_budget(pages: int) -> Case:
-        return case._replace(config=replace(case.config, budget=pages * size))
+        config = replace(case.config, budget=pages * size)
+        return case._replace(config=config, finds_budget=False)
 
     def decoding(pages: int) -> float:
         """Sequences; any number with a budget that is too small to be allowed."""
@@ -85,10 +103,9 @@ def _row(pool: Pool, base: float) -> Row:
     prompting, decoding = pool.while_prompting(), pool.while_decoding()
     sequences = _decoding(pool)
     concurrency = pool.num_pages / pool.reserved_pages
-    budget = case.budget
     return {
         "policy": case.policy,
-        "budget": float(budget) if isinstance(budget, Fraction) else budget,
+        "budget": case.budget,
         "page_format": case.page_format,
         "bytes_per_token": sum(layers.pages) // engine.page_size,
         "prompt_entries": round(prompting.entries, 2),

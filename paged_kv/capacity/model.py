@@ -11,10 +11,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from paged_kv.model_rules import full_attention_layers, refused_attention, uses_window
+from paged_kv.core.options import MOST
+from paged_kv.model_rules import check_layer_types, full_attention_layers, refused_attention
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-ALL_SLIDING = ("mistral", "mixtral")  # where a sliding_window without layer_types is every layer's
+_LENGTHS = (  # keys that vLLM reads, the least counts
+    "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length",
+    "max_target_positions", "max_sequence_length", "max_seq_length", "seq_len",
+)  # fmt: skip
+_EXTENDED = (  # rope types whose max_position_embeddings is that of the longer context already
+    "su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling",
+)  # fmt: skip
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _RECURRENT = (  # what keys begin with
     "mamba", "ssm_", "state_size", "linear_", "attn_layer_", "layers_block_type",
@@ -45,6 +52,7 @@ class Model:
         kv_heads: of each layer, on all ranks together.
         head_dim: of queries, keys and values.
         dtype: of keys and values, a key of DTYPE_BYTES.
+        max_len: tokens of the longest sequence that vLLM takes; None: its config does not say.
     """
 
     name: str
@@ -57,6 +65,7 @@ class Model:
     kv_heads: int
     head_dim: int
     dtype: str
+    max_len: int | None
 
     @property
     def num_sliding(self) -> int:
@@ -96,9 +105,15 @@ def read_model(path: str, dtype: str = "auto") -> Model:
     full = full_attention_layers(attributes, sizes["num_layers"])
     has_window = len(full) < sizes["num_layers"]
     window = _positive(where, text, "sliding_window") if has_window else 0
-    chosen = _dtype(where, config, text) if dtype == "auto" else dtype
     return Model(
-        name, file.parent, attributes, full_layers=full, window=window, dtype=chosen, **sizes
+        name,
+        file.parent,
+        attributes,
+        full_layers=full,
+        window=window,
+        dtype=_dtype(where, config, text) if dtype == "auto" else dtype,
+        max_len=_max_len(where, text),
+        **sizes,
     )
 
 
@@ -133,11 +148,7 @@ def _refuse_kinds(where: str, config: dict[str, Any], text: dict[str, Any]) -> N
                 f"{where}: its config.json has {key}, so its KV heads may not be "
                 "num_key_value_heads of head_dim; read vLLM's own log for such a model"
             )
-    if uses_window(SimpleNamespace(**text)) and not types and text["model_type"] not in ALL_SLIDING:
-        raise ValueError(
-            f"{where}: its config.json has a sliding_window, but no layer_types that says which "
-            "layers it is for; load and save the config with transformers, which adds them"
-        )
+    check_layer_types(where, SimpleNamespace(**text))
 
 
 def _sizes(where: str, text: dict[str, Any]) -> dict[str, int]:
@@ -152,6 +163,32 @@ def _sizes(where: str, text: dict[str, Any]) -> dict[str, int]:
     else:
         head_dim = _positive(where, text, "hidden_size") // heads
     return {"num_layers": layers, "num_heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+
+
+def _max_len(where: str, text: dict[str, Any]) -> int | None:
+    """As vLLM derives it for --max-model-len."""
+    limits = [_positive(where, text, key) for key in _LENGTHS if text.get(key) is not None]
+    if not limits:
+        return None
+    if text.get("model_max_length"):  # goes before the others (Command-R)
+        limits = [text["model_max_length"]]
+    return int(min(limits) * _rope_factor(where, text))
+
+
+def _rope_factor(where: str, text: dict[str, Any]) -> float:
+    """By which rope scaling extends max_position_embeddings."""
+    rope, factor = text.get("rope_parameters") or text.get("rope_scaling"), 1.0
+    if not isinstance(rope, dict) or "gemma3" in text["model_type"]:  # which counts it already
+        return factor
+    for each in (rope, *rope.values()):  # one, or one for each type of layers
+        kind = isinstance(each, dict) and (each.get("rope_type") or each.get("type"))
+        if kind and kind not in _EXTENDED:
+            factor = factor if each.get("factor") is None else each["factor"]
+    if not isinstance(factor, (int, float)) or not 0 < factor <= MOST:
+        raise ValueError(
+            f"{where}: factor of its rope scaling must be a number above 0, not {factor!r}"
+        )
+    return factor
 
 
 def _positive(where: str, text: dict[str, Any], key: str) -> int:

@@ -100,12 +100,25 @@ class Pool:
         if config.enabled or config.page_format != NATIVE or config.swap_space:
             refusals.refuse(config, refusals.too_many_ranks(engine.num_ranks, model.kv_heads))
         if config.enabled and engine.device != CPU:
-            refusals.check_cache_dtype(GPU_DTYPES[self.case.page_format], config)
+            self._check_cache_dtype()
         if engine.device != CPU:
             refusals.refuse_packed(config)
         refusals.check_residual(config)
         config.check_residual(engine.page_size, engine.max_len)
         check_together(config)
+
+    def _check_cache_dtype(self) -> None:
+        """As on a GPU, in the words of our options. Raises ValueError."""
+        case = self.case
+        try:
+            refusals.check_cache_dtype(GPU_DTYPES[case.page_format], case.config)
+        except ValueError:
+            can_read = refusals.READABLE_DTYPES
+            formats = [name for name, dtype in GPU_DTYPES.items() if dtype in can_read]
+            raise ValueError(
+                f"page-format on a GPU with policy {case.policy}, which reads the cache, must be "
+                f"one of {', '.join(formats)}, not {case.page_format}"
+            ) from None
 
     @cached_property
     def groups(self) -> list[Groups]:
@@ -166,28 +179,33 @@ class Pool:
         max_len, size = self.engine.max_len, self.engine.page_size
         total = 0
         for group in self.groups:
-            if group.schedule is None:
-                pages = cdiv(self._unscheduled(group, max_len)[0], size)
-            else:
+            if group.schedule is not None:
                 pages = page_counts.reserved_pages(group.schedule, size, max_len, chunk, limit)
+            else:
+                pages = self._admitted(max_len) if group.window else cdiv(max_len, size)
             total += group.num_groups * pages
         return total
 
     def while_prompting(self) -> Held:
         """Until the end of the prompt, which is held whole or in pieces."""
         chunk = (self.prompt_chunk or 1) * self.engine.concurrent_batches
-        return self._held(self.engine.prompt_len, self.engine.prompt_len, chunk)
+        prompt_len = self.engine.prompt_len
+        return self._held(prompt_len, prompt_len, chunk, self._admitted(prompt_len))
 
     def while_decoding(self) -> Held:
         """From the prompt's end to max_len."""
-        return self._held(self.engine.max_len, 0, 1)
+        engine, window = self.engine, self.model.window
+        window_pages = page_counts.window_pages(
+            window, engine.page_size, engine.max_len, engine.concurrent_batches
+        )
+        return self._held(engine.max_len, 0, 1, window_pages)
 
-    def _held(self, num_tokens: int, start: int, chunk: int) -> Held:
+    def _held(self, num_tokens: int, start: int, chunk: int, window_pages: int) -> Held:
         size, pages, entries = self.engine.page_size, 0, 0
         for group in self.groups:
             if group.schedule is None:
-                reserved, most = self._unscheduled(group, num_tokens)
-                pages += group.num_groups * cdiv(reserved, size)
+                most = min(group.window or num_tokens, num_tokens)  # what is read
+                pages += group.num_groups * (window_pages if group.window else cdiv(most, size))
             else:
                 tokens = num_tokens, start, chunk
                 most = group.schedule.max_retained(*tokens)
@@ -195,16 +213,12 @@ class Pool:
             entries += group.num_layers * most
         return Held(pages, entries / self.model.num_layers)
 
-    def _unscheduled(self, group: Groups, num_tokens: int) -> tuple[int, int]:
-        """(slots that vLLM reserves, entries that are read) in layers that keep all they need.
+    def _admitted(self, num_tokens: int) -> int:
+        """Pages that vLLM reserves in a group with a sliding window, for prompts, too.
 
-        A sliding window does not begin with a page, and keeps what steps in flight have left
-        behind (vLLM's SlidingWindowSpec.max_admission_blocks_per_request).
+        See its SlidingWindowSpec.max_admission_blocks_per_request.
         """
-        if not group.window:
-            return num_tokens, num_tokens
         engine = self.engine
         in_flight = engine.concurrent_batches * engine.max_num_batched_tokens
-        reserved = min(group.window - 1 + in_flight, num_tokens)
-        whole = (cdiv(reserved, engine.page_size) + 1) * engine.page_size
-        return whole, min(group.window, num_tokens)
+        reserved = min(self.model.window - 1 + in_flight, num_tokens)
+        return cdiv(reserved, engine.page_size) + 1

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from paged_kv.capacity.cases import Engine
+from paged_kv.capacity.estimate import Refused
 from paged_kv.capacity.model import DTYPE_BYTES, Model
 from paged_kv.capacity.sizes import show_size
 from paged_kv.core.schedule import cdiv
@@ -70,8 +71,21 @@ def _digits(value: float) -> str:
     return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
-def notes(rows: Sequence[dict[str, Any]], engine: Engine) -> Iterator[str]:
+def left_out(refused: Iterable[Refused]) -> list[str]:
+    """What has no row and why, each reason once."""
+    about: dict[str, list[str]] = {}
+    for case, error in refused:
+        names = (str(name) for name in (case.policy, case.budget, case.page_format) if name)
+        about.setdefault(str(error), []).append(" ".join(names))
+    return [f"left out: {', '.join(names)}: {error}" for error, names in about.items()]
+
+
+def notes(
+    rows: Sequence[dict[str, Any]], refused: Iterable[Refused], engine: Engine
+) -> Iterator[str]:
     """Lines with what the figures do not say, each once for all rows that it is about."""
+    for line in left_out(refused):
+        yield from _wrapped(line)
     about: dict[str, list[str]] = {}
     keys = ["policy", "budget"]
     if len({row["page_format"] for row in rows}) > 1:

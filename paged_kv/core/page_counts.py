@@ -43,6 +43,22 @@ def most_pages(
     return cdiv(schedule.max_retained(num_tokens, prompt_len, chunk), block_size)
 
 
+def window_pages(window: int, block_size: int, num_tokens: int, in_flight: int) -> int:
+    """Most pages of a layer group with a sliding window that a sequence holds as it decodes.
+
+    vLLM has freed by then what lies before the window of the oldest step in flight (its
+    SlidingWindowManager). Neither begins with a page.
+
+    Args:
+        window: its tokens.
+        block_size: entries of a page.
+        num_tokens: where the sequence ends.
+        in_flight: most tokens of a sequence in the steps that run at once.
+    """
+    held = cdiv(window + in_flight - 2, block_size) + 1
+    return min(held, cdiv(num_tokens, block_size))
+
+
 def reserved_pages(
     schedule: Schedule, block_size: int, max_len: int, in_flight: int, max_prompt_len: int | None
 ) -> int:

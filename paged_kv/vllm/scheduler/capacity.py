@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm.logger import init_logger
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
-from paged_kv.core.page_counts import most_pages
+from paged_kv.core.page_counts import most_pages, window_pages
 from paged_kv.core.schedule import cdiv
 from paged_kv.vllm.scheduler import limits
 from paged_kv.vllm.scheduler.manager import PagedManager
@@ -31,22 +32,21 @@ class PoolCapacity:
         self.longest_prompt = limits.max_prompt_len(vllm_config, num_pages)  # None: any
         self.managers = [m for m in managers if isinstance(m, PagedManager)]
         specs = [m.kv_cache_spec for m in managers if not isinstance(m, PagedManager)]
-        self._num_other_pages = sum(
-            cdiv(spec.max_memory_usage_bytes(vllm_config), spec.page_size_bytes) for spec in specs
-        )
+        self._num_other_pages = sum(map(self._reserved_pages, specs))  # prompts included
+        self._num_others_decoding = sum(map(self._decoding_pages, specs))
 
-    def pages_per_sequence(self, chunk: int = 1) -> int:
-        """Pages of a sequence of max_model_len, in all groups, in steps of so many tokens."""
-        return self._num_other_pages + self._most_pages(0, chunk)
+    def pages_per_sequence(self) -> int:
+        """Pages of a sequence that decodes up to max_model_len, in all groups."""
+        return self._num_others_decoding + self._most_pages(0, 1)
 
     def plain_pages(self, num_layers: Sequence[int]) -> float:
-        """Pages that a sequence of max_model_len would hold without a policy, padding left out.
+        """Those that it would hold without a policy, padding left out.
 
         Args:
             num_layers: of the groups of compressed layers; the largest fills a page of the pool.
         """
         whole = cdiv(self.max_len, self.managers[0].block_size)
-        return self._num_other_pages + whole * sum(num_layers) / max(num_layers)
+        return self._num_others_decoding + whole * sum(num_layers) / max(num_layers)
 
     def resume_chunk(self) -> int:
         """Tokens past the prompt that a step may recompute: a budget, or what the pool holds.
@@ -70,7 +70,7 @@ class PoolCapacity:
         num_pages, pages = self.num_pages - 1, self.pages_per_sequence()
         prompts = "any" if self.longest_prompt is None else f"{self.longest_prompt:,} tokens"
         if prompt_chunk is not None:
-            meanwhile = self.pages_per_sequence(in_flight)
+            meanwhile = self._num_other_pages + self._most_pages(0, in_flight)
             prompts += (
                 f", in pieces of {prompt_chunk:,} tokens, meanwhile {num_pages / meanwhile:.2f} "
                 f"sequences ({meanwhile} pages each): smaller pieces hold less, larger ones are "
@@ -85,6 +85,17 @@ class PoolCapacity:
             pages,
             prompts,
         )
+
+    def _reserved_pages(self, spec: Any) -> int:
+        """Of a group without a schedule, by which vLLM admits a sequence of max_model_len."""
+        return cdiv(spec.max_memory_usage_bytes(self.vllm_config), spec.page_size_bytes)
+
+    def _decoding_pages(self, spec: Any) -> int:
+        """The same of a sequence that decodes, in steps of one token."""
+        if not isinstance(spec, SlidingWindowSpec):
+            return self._reserved_pages(spec)
+        batches = self.vllm_config.max_concurrent_batches
+        return window_pages(spec.sliding_window, spec.block_size, self.max_len, batches)
 
     def _most_pages(self, prompt_len: int, chunk: int) -> int:
         """Most pages of compressed layers that a sequence holds on its way to max_model_len."""
