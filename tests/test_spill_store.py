@@ -187,6 +187,7 @@ def compact_random(tier: Any, keys: torch.Tensor, asks: torch.Tensor, **more: An
         num_entries=torch.tensor([132]),
         num_losers=torch.tensor([32]),
         max_losers=32,
+        max_survivors=100,
         layers=torch.arange(LAYERS),
         heads=torch.arange(HEADS),
         positions=torch.arange(3068, 3200).expand(shape),

@@ -87,6 +87,7 @@ class Region:
         num_entries: int64 [events], size of each region.
         num_losers: int64 [events], entries that must go, per layer and KV head.
         max_losers: the largest of num_losers, known on the host.
+        max_survivors: most entries that stay of a sequence, known on the host.
         layers: int64 [layers], index of each layer in the model.
         heads: int64 [kv_heads], index of each KV head in the model (a rank has some of them).
         positions: int64 [..., m], position of the token; a merged entry has its slot's. Padding has
@@ -106,6 +107,7 @@ class Region:
     num_entries: Tensor
     num_losers: Tensor
     max_losers: int
+    max_survivors: int
     layers: Tensor
     heads: Tensor
     positions: Tensor

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 
 from paged_kv.core.options import number, text
-from paged_kv.policies.entries import take
+from paged_kv.policies.entries import put, take
 from paged_kv.policies.region import Compaction, Region
 from paged_kv.policies.wrapper import Wrapper
 
-BLOCK = 128  # losers at a time: similarities of so many to all m entries are in memory together
+BLOCK = 128  # losers at a time: similarities of so many to all survivors are in memory together
 
 
 class ValueMerge(Wrapper):
@@ -38,29 +38,36 @@ class ValueMerge(Wrapper):
         valid = region.valid[..., None]
         directions = F.normalize(region.keys.where(valid, 0), dim=-1)
         before = region.values.where(valid, 0)
-        # Slots of the losers, then of others where a row has fewer: [..., max_losers].
-        loser_slots = losers.byte().argsort(dim=-1, descending=True, stable=True)
-        loser_slots = loser_slots[..., : region.max_losers]
-        added = torch.zeros_like(region.weights)  # tokens that each taker takes in: [..., m]
-        sums = torch.zeros_like(region.values)  # of their values, times these: [..., m, d]
+        loser_slots = _first(losers, region.max_losers)
+        taker_slots = _first(takers, region.max_survivors)  # n of them, fewer than m
+        takes_in = take(takers, taker_slots)
+        candidates = take(directions, taker_slots).transpose(-1, -2)
+        own = take(region.weights, taker_slots)
+        added = torch.zeros_like(own)  # tokens that each taker takes in: [..., n]
+        sums = before.new_zeros(*own.shape, before.shape[-1])  # of their values, times these
         for slots in torch.split(loser_slots, BLOCK, -1):
-            similarity = take(directions, slots) @ directions.transpose(-1, -2)  # [..., block, m]
-            similarity = similarity.masked_fill(~takers[..., None, :], -torch.inf)
+            similarity = take(directions, slots) @ candidates  # [..., block, n]
+            similarity = similarity.masked_fill(~takes_in[..., None, :], -torch.inf)
             cosine, target = similarity.max(-1)  # [..., block]
             # The cosine of opposite keys is -1 but for the last bit; no taker at all is -inf.
             near = (cosine.clamp_min(-1) >= self.settings["threshold"]) & cosine.isfinite()
             weights = take(region.weights, slots) * (take(losers, slots) & near)
-            # [..., block, m]: each loser's weight in the column of its target. As a product, since
+            # [..., block, n]: each loser's weight in the column of its target. As a product, since
             # adding up by scatter has no fixed order on a GPU.
             share = torch.zeros_like(similarity).scatter_(-1, target[..., None], weights[..., None])
             added += share.sum(-2)
             sums += share.transpose(-1, -2) @ take(before, slots)
-        changed = added > 0
-        total = region.weights + added
-        mean = (before * region.weights[..., None] + sums) / total.clamp_min(1)[..., None]
+        grows, total = added > 0, own + added
+        mean = take(before, taker_slots) * own[..., None] + sums
+        mean = mean / total.clamp_min(1)[..., None]
         return Compaction(
             losers=losers,
-            values=torch.where(changed[..., None], mean, region.values),
-            weights=total,
-            changed=changed,
+            values=put(region.values, taker_slots, mean, grows),
+            weights=put(region.weights, taker_slots, total, grows),
+            changed=torch.zeros_like(losers).scatter_(-1, taker_slots, grows),
         )
+
+
+def _first(chosen: torch.Tensor, count: int) -> torch.Tensor:
+    """int64 [..., count]: slots that are chosen, by slot; then others where there are fewer."""
+    return chosen.byte().argsort(dim=-1, descending=True, stable=True)[..., :count]

@@ -101,6 +101,7 @@ def make_region(
         num_entries=num_entries,
         num_losers=num_losers,
         max_losers=int(holding.num_losers.max()),
+        max_survivors=int((holding.num_entries - holding.num_losers).max()),
         layers=to_device(store.layer_ids[holding.layers], device),
         heads=to_device(store.head_ids, device),
         positions=side("positions", _PADDING),

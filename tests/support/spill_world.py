@@ -157,6 +157,7 @@ def compact(worlds: list[World], policy: Any, generator: torch.Generator) -> Non
         num_entries=torch.tensor(sizes),
         num_losers=num_losers,
         max_losers=int(num_losers.max()),
+        max_survivors=BUDGET,
         layers=torch.arange(LAYERS),
         heads=torch.arange(HEADS),
         **fields,

@@ -112,6 +112,7 @@ def make_region(
         num_entries=integers(positions.shape[-1]),
         num_losers=integers(num_losers),
         max_losers=num_losers,
+        max_survivors=positions.shape[-1] - num_losers,
         layers=integers(*(layer.index for layer in layers)),
         heads=torch.arange(positions.shape[2], device=positions.device),
         positions=positions,
