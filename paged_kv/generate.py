@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from paged_kv import models
-from paged_kv.bench.settings import kv_bytes_per_token, model_config
+from paged_kv.bench.settings import decoder_config, kv_bytes_per_token
 from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig
 from paged_kv.core.options import parse_json
 from paged_kv.core.schedule import cdiv
@@ -67,7 +67,7 @@ def main(args: argparse.Namespace) -> None:
     config, sampling = read_config(args), read_sampling(args)
     text = None if args.chat else read_text(args)
     model = models.resolve(args.model)
-    limit = model_config(model).get("max_position_embeddings", MAX_CHAT_TOKENS)
+    limit = decoder_config(model).get("max_position_embeddings", MAX_CHAT_TOKENS)
     limit = min(limit, MAX_CHAT_TOKENS) if args.chat else limit
     from paged_kv.hf.driver.conversation import Conversation, load_tokenizer
 

@@ -70,10 +70,15 @@ def read_variants(
     common = parse_json(shared, "policy-config") if shared else {}
     _refuse(common, elsewhere, "policy-config")
     texts = _COMMA.split(policies)
-    for text in texts:
-        if texts.count(text) > 1:
-            raise ValueError(f"policy {policies}: {text} is there {texts.count(text)} times")
+    refuse_repeated(f"policy {policies}", texts)
     return [_variant(text, common, elsewhere, peers) for text in texts]
+
+
+def refuse_repeated(where: str, labels: Sequence[str]) -> None:
+    """Raises ValueError, which begins with `where`, for something that is compared with itself."""
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ValueError(f"{where}: {label} is there {labels.count(label)} times")
 
 
 def _variant(

@@ -25,6 +25,14 @@ def text(tmp_path_factory):
         (["--policy", "streaming", "--budget", "0"], "budget must be an integer >= 1"),
         (["--policy", "streaming", "--budget", "128,x"], "not 'x'"),
         (
+            ["--policy", "full,streaming", "--budget", "128,256,128"],
+            "budget 128,256,128, page-format native: streaming 128 native is there 2 times",
+        ),
+        (
+            ["--policy", "full", "--page-format", "native,int8,native"],
+            "page-format native,int8,native: full native is there 2 times",
+        ),
+        (
             ["--policy", "streaming", "--budget", "64"],
             "budget 64 is too small: it must be at least 68",
         ),

@@ -3,7 +3,8 @@
 One sequence, in transformers: a PagedCache that drops nothing against use_cache=False. At each
 context length both produce one token in turn, so many times as there are rounds; the time of a
 token is that of one forward pass, without the prompt's, and the figures are medians. Both contexts
-grow by a token in each round. Prints a result row per length and draws cache_speedup.png.
+grow by a token in each round. Prints a result row per length, keeps it in cache_speedup.jsonl, and
+draws cache_speedup.png. What that file has of the same command is not measured again.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ import argparse
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from paged_kv import models, registry, results
-from paged_kv.bench import script
+from paged_kv.bench import resume, script
 from paged_kv.bench.settings import (
     KV_DTYPE_BYTES,
+    decoder_config,
     kv_bytes_per_token,
-    model_config,
     random_prompts,
 )
 from paged_kv.core.page_formats import NATIVE
@@ -39,14 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens that are timed at each length (default 5)")  # fmt: skip
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default float32")
     add("--seed", type=int, default=0, metavar="N", help="of the random prompt (default 0)")
-    add("--out", type=Path, default=Path("results"), metavar="DIR", help="default results/")
+    add("--out", type=Path, default=Path("results"), metavar="DIR", help="rows and plot; what is "
+        "there is not measured again (default results/)")  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> None:
     """Runs, prints, draws. Raises ValueError for what the user got wrong."""
     args.model = models.resolve(args.model)
     longest = max(args.lengths) + args.rounds + 1
-    limit = model_config(args.model).get("max_position_embeddings", longest)
+    limit = decoder_config(args.model).get("max_position_embeddings", longest)
     if longest > limit:
         raise ValueError(
             f"lengths {max(args.lengths)} with rounds {args.rounds}: needs {longest} tokens, "
@@ -69,21 +72,38 @@ def main(args: argparse.Namespace) -> None:
 
 def measure(args: argparse.Namespace) -> list[results.Row]:
     """A case for each length, printed when it is known."""
-    from paged_kv.hf import PagedCache
-    from paged_kv.hf.driver.decoding import Decoder, interleaved, load
+    from paged_kv.hf.driver.decoding import load
 
-    model = load(args.model, args.dtype)
+    out = args.out / "cache_speedup.jsonl"
+    lengths = sorted(args.lengths)
+    fields = ({"length": length, "dtype": args.dtype} for length in lengths)
+    known = resume.known(out, resume.asked(args, "cache-speedup", fields))
+    done = len(known) - known.count(None)
+    resume.tell(out, done, len(known))
+    model = load(args.model, args.dtype) if None in known else None
     cases = []
-    for length in tqdm(sorted(args.lengths), unit="length"):
-        with PagedCache(model.config, "full") as cache:
-            decoders = {CACHED: Decoder(model, cache), UNCACHED: Decoder(model)}
-            for decoder in decoders.values():
-                decoder.read(random_prompts(args.model, 1, length, args.seed))
-            interleaved(decoders, 1)  # the first pass of a shape is slow
-            seconds = interleaved(decoders, args.rounds)
-        cases.append(make_row(args, length, seconds))
-        script.emit("cache_speedup", args, cases[-1])
+    with tqdm(total=len(known), initial=done, unit="length") as bar:
+        for length, row in zip(lengths, known, strict=True):
+            if row is None:
+                row = make_row(args, length, decode(args, model, length))
+                results.append(out, row)
+                bar.update()
+            cases.append(row)
+            script.emit("cache_speedup", args, row)
     return cases
+
+
+def decode(args: argparse.Namespace, model: Any, length: int) -> dict[str, list[float]]:
+    """Seconds of each token with a cache and without."""
+    from paged_kv.hf import PagedCache
+    from paged_kv.hf.driver.decoding import Decoder, interleaved
+
+    with PagedCache(model.config, "full") as cache:
+        decoders = {CACHED: Decoder(model, cache), UNCACHED: Decoder(model)}
+        for decoder in decoders.values():
+            decoder.read(random_prompts(args.model, 1, length, args.seed))
+        interleaved(decoders, 1)  # the first pass of a shape is slow
+        return interleaved(decoders, args.rounds)
 
 
 def make_row(

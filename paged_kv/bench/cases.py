@@ -15,12 +15,12 @@ from typing import Any
 
 from paged_kv import registry
 from paged_kv.bench.held import layer_schedules
-from paged_kv.bench.settings import kv_bytes_per_token, model_config
+from paged_kv.bench.settings import decoder_config, kv_bytes_per_token
 from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig
 from paged_kv.core.page_formats import NATIVE
 from paged_kv.core.readers import read_budget
 from paged_kv.core.schedule import cdiv
-from paged_kv.variants import read_variants
+from paged_kv.variants import read_variants, refuse_repeated
 
 PLAIN, PLAIN_FP8 = "plain", "plain-fp8"
 PEERS = {PLAIN: "auto", PLAIN_FP8: "fp8"}  # name -> vLLM's kv_cache_dtype
@@ -145,10 +145,7 @@ def read_cases(
         for page_format, size in product(formats, sizes):
             options = variant.stored_in(page_format, formats)
             cases.append(_case(variant.text, options, size, start))
-    labels = [case.label for case in cases]
-    for label in labels:
-        if labels.count(label) > 1:
-            raise ValueError(f"budget {budgets}: {label} is there {labels.count(label)} times")
+    refuse_repeated(f"budget {budgets}, page-format {page_formats}", [case.label for case in cases])
     return cases
 
 
@@ -178,7 +175,7 @@ def read_loads(
     Raises:
         ValueError: longer than the model's context, or a pool without room for one request.
     """
-    limit = model_config(model).get("max_position_embeddings")
+    limit = decoder_config(model).get("max_position_embeddings")
     loads = []
     for input_len, count, pool in product(inputs, requests, pools):
         load = Load(input_len, output_len, count, 0)

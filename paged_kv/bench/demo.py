@@ -21,7 +21,7 @@ from paged_kv.bench import prompts
 from paged_kv.bench.compare import advance, equal_prefix
 from paged_kv.bench.process import EngineProcess
 from paged_kv.bench.script import add_start, as_json, positive
-from paged_kv.bench.settings import kv_bytes_per_token, model_config
+from paged_kv.bench.settings import decoder_config, kv_bytes_per_token
 from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig
 from paged_kv.vllm.driver.workload import EngineInfo, EngineSettings, RunResult, Tokens, Workload
 
@@ -84,7 +84,7 @@ def _settings(
     # A token is at least one byte of text.
     needed = max(len(text.encode()) for text in texts) + TEMPLATE_TOKENS + args.max_tokens
     whole_pages = -(-needed // DEFAULT_PAGE_SIZE) * DEFAULT_PAGE_SIZE
-    limit = model_config(model).get("max_position_embeddings", whole_pages)
+    limit = decoder_config(model).get("max_position_embeddings", whole_pages)
     return EngineSettings(
         model=str(model),
         pool_bytes=args.pool_tokens * kv_bytes_per_token(model),

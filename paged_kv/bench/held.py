@@ -5,19 +5,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
-from paged_kv.bench.settings import model_config
+from paged_kv.bench.settings import decoder_config
 from paged_kv.config import CompressionConfig
 from paged_kv.core.page_formats import NATIVE, layer_formats
 from paged_kv.core.schedule import Schedule
+from paged_kv.model_rules import check_layer_types, full_attention_layers, layer_windows
 from paged_kv.plan import make_plan
+
+
+class SlidingWindow(NamedTuple):
+    """What a layer holds that a policy leaves alone and that sees the last tokens only."""
+
+    size: int
+
+    def evicted(self, num_tokens: int, start: int) -> int:
+        """As Schedule.evicted: entries that no query sees any more, whatever the start."""
+        return max(0, num_tokens - self.size)
+
+
+LayerSchedule = Schedule | SlidingWindow | None  # None: the layer keeps everything
 
 
 def layer_schedules(
     config: CompressionConfig, model: Path, page_size: int, engine: str = "vllm"
-) -> list[Schedule | None]:
-    """The schedule of each layer, None for one that keeps everything.
+) -> list[LayerSchedule]:
+    """The schedule of each layer.
 
     Args:
         config: what is kept.
@@ -32,22 +46,25 @@ def layer_schedules(
     from paged_kv.hf.arguments import check_page_format
     from paged_kv.tiers.files import check_spill_dir
 
-    decoder = _decoder(model)
-    num_layers = decoder["num_hidden_layers"]
+    decoder = SimpleNamespace(**decoder_config(model))
+    num_layers = decoder.num_hidden_layers
+    check_layer_types(f"model {model.name}", decoder)
     check_spill_dir(config.spill_dir)
-    check_page_format(config, SimpleNamespace(**decoder), page_size)
+    check_page_format(config, decoder, page_size)
+    windows = layer_windows(decoder, num_layers)
+    schedules: list[LayerSchedule] = [SlidingWindow(size) if size else None for size in windows]
     if not config.enabled:
-        return [None] * num_layers
-    full = full_layers(decoder.get("layer_types"), num_layers)
+        return schedules
+    full = full_attention_layers(decoder, num_layers)
     plan = make_plan(config, page_size, num_layers, full)
     if engine == "vllm":
         from paged_kv.vllm.frontend.grouping import group_layers
 
         group_layers(plan, config, num_layers - len(full))
-    return [plan.schedule(layer) for layer in range(num_layers)]
+    return [plan.schedule(layer) or schedules[layer] for layer in range(num_layers)]
 
 
-def entries(schedules: Sequence[Schedule | None], num_tokens: int, start: int) -> list[int]:
+def entries(schedules: Sequence[LayerSchedule], num_tokens: int, start: int) -> list[int]:
     """Held by each layer after so many tokens, by a sequence that keeps its budget from start."""
     return [
         num_tokens - (schedule.evicted(num_tokens, start) if schedule else 0)
@@ -69,30 +86,14 @@ def entry_bytes(
     """
     from paged_kv.quant import make_layout
 
-    decoder = _decoder(model)
-    heads = decoder["num_attention_heads"]
+    decoder = decoder_config(model)
+    num_layers, heads = decoder["num_hidden_layers"], decoder["num_attention_heads"]
     kv_heads = decoder.get("num_key_value_heads") or heads
     size = decoder.get("head_dim") or decoder["hidden_size"] // heads
-    native = 2 * size * (native_bytes or dtype.itemsize)
-    return [
-        kv_heads
-        * (
-            native
-            if name == NATIVE
-            else make_layout(name, dtype, size, size, page_size).entry_bytes
-        )
-        for name in layer_formats(config.page_format, decoder["num_hidden_layers"])
-    ]
-
-
-def full_layers(types: Sequence[str] | None, num_layers: int) -> list[int]:
-    """Layers with full attention; the engines check again what a model says in other ways."""
-    if types is None:
-        return list(range(num_layers))
-    return [layer for layer, kind in enumerate(types) if kind == "full_attention"]
-
-
-def _decoder(model: Path) -> dict[str, Any]:
-    config = model_config(model)
-    decoder: dict[str, Any] = config.get("text_config", config)
-    return decoder
+    sizes = {NATIVE: 2 * size * (native_bytes or dtype.itemsize)}
+    formats = list(layer_formats(config.page_format, num_layers))
+    for layer, window in enumerate(layer_windows(SimpleNamespace(**decoder), num_layers)):
+        formats[layer] = NATIVE if window else formats[layer]
+    for name in set(formats) - {NATIVE}:
+        sizes[name] = make_layout(name, dtype, size, size, page_size).entry_bytes
+    return [kv_heads * sizes[name] for name in formats]

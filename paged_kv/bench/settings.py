@@ -12,15 +12,16 @@ from paged_kv.vllm.driver.workload import Tokens
 KV_DTYPE_BYTES = 2  # bfloat16
 
 
-def model_config(model: Path) -> dict[str, Any]:
-    """config.json of a model directory."""
+def decoder_config(model: Path) -> dict[str, Any]:
+    """The decoder's part of a model directory's config.json: all of it, or its text_config."""
     config: dict[str, Any] = json.loads((model / "config.json").read_text())
-    return config
+    decoder: dict[str, Any] = config.get("text_config", config)
+    return decoder
 
 
 def kv_bytes_per_token(model: Path) -> int:
     """Bytes of the keys and values of one token in all layers. Raises ValueError."""
-    config = model_config(model)
+    config = decoder_config(model)
     try:
         heads = config["num_attention_heads"]
         kv_heads = config.get("num_key_value_heads") or heads
@@ -34,5 +35,5 @@ def kv_bytes_per_token(model: Path) -> int:
 def random_prompts(model: Path, count: int, length: int, seed: int) -> list[Tokens]:
     """Token ids without meaning: only their number matters to the speed of an engine."""
     generator = random.Random(seed)
-    vocabulary = model_config(model)["vocab_size"]
+    vocabulary = decoder_config(model)["vocab_size"]
     return [[generator.randrange(3, vocabulary) for _ in range(length)] for _ in range(count)]

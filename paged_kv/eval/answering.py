@@ -16,7 +16,7 @@ from statistics import fmean
 from typing import Any
 
 from paged_kv.bench.script import positive
-from paged_kv.bench.settings import model_config
+from paged_kv.bench.settings import decoder_config
 from paged_kv.eval.cases import TRUNCATE, Case, read_cases
 from paged_kv.eval.peer_runs import with_peers
 from paged_kv.eval.prompt import Answer, Prompt
@@ -41,7 +41,8 @@ def add_asking(parser: argparse.ArgumentParser) -> None:
         "compressed before the question comes, or with it (default hidden; engine vllm "
         "compresses whole prompts: seen)")  # fmt: skip
     add("--max-new-tokens", type=positive, metavar="N",
-        help="most tokens of an answer (default: each task's own)")  # fmt: skip
+        help="cuts answers after N tokens, where a task allows more (default: each task's own "
+        "limit)")  # fmt: skip
 
 
 def check_question(args: argparse.Namespace) -> None:
@@ -123,7 +124,7 @@ def in_turns(parts: Sequence[Asked]) -> Asked:
 
 def limit_of(model: Path, given: int | None) -> int:
     """Tokens that a prompt and its answer may have. Raises ValueError."""
-    most = model_config(model).get("max_position_embeddings")
+    most = decoder_config(model).get("max_position_embeddings")
     if given and most and given > most:
         raise ValueError(f"max-length must be at most the model's {most}, not {given}")
     return int(given or most or 1 << 30)

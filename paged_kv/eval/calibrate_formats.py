@@ -17,16 +17,17 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from paged_kv import models
-from paged_kv.bench.held import full_layers
 from paged_kv.bench.script import positive
-from paged_kv.bench.settings import model_config
+from paged_kv.bench.settings import decoder_config
 from paged_kv.core.page_formats import NATIVE
 from paged_kv.eval.task import Task, read_windows
+from paged_kv.model_rules import full_attention_layers
 
 if TYPE_CHECKING:
     from paged_kv.eval.layer_costs import Measured
@@ -72,9 +73,9 @@ def main(args: argparse.Namespace) -> None:
 
 def read_layers(directory: Path, num_sensitive: int | None) -> tuple[list[int], int]:
     """(layers with pages, how many get int8). Raises ValueError."""
-    config = model_config(directory)
-    config = config.get("text_config", config)
-    layers = full_layers(config.get("layer_types"), config["num_hidden_layers"])
+    config = decoder_config(directory)
+    num_layers = config["num_hidden_layers"]
+    layers = full_attention_layers(SimpleNamespace(**config), num_layers)
     if num_sensitive is None:
         return layers, -(-len(layers) // SHARE)
     if not 0 <= num_sensitive <= len(layers):

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from paged_kv import models
 from paged_kv.bench.script import positive
+from paged_kv.model_rules import full_attention_layers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,14 +87,13 @@ def collect(directory: Path, contexts: list[list[int]]) -> Any:
 
     from paged_kv.config import CompressionConfig
     from paged_kv.eval.reference.engine import ReferenceEngine
-    from paged_kv.hf import seams
     from paged_kv.hf.driver.loading import load_model
     from paged_kv.kernels.operands import Expected
     from paged_kv.store.query_gathering import QueryGathering
 
     model = load_model(directory)
     config = model.config.get_text_config()
-    full = seams.full_attention_layers(config)
+    full = full_attention_layers(config, config.num_hidden_layers)
     if not full:
         raise ValueError(f"model {directory} has no layer with full attention")
     num_tokens = sum(map(len, contexts))

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from paged_kv import registry
-from paged_kv.bench.held import entries, entry_bytes, layer_schedules
+from paged_kv.bench.held import LayerSchedule, entries, entry_bytes, layer_schedules
 from paged_kv.config import CompressionConfig
 from paged_kv.core.readers import read_budget
-from paged_kv.core.schedule import Schedule
 from paged_kv.eval.peers import peers
 from paged_kv.eval.tasks.longbench import truncated_middle
-from paged_kv.variants import read_variants, takes_residual
+from paged_kv.variants import read_variants, refuse_repeated, takes_residual
 
 TRUNCATE = "truncate"  # no policy: the context's first and last half of the budget, all kept
 FIXED = {  # options that the command line or the protocol decides on -> what to use
@@ -69,8 +68,8 @@ class Case:
     def __str__(self) -> str:
         return f"{self.policy} {self.budget or ''}".strip()
 
-    def schedules(self, engine: str = "reference") -> list[Schedule | None]:
-        """The schedule of each layer, None for one that keeps everything.
+    def schedules(self, engine: str = "reference") -> list[LayerSchedule]:
+        """The schedule of each layer.
 
         Args:
             engine: reference, hf or vllm, which refuses budgets that make too many groups of
@@ -139,7 +138,10 @@ def read_cases(args: argparse.Namespace, model: Path, baselines: Sequence[str] =
             cases.append(Case(text, budget, config, model, args.page_size))
     for case in cases:
         case.schedules(args.engine)
-    return cases + [case for name in named for case in _peer_cases(args, model, name, budgets)]
+    cases += [case for name in named for case in _peer_cases(args, model, name, budgets)]
+    labels = [f"{case} {case.config.page_format}" for case in cases]
+    refuse_repeated(f"budget {args.budget}, page-format {args.page_format}", labels)
+    return cases
 
 
 def _peer_cases(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from paged_kv.core.schedule import Schedule
 from paged_kv.eval.cases import Case
 from paged_kv.eval.peers import peers
 from paged_kv.eval.prompt import Answer, Prompt
@@ -51,8 +52,9 @@ def with_peers(
 
 
 def _entries(case: Case) -> Callable[[int], int]:
-    """As many as a policy of that budget holds, which drops whole pages: at equal memory."""
-    return lambda num_tokens: round(case.held(num_tokens).kept)
+    """As many as a layer under a policy of that budget holds, in whole pages: at equal memory."""
+    schedule = next(each for each in case.schedules() if isinstance(each, Schedule))
+    return lambda num_tokens: num_tokens - schedule.evicted(num_tokens, 0)
 
 
 def prompt_of_window(task: Task) -> Prompt:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from paged_kv.bench.settings import model_config
+from paged_kv.bench.settings import decoder_config
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def read_windows(
 
     if offset < 0:
         raise ValueError(f"offset must be an integer >= 0, not {offset}")
-    limit = model_config(task.model).get("max_position_embeddings")
+    limit = decoder_config(task.model).get("max_position_embeddings")
     if limit is not None and task.num_tokens > limit:
         raise ValueError(
             f"prompt-tokens {task.num_prompt} and {scored} {task.num_scored} need "

@@ -73,17 +73,6 @@ def engine_attention(
     return torch.stack(outputs).transpose(1, 2).contiguous(), None
 
 
-def full_attention_layers(config: Any) -> list[int]:
-    """Layers without a sliding window."""
-    types = getattr(config, "layer_types", None)
-    if types is not None:
-        return [layer for layer, kind in enumerate(types) if kind == "full_attention"]
-    window = getattr(config, "sliding_window", None)
-    if window is not None and getattr(config, "use_sliding_window", True):
-        return []
-    return list(range(config.num_hidden_layers))
-
-
 def logits_of(model: Any, hidden: Tensor) -> Tensor:
     """[n, vocabulary] of the last hidden states [n, hidden]: the model's own forward pass.
 

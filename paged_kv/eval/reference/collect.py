@@ -9,7 +9,7 @@ import torch
 
 from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig
 from paged_kv.eval.reference.engine import ReferenceEngine
-from paged_kv.hf import seams
+from paged_kv.model_rules import full_attention_layers
 from paged_kv.policies.learned import features
 
 Tensor = torch.Tensor
@@ -46,9 +46,10 @@ def collect(model: Any, tokens: Sequence[int], cut: int) -> Sample:
     engine = ReferenceEngine(model, config)  # h2o adds up what each entry gets
     engine.process(tokens[:cut], compact=False)
     text_config = model.config.get_text_config()
-    layers = [engine.layers[layer] for layer in seams.full_attention_layers(text_config)]
+    num_layers = text_config.num_hidden_layers
+    layers = [engine.layers[layer] for layer in full_attention_layers(text_config, num_layers)]
     region = engine.region(layers, 0, frozenset({"keys", "values"}))
-    seen = features(region, text_config.num_hidden_layers)[:, 0]
+    seen = features(region, num_layers)[:, 0]
     for layer in layers:
         layer.cache["scores"].zero_()
     engine.process(tokens[cut:], compact=False)

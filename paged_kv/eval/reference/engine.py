@@ -26,6 +26,7 @@ from paged_kv.eval.reference.packing import Packing
 from paged_kv.hf import dispatch, seams
 from paged_kv.hf.arguments import check_page_format
 from paged_kv.kernels.operands import Terms
+from paged_kv.model_rules import full_attention_layers, layer_windows
 from paged_kv.plan import make_plan
 from paged_kv.policies.base import Policy
 from paged_kv.policies.region import Region
@@ -74,7 +75,8 @@ class ReferenceEngine(seams.Attends):
         self.num_tokens = 0
         self._rope = seams.rotary_of(model)
         self._num_layers = text_config.num_hidden_layers
-        self._full = seams.full_attention_layers(text_config)  # only these have pages
+        self._full = full_attention_layers(text_config, self._num_layers)  # only these have pages
+        self._windows = layer_windows(text_config, self._num_layers)
         self._set_policy(config)
         self.gathering = gathering
         if gathering is None and self.policy is not None:
@@ -117,16 +119,20 @@ class ReferenceEngine(seams.Attends):
 
     @property
     def num_kept(self) -> list[int]:
-        """Entries held, by layer."""
-        return [layer.cache.size for layer in self.layers]
+        """Entries held, by layer: of those with a sliding window, what a query can still see."""
+        pairs = zip(self._sizes(), self._windows, strict=True)
+        return [min(size, window or size) for size, window in pairs]
 
     @property
     def cache_bytes(self) -> int:
         """Bytes of the keys and values held, as pages would store them."""
         return sum(
-            layer.packing.num_bytes(layer.cache["keys"], layer.cache["values"])
-            for layer in self.layers
+            layer.packing.num_bytes(*(layer.cache[part][:, -kept:] for part in ("keys", "values")))
+            for layer, kept in zip(self.layers, self.num_kept, strict=True)
         )
+
+    def _sizes(self) -> list[int]:
+        return [layer.cache.size for layer in self.layers]
 
     def drops_at(self, num_tokens: int) -> bool:
         """Whether any layer drops something when this many tokens are processed, one by one."""
@@ -153,12 +159,12 @@ class ReferenceEngine(seams.Attends):
     def begin(self, num_new: int) -> Tensor:
         """int64 [num_new]: the positions of the next tokens, which are now on their way."""
         end = self.num_tokens + num_new
-        self._before, self._next_rope = self.num_kept, self._rope.after(end, self._reader)
+        self._before, self._next_rope = self._sizes(), self._rope.after(end, self._reader)
         return torch.arange(self.num_tokens, end, device=self.model.device)
 
     def end(self, num_new: int) -> None:
         """The layers have taken them. Raises ValueError if they have not."""
-        if self.num_kept != [size + num_new for size in self._before]:
+        if self._sizes() != [size + num_new for size in self._before]:
             raise ValueError(
                 f"{type(self.model).__name__} does not compute its attention through "
                 "transformers' AttentionInterface"

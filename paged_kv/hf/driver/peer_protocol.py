@@ -58,7 +58,7 @@ def answer(
     start = time.perf_counter()
     with compression(len(context)):
         logits = run.forward(context)
-    held = [cache.get_seq_length(layer) for layer in range(len(cache.layers))]
+    held = [_held(layer, cache.get_seq_length(place)) for place, layer in enumerate(cache.layers)]
     result = {"kept": sum(held) / len(held), "cache_bytes": cache_bytes(cache)}
     if targets:
         logits = run.forward([*question, *targets[:-1]], len(targets)).float()
@@ -102,6 +102,11 @@ class _Run:
             if len(tokens) < max_new_tokens:
                 logits = self.forward([token])
         return tokens
+
+
+def _held(layer: Any, num_tokens: int) -> int:
+    """Of so many tokens: transformers counts those that a sliding window has left, too."""
+    return min(num_tokens, getattr(layer, "sliding_window", None) or num_tokens)
 
 
 def cache_bytes(cache: Any) -> int:

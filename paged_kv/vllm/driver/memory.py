@@ -84,14 +84,20 @@ def _single(engine: Any, workload: Workload) -> dict[str, Any]:
 
 
 def _by_group(scheduler: Any, request_id: str, num_tokens: int) -> list[tuple[list[int], int, int]]:
-    """(layers, entries, pages) of each layer group, as its page manager has them."""
+    """(layers, entries, pages) of each layer group, as its page manager has them.
+
+    Without a policy, entries are what the newest token saw: vLLM skips what is behind a window.
+    """
     from vllm.model_executor.models.utils import extract_layer_index
 
     found = []
     groups = scheduler.kv_cache_config.kv_cache_groups
     managers = scheduler.kv_cache_manager.coordinator.single_type_managers
     for group, manager in zip(groups, managers, strict=True):
-        evicted = manager.evicted(request_id, num_tokens) if hasattr(manager, "evicted") else 0
+        if hasattr(manager, "evicted"):
+            evicted = manager.evicted(request_id, num_tokens)
+        else:
+            evicted = manager.get_num_skipped_tokens(num_tokens - 1)
         pages = sum(not block.is_null for block in manager.req_to_blocks[request_id])
         layers = sorted(map(extract_layer_index, group.layer_names))
         found.append((layers, num_tokens - evicted, pages))
