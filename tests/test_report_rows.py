@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from report_rows import row
 
 from paged_kv.report import charts, quality, rows, speed, style, tables
+from paged_kv.report.needles import needles
 from paged_kv.report.summary import summaries
 
 
@@ -199,6 +201,22 @@ def test_labels_at_the_ends_of_curves_do_not_overlap():
     found = charts.spread([0.5, 0.5, 0.52], 0.1)
     assert found == pytest.approx([0.5, 0.6, 0.7])
     assert charts.spread([0.95, 0.97, 1.0], 0.1) == pytest.approx([0.8, 0.9, 1.0])
+
+
+@pytest.mark.parametrize("depths", [[0, 50, 100], [100 / 7, 50]])
+def test_names_beside_a_heatmap_do_not_cover_its_depths(depths):
+    cells = [{"length": 4096, "depth": depth, "found": 1, "asked": 2} for depth in depths]
+    given = [row("needle", name, 64, 0.5, cells=cells) for name in ("full", "calibrated_attention")]
+    (group,) = groups_of(given)
+    plot = needles(group)
+    figure = plot.figure
+    FigureCanvasAgg(figure).draw()
+    axes = figure.axes[0]
+    names = [text.get_window_extent() for text in axes.texts if text.get_ha() == "right"]
+    shown = [label.get_window_extent() for label in axes.get_yticklabels()]
+    assert (len(names), len(shown)) == (2, 2 * len(depths))
+    assert max(box.x1 for box in names) < min(box.x0 for box in shown)
+    assert min(box.x0 for box in names) >= 0
 
 
 def test_tables_show_every_field_of_a_task():

@@ -33,9 +33,12 @@ def needles(group: Group) -> Plot | None:
     wide, high = len(lengths) + GAP, len(depths) + GAP
     title = f"{group.name}: what was found · {group.place}"
     figure, (axes,) = charts.new(title, height=1.4 + 0.8 * len(series))
+    deep = [f"{n:.3g}" for n in depths]
+    beside = -6 - 5 * max(map(len, deep)), 0  # points: the labels of depths are as wide
     for line, (label, members) in enumerate(series.items()):
-        axes.text(-wide / 3, (line + 0.5) * high - GAP / 2, charts.wrapped(label, 18), ha="right",
-                  va="center", fontsize=8.5)  # fmt: skip
+        axes.annotate(charts.wrapped(label, 18), (0, (line + 0.5) * high - GAP / 2), beside,
+                      axes.get_yaxis_transform(), "offset points", ha="right", va="center",
+                      fontsize=8.5)  # fmt: skip
         for row in members:
             corner = (budgets.index(row["budget"]) * wide, line * high)
             image = _map(axes, row, lengths, depths, corner)
@@ -44,7 +47,7 @@ def needles(group: Group) -> Plot | None:
                   ha="center", va="bottom", fontsize=9, fontweight="bold")  # fmt: skip
     across, down = [n * wide for n in range(len(budgets))], [n * high for n in range(len(series))]
     _ticks(axes.xaxis, [_short(n) for n in lengths], across, TICKS // len(across))
-    _ticks(axes.yaxis, [f"{n:g}" for n in depths], down, 4)
+    _ticks(axes.yaxis, deep, down, 4)
     axes.set(xlim=(-0.2, len(budgets) * wide - GAP + 0.2), ylim=(len(series) * high - GAP + 0.2, 0))
     axes.grid(False)
     axes.spines[:].set_visible(False)
