@@ -19,9 +19,10 @@ import psutil
 import pytest
 
 from paged_kv import cli, results
-from paged_kv.bench import arguments, client, serving, throughput
+from paged_kv.bench import arguments, client, series, serving, throughput
 from paged_kv.bench.cases import Load, read_cases, read_loads
 from paged_kv.bench.client import PREEMPTIONS, PROMPT_TOKENS, Served
+from paged_kv.bench.rows import case_fields
 from paged_kv.bench.server import Refused, Server, first_reason
 
 LOAD = Load(input_len=100, output_len=20, requests=4, pool_tokens=320)
@@ -42,7 +43,7 @@ RESULT = {
 
 
 def served(tokens_per_second: float, itl: float = 1.0, preemptions: int = 0) -> Served:
-    times = dict.fromkeys(serving.TIMES, 10.0) | {"itl_ms": itl}
+    times = dict.fromkeys(series.TIMES, 10.0) | {"itl_ms": itl}
     return Served(2.0, tokens_per_second, times, 3, preemptions, 400)
 
 
@@ -56,7 +57,7 @@ def test_the_clients_result_is_read():
     expected = {"ttft_ms": 11, "ttft_mean_ms": 12, "ttft_p99_ms": 13}
     expected |= {"itl_ms": 1, "itl_mean_ms": 2, "itl_p99_ms": 3, "tpot_ms": 4}
     assert one == Served(2.0, 40.0, expected, 3, 5, 400)
-    assert set(one.times) == set(serving.TIMES)
+    assert set(one.times) == set(series.TIMES)
 
 
 @pytest.mark.parametrize(
@@ -104,10 +105,10 @@ def test_rows_have_medians_over_rounds_and_ratios_of_each(tiny):
     args = argparse.Namespace(model=Path(tiny))
     plain, policy = read_cases("plain,streaming", "96", "native", "always", None)
     turns = {
-        (math.inf, plain): serving.Series([served(10), served(40), served(20)], 0.012345),
-        (math.inf, policy): serving.Series([served(20, 4, 2), served(30, 5), served(60, 9)]),
+        (math.inf, plain): series.Series([served(10), served(40), served(20)], 0.012345),
+        (math.inf, policy): series.Series([served(20, 4, 2), served(30, 5), served(60, 9)]),
     }
-    first, second = serving.make_rows(args, throughput.SCORE, LOAD, turns)
+    first, second = series.make_rows(args, throughput.SCORE, LOAD, turns)
     assert set(results.FIELDS) | set(results.PROVENANCE) <= set(first)
     assert (first["score"], first["ratio"], first["idle_cpu"]) == (20, 1.0, 0.0123)
     # 20/10, 30/40, 60/20; the standard deviation of 20, 30, 60 by the root of 3
@@ -125,7 +126,7 @@ def test_what_is_kept_after_prompt_and_output(tiny):
     args, load = argparse.Namespace(model=Path(tiny)), Load(200, 56, 1, 1024)
     kept = {}
     for case in read_cases("plain,plain-fp8,streaming", "96", "native,int8", "always", None):
-        row = serving.case_fields(args, case, load)
+        row = case_fields(args, case, load)
         kept[case.label] = row["kept"], row["bytes_per_token"]
     entry = 6 * 2 * 2 * 32  # numbers: layers, keys and values, heads, size
     assert kept["plain"] == (256, 2 * entry)
@@ -133,7 +134,7 @@ def test_what_is_kept_after_prompt_and_output(tiny):
     assert kept["streaming 96"] == (96, round(2 * entry * 96 / 256, 2))
     assert entry * 96 / 256 < kept["streaming 96 int8"][1] < 1.2 * entry * 96 / 256
     (waiting,) = read_cases("streaming", "96", "native", "pressure", None)
-    assert serving.case_fields(args, waiting, load)["kept"] is None, "nobody knows beforehand"
+    assert case_fields(args, waiting, load)["kept"] is None, "nobody knows beforehand"
 
 
 def test_latency_is_scored_by_the_time_between_tokens():
@@ -145,8 +146,8 @@ def test_latency_is_scored_by_the_time_between_tokens():
 
 
 def test_a_time_of_0_has_no_ratio():
-    plain = serving.Series([served(10, itl=0.0), served(10, itl=2.0)])
-    policy = serving.Series([served(10, itl=1.0), served(10, itl=1.0)])
+    plain = series.Series([served(10, itl=0.0), served(10, itl=2.0)])
+    policy = series.Series([served(10, itl=1.0), served(10, itl=1.0)])
     assert policy.ratios(plain, lambda one: one.times["itl_ms"]) == []
     assert plain.ratios(policy, lambda one: one.times["itl_ms"]) == [0, 2]
 
@@ -277,7 +278,8 @@ def test_a_run_of_real_servers(tiny, tmp_path, monkeypatch, capsys):
     line = ["bench", "throughput", "--model", tiny, "--policy", "plain,streaming"]
     monkeypatch.setattr(client, "POLL_SECONDS", 0.05)  # the tiny model is done within seconds
     line += ["--budget", "96", "--requests", "6", "--input-len", "96", "--output-len", "416"]
-    assert cli.main([*line, "--pool", "0.75", "--rounds", "1", "--out", str(out)]) == 0
+    line += ["--pool", "0.75", "--rounds", "1", "--out", str(out)]
+    assert cli.main(line) == 0
     assert children() == before
     plain, streaming = results.read([out])
     assert (plain["policy"], plain["kept"]) == ("plain", 512)
@@ -294,5 +296,9 @@ def test_a_run_of_real_servers(tiny, tmp_path, monkeypatch, capsys):
     assert plain["preemptions"] > 0, "three quarters of what they need"
     assert streaming["preemptions"] == 0
     assert streaming["ratio"] == pytest.approx(streaming["score"] / plain["score"], rel=0.01)
-    table = capsys.readouterr().out.splitlines()
-    assert [words.split()[0] for words in table] == ["policy", "plain", "streaming"]
+    table, text = capsys.readouterr().out, out.read_text()
+    assert [words.split()[0] for words in table.splitlines()] == ["policy", "plain", "streaming"]
+    monkeypatch.setattr("subprocess.Popen", None)
+    assert cli.main(line) == 0, "the same again starts nothing"
+    assert (capsys.readouterr().out, out.read_text()) == (table, text)
+    assert not out.with_name("rows.jsonl.partial").exists()

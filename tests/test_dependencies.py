@@ -37,6 +37,7 @@ LEVELS = {
 LEVELS |= {"registry": 5, "option_table": 5, "config": 5, "plan": 5, "sampling": 5, "variants": 5}
 LEVELS |= {
     "results": 1,
+    "partial": 0,
     "models": 0,
     "model_identity": 0,
     "model_rules": 0,

@@ -11,6 +11,7 @@ import reference_loop
 import tiny_models
 
 from paged_kv import cli, results
+from paged_kv.bench import server
 from paged_kv.bench.held import layer_schedules
 from paged_kv.bench.settings import kv_bytes_per_token
 from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig
@@ -18,6 +19,7 @@ from paged_kv.eval.answering import limit_of
 from paged_kv.eval.cases import Case
 from paged_kv.eval.reference.engine import ReferenceEngine
 from paged_kv.hf.driver.peer_protocol import answer
+from paged_kv.vllm.driver.engine import POOL_VARIABLE
 
 WINDOW, TOKENS = 64, list(range(3, 243))
 
@@ -85,7 +87,9 @@ def test_a_window_of_unknown_layers_is_refused(hybrid, tmp_path):
 
 
 @pytest.mark.vllm
-def test_an_engine_counts_the_same(hybrid, tmp_path):
+def test_an_engine_counts_the_same(hybrid, tmp_path, monkeypatch):
+    monkeypatch.setenv(POOL_VARIABLE, "1")  # a pool of 1 GiB, whatever is asked for
+    assert POOL_VARIABLE not in server.environment()
     out = tmp_path / "rows.jsonl"
     line = f"bench memory --model {hybrid} --policy plain,streaming --budget 96 --pool 12.0"
     line += f" --input-len 200 --output-len 24 --requests 2 --out {out}"

@@ -38,7 +38,8 @@ def add_shared(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     add("--requests", type=listed(positive), default=[defaults["requests"]], metavar="N[,N...]",
         help=f"how many (default {defaults['requests']})")  # fmt: skip
     add("--seed", type=int, default=0, metavar="N", help="of the random prompts (default 0)")
-    add("--out", type=Path, metavar="FILE", help="result rows are appended to it")
+    add("--out", type=Path, metavar="FILE", help="result rows are appended to it; the same command "
+        "again measures only what is not there yet")  # fmt: skip
     add("--json", action="store_true", help="print the rows, one JSON object per line, instead of "
         "a table")  # fmt: skip
 

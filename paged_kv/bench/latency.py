@@ -11,8 +11,9 @@ import argparse
 
 from paged_kv.bench import arguments, serving
 from paged_kv.bench.script import add_start, positive
+from paged_kv.bench.series import Score
 
-SCORE = serving.Score(
+SCORE = Score(
     "latency",
     "itl_ms",
     False,

@@ -11,11 +11,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import product
 
 from tqdm import tqdm
 
 from paged_kv import results
-from paged_kv.bench import arguments
+from paged_kv.bench import arguments, resume
 from paged_kv.bench.cases import PEERS, Case, Load
 from paged_kv.bench.process import EngineProcess
 from paged_kv.bench.rows import case_fields, kept_by_layer, write
@@ -38,25 +39,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Runs, writes, prints. Raises ValueError for what the user got wrong."""
     cases, loads = arguments.read(args)
+    runs = [(case, load) for load, case in product(loads, cases)]
+    fields = resume.asked(args, "memory", (case_fields(args, *run) for run in runs))
+    rows = resume.known(args.out, fields)
+    done = len(rows) - rows.count(None)
+    resume.tell(args.out, done, len(runs))
     shown, wrong = [], []
     try:
-        for load in loads:
-            for case in tqdm(cases, unit="case", file=sys.stderr):
-                info, report = measure(args, case, load)
-                row = make_row(args, case, load, info, report)
-                pool_limit = load.pool_tokens * kv_bytes_per_token(args.model)
-                found = disagreements(row["kept_by_layer"], load, pool_limit, info, report)
-                if found:
+        with tqdm(total=len(runs), initial=done, unit="case", file=sys.stderr) as bar:
+            for (case, load), row in zip(runs, rows, strict=True):
+                found: list[str] = []
+                is_new = row is None
+                if row is None:
+                    row, found = checked(args, case, load)
+                    bar.update()
+                if found:  # no result
                     wrong += [f"{case.label}, input-len {load.input_len}: {one}" for one in found]
-                    continue  # no result
+                    continue
                 shown.append(row)
-                write(args, row)
+                bar.clear()
+                write(args, row, is_new)
     finally:  # what is done is done
         if shown and not args.json:
             results.print_table(shown, COLUMNS)
     for one in wrong:
         print(f"paged-kv bench memory: {one}", file=sys.stderr)
     return 1 if wrong else 0
+
+
+def checked(args: argparse.Namespace, case: Case, load: Load) -> tuple[results.Row, list[str]]:
+    """The row of a case that is measured now, and what in it does not fit together."""
+    info, report = measure(args, case, load)
+    row = make_row(args, case, load, info, report)
+    pool_limit = load.pool_tokens * kv_bytes_per_token(args.model)
+    return row, disagreements(row["kept_by_layer"], load, pool_limit, info, report)
 
 
 def measure(args: argparse.Namespace, case: Case, load: Load) -> tuple[EngineInfo, MemoryReport]:

@@ -67,9 +67,9 @@ def held_bytes(args: argparse.Namespace, case: Case, kept: Sequence[int]) -> int
     return sum(count * size for count, size in zip(kept, sizes, strict=True))
 
 
-def write(args: argparse.Namespace, row: Row) -> None:
-    """To args.out if there is one, and with args.json to stdout."""
-    if args.out is not None:
+def write(args: argparse.Namespace, row: Row, is_new: bool) -> None:
+    """To args.out if there is one and it is not there yet, and with args.json to stdout."""
+    if is_new and args.out is not None:
         append(args.out, row)
     if args.json:
         print(json.dumps(row), flush=True)

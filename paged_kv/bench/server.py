@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 from typing_extensions import Self
 
-from paged_kv.vllm.driver.engine import engine_environment
+from paged_kv.vllm.driver.engine import POOL_VARIABLE, engine_environment
 
 VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 START_SECONDS = 1800.0  # a large model is read, and compiled for a GPU
@@ -46,8 +46,8 @@ def environment() -> dict[str, str]:
     defaults = engine_environment()
     for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "OMP_NUM_THREADS"):  # vLLM decides on these
         del defaults[name]
-    ours = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    return ours | defaults
+    others = "VLLM_ENABLE_V1_MULTIPROCESSING", POOL_VARIABLE
+    return {k: v for k, v in os.environ.items() if k not in others} | defaults
 
 
 class Server:

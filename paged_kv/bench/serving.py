@@ -2,112 +2,88 @@
 
 Every load has its servers, for the pool is the server's. They all stay up, and each round runs
 every case once (A B A B), so that a ratio compares neighbours in time. Where memory is too short
-for that, a server is started for each turn.
+for that, a server is started for each turn. What an earlier run has finished is left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import psutil
 from tqdm import tqdm
 
 from paged_kv import results
-from paged_kv.bench import arguments, client
-from paged_kv.bench.cases import PEERS, PLAIN, Case, Load
-from paged_kv.bench.client import MODEL_NAME, Served
-from paged_kv.bench.rows import case_fields, write
+from paged_kv.bench import arguments, client, resume
+from paged_kv.bench.cases import PEERS, Case, Load
+from paged_kv.bench.client import MODEL_NAME
+from paged_kv.bench.rows import write
+from paged_kv.bench.series import Score, Series, Turns, fields_of, make_rows
 from paged_kv.bench.server import Refused, Server
 from paged_kv.bench.settings import kv_bytes_per_token
 from paged_kv.config import DEFAULT_PAGE_SIZE
 
-TIMES = ("ttft_ms", "ttft_mean_ms", "ttft_p99_ms", "itl_ms", "itl_mean_ms", "itl_p99_ms", "tpot_ms")
 SPARE = 1.25  # of the first server's memory, for each further one
-
-
-@dataclass
-class Series:
-    """What one case did at one rate, in all rounds.
-
-    Args:
-        served: one per round.
-        idle_cpu: share of a core that its server took while others ran; None: it was not there.
-    """
-
-    served: list[Served] = field(default_factory=list)
-    idle_cpu: float | None = None
-
-    def median(self, value: Callable[[Served], float]) -> float:
-        """Over rounds."""
-        return median(value(one) for one in self.served)
-
-    def ratios(self, plain: Series, value: Callable[[Served], float]) -> list[float]:
-        """A value over plain vLLM's, round by round; none if that is 0 (see itl_ms)."""
-        pairs = [(value(a), value(b)) for a, b in zip(self.served, plain.served, strict=True)]
-        return [one / other for one, other in pairs] if all(other for _, other in pairs) else []
-
-
-@dataclass(frozen=True)
-class Score:
-    """What a command's rows are scored by.
-
-    Args:
-        task: the command's name.
-        metric: the score's name.
-        higher_is_better: which way it goes.
-        value: the score of a run.
-        columns: of the table, after those that name the case.
-    """
-
-    task: str
-    metric: str
-    higher_is_better: bool
-    value: Callable[[Served], float]
-    columns: tuple[str, ...]
-
-
-Turns = dict[tuple[float, Case], Series]  # by request rate and case
 
 
 def main(args: argparse.Namespace, score: Score) -> None:
     """Runs, writes, prints. Raises ValueError for mistakes and for what vLLM refuses."""
     cases, loads = arguments.read(args)
+    turns = [*product(args.request_rate, cases)]
+    records = [find(args, score, load, turns) for load in loads]
+    resume.tell(args.out, sum(len(each.rows) for each in records), len(loads) * len(turns))
+    rounds = len(args.request_rate) * args.rounds
+    done = sum(rounds if each.rows else len(each.rounds) for each in records) * len(cases)
+    total = rounds * len(loads) * len(cases)
     shown: list[results.Row] = []
-    runs = len(loads) * len(cases) * len(args.request_rate) * args.rounds
     try:
-        with ended_by_sigterm(), tqdm(total=runs, unit="run", file=sys.stderr) as bar:
-            for load in loads:
-                turns = measure(args, cases, load, bar)
+        with (
+            ended_by_sigterm(),
+            tqdm(total=total, initial=done, unit="run", file=sys.stderr) as bar,
+        ):
+            for load, record in zip(loads, records, strict=True):
+                rows = record.rows
+                if not rows:
+                    series = measure(args, cases, load, record, bar)
+                    rows = [*make_rows(args, score, load, series)]
                 bar.clear()
-                for row in make_rows(args, score, load, turns):
+                for row in rows:
                     shown.append(row)
-                    write(args, row)
+                    write(args, row, is_new=not record.rows)
+                record.close()
     finally:  # what is done is done
         if shown and not args.json:
             results.print_table(shown, ("policy", "budget", "page_format", *score.columns))
 
 
-def measure(args: argparse.Namespace, cases: Sequence[Case], load: Load, bar: Any) -> Turns:
-    """All rounds of one load."""
+def find(
+    args: argparse.Namespace, score: Score, load: Load, turns: Sequence[tuple[float, Case]]
+) -> resume.Record:
+    """What an earlier run of this command has left of a load."""
+    fields = [fields_of(args, load, rate, case) for rate, case in turns]
+    return resume.Record(args.out, resume.asked(args, score.task, fields))
+
+
+def measure(
+    args: argparse.Namespace, cases: Sequence[Case], load: Load, record: resume.Record, bar: Any
+) -> Turns:
+    """All rounds of one load, but for those that are there."""
     with ExitStack() as stack:
         servers = start(args.model, cases, load, args.seed, stack)
-        rates = args.request_rate
-        turns = {(rate, case): Series() for rate in rates for case in cases}
+        turns = {each: Series() for each in product(args.request_rate, cases)}
         cpu_before = {case: server.cpu_seconds() for case, server in servers.items()}
         cpu_busy, busy = dict.fromkeys(cases, 0.0), dict.fromkeys(cases, 0.0)
         # A seed of its own for each: prompts that a server has seen are in its prefix cache.
-        for seed, (_, rate) in enumerate(product(range(args.rounds), rates), args.seed):
+        rates = args.request_rate * args.rounds
+        for seed, rate in [*enumerate(rates, args.seed)][len(record.rounds) :]:
+            latest = []
             for case in cases:
                 bar.set_description(case.label)
                 with turn(servers, args.model, case, load, args.seed) as server:
@@ -115,8 +91,12 @@ def measure(args: argparse.Namespace, cases: Sequence[Case], load: Load, bar: An
                     served = client.run(server, args.model, load, rate, seed)
                     cpu_busy[case] += server.cpu_seconds() - cpu
                     busy[case] += time.perf_counter() - begin
-                turns[rate, case].served.append(served)
+                latest.append(served)
                 bar.update()
+            record.add(latest)
+        for rate, finished in zip(rates, record.rounds, strict=True):
+            for case, served in zip(cases, finished, strict=True):
+                turns[rate, case].served.append(served)
         for (_, case), series in turns.items():
             idle = sum(busy.values()) - busy[case]
             if case in servers and idle:
@@ -187,38 +167,6 @@ def server_flags(model: Path, case: Case, load: Load) -> list[str]:
     # On a GPU CUDA graphs are half of the speed; on CPUs compiling costs minutes and gains little.
     eager = [] if free_device_memory() else ["--enforce-eager"]
     return [str(model), *flags, *eager, *case.flags()]
-
-
-def make_rows(
-    args: argparse.Namespace, score: Score, load: Load, turns: Turns
-) -> Iterator[results.Row]:
-    """The result row of each case and rate, in the order of the turns."""
-    value = score.value
-    for (rate, case), series in turns.items():
-        plain = next((s for (r, c), s in turns.items() if r == rate and c.policy == PLAIN), None)
-        all_times = [served.times for served in series.served]
-        ratios = [] if plain is None else series.ratios(plain, value)
-        yield {
-            "task": score.task,
-            **case_fields(args, case, load),
-            "engine": "vllm serve",
-            "score": round(series.median(value), 3),
-            "metric": score.metric,
-            "higher_is_better": score.higher_is_better,
-            "standard_error": results.standard_error([value(served) for served in series.served]),
-            "samples": len(series.served),
-            "seconds": round(sum(served.seconds for served in series.served), 2),
-            **results.provenance(args.model),
-            "request_rate": "inf" if math.isinf(rate) else rate,
-            "tokens_per_second": round(series.median(lambda one: one.tokens_per_second), 2),
-            **{name: round(median(times[name] for times in all_times), 2) for name in TIMES},
-            "running": max(served.running for served in series.served),
-            "preemptions": series.median(lambda one: one.preemptions),
-            "prompt_tokens": series.median(lambda one: one.prompt_tokens),
-            "ratio": round(median(ratios), 4) if ratios else None,
-            "ratios": [round(ratio, 4) for ratio in ratios],
-            "idle_cpu": None if series.idle_cpu is None else round(series.idle_cpu, 4),
-        }
 
 
 def free_device_memory() -> int:

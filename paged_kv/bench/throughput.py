@@ -12,8 +12,9 @@ import math
 
 from paged_kv.bench import arguments, serving
 from paged_kv.bench.script import add_start, positive
+from paged_kv.bench.series import Score
 
-SCORE = serving.Score(
+SCORE = Score(
     "throughput",
     "tokens_per_second",
     True,

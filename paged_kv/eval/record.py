@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from paged_kv.eval.cases import Case
 from paged_kv.model_identity import identity
+from paged_kv.partial import Partial, digest
 
 Outcome = TypeVar("Outcome", bound=NamedTuple)
 Place = tuple[int, int]  # index of a sample, index of a case
@@ -38,13 +37,13 @@ class Record(Generic[Outcome]):
         kind: Callable[..., Outcome],
     ) -> None:
         self.outcomes: dict[Place, Outcome] = {}
-        self._file = None
-        if path is None:
+        self._partial = Partial(path)
+        self.path = self._partial.path
+        if path is None or self.path is None:
             return
-        self.path = Path(f"{path}.partial")
         model = identity(cases[0].model)
-        asked = [_digest(sample) for sample in samples]
-        compared = [_digest([engine, model, str(case), _settings(case)]) for case in cases]
+        asked = [digest(sample) for sample in samples]
+        compared = [digest([engine, model, str(case), _settings(case)]) for case in cases]
         self._keys = {
             (sample, case): f"{one}.{other}"
             for sample, one in enumerate(asked)
@@ -52,14 +51,11 @@ class Record(Generic[Outcome]):
         }
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.open("a").close()
-            self._file = self.path.open("a+", encoding="utf-8")
+            for file in (path, self.path):
+                file.open("a").close()
         except OSError as error:
             raise ValueError(f"out {path}: {error.strerror}") from None
-        lines = self._lines()
-        if lines and not lines[-1].endswith("\n"):  # cut off: the next one begins anew
-            self._file.write("\n")
-        known = dict(filter(None, map(_line, lines)))
+        known = dict(self._partial.read())
         for place, key in self._keys.items():
             if key in known:
                 self.outcomes[place] = kind(*known[key])
@@ -71,44 +67,14 @@ class Record(Generic[Outcome]):
     def add(self, sample: int, case: int, outcome: Outcome) -> None:
         """One more; it survives whatever happens to this process."""
         self.outcomes[sample, case] = outcome
-        if self._file is not None:
-            line = {"key": self._keys[sample, case], "outcome": outcome}
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+        if self.path is not None:
+            self._partial.add(self._keys[sample, case], outcome)
 
     def close(self, is_complete: bool) -> None:
         """The results are written: unless something is missing, only what others do is left."""
-        if self._file is None:
-            return
-        if is_complete:
-            own = set(self._keys.values())
-            found = ((_line(text), text) for text in self._lines())
-            others = [text for line, text in found if line is not None and line[0] not in own]
-            self._file.truncate(0)
-            self._file.writelines(others)
-            if not others:
-                self.path.unlink(missing_ok=True)
-        self._file.close()
-
-    def _lines(self) -> list[str]:
-        assert self._file is not None
-        self._file.seek(0)
-        return self._file.readlines()
+        if is_complete and self.path is not None:
+            self._partial.drop({*self._keys.values()})
 
 
 def _settings(case: Case) -> list[Any]:
     return [case.config.to_dict(), case.page_size]
-
-
-def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, default=sorted)  # a frozenset is all that it is not
-    return hashlib.sha256(text.encode()).hexdigest()[:20]
-
-
-def _line(text: str) -> tuple[str, list[Any]] | None:
-    """(key, outcome); None for a line that was cut off."""
-    try:
-        line = json.loads(text)
-        return line["key"], line["outcome"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return None

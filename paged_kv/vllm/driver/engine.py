@@ -28,6 +28,9 @@ from paged_kv.vllm.driver.workload import (
 MAX_BATCHED_TOKENS = 2048  # of a step
 
 
+POOL_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"  # where it is set, vLLM ignores the bytes it is given
+
+
 def engine_environment() -> dict[str, str]:
     """Environment of a process with an engine; to be set before torch is imported.
 
@@ -111,6 +114,7 @@ class Engine:
     def __init__(self, settings: EngineSettings, **more: Any) -> None:
         from vllm import LLM
 
+        os.environ.pop(POOL_VARIABLE, None)
         start = time.perf_counter()
         arguments: dict[str, Any] = {
             "dtype": "bfloat16",

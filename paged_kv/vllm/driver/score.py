@@ -6,9 +6,12 @@ What `paged-kv eval --engine vllm` runs: vLLM in this process, in float32.
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from paged_kv.vllm.driver.engine import POOL_VARIABLE
 
 MOST_AT_ONCE = 8  # sequences that are decoded
 CHUNK = 2048  # tokens of their prompts in a step
@@ -111,6 +114,7 @@ def _start(
     """An LLM for so many sequences, which takes prompts in chunks."""
     from vllm import LLM
 
+    os.environ.pop(POOL_VARIABLE, None)
     room = -(-max_len // page_size) * page_size
     return LLM(
         model,
