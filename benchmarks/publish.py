@@ -33,12 +33,15 @@ POLICIES = (
 BUDGETS = "--budget 128,256,512,1024"
 TEXTS = ("wiki.test.raw", "american_adventures.txt", "news_from_nowhere.txt")
 WINDOWS = "--offset 8000 --stride 20000 --windows 4 --prompt-tokens 2048 --score-tokens 256"
+NEEDLES = (
+    "--lengths 4096 --depths 0 25 50 75 100 --facts 2",
+    "--lengths 4096 --facts 2 --question seen",
+)
 PEERS = (
     "full,dynamic,quantized-int4,quantized-int2,kvpress:snapkv,kvpress:expected_attention,"
     "kvpress:keydiff,kvpress:tova,kvpress:streaming_llm,kvpress:knorm"
 )
-# Without value_merge, which takes minutes for 4,096 tokens, and with a text cut short as baseline.
-ANSWERING = POLICIES.replace("value_merge,", "") + ",truncate"
+ANSWERING = f"{POLICIES},truncate"  # with a text cut short as baseline
 # Pooling that keeps a member of each window in place of a mean.
 BEST = "pooling:mode=best"
 LONGBENCH = "trec,triviaqa,qasper,samsum,multi_news"
@@ -60,8 +63,8 @@ RUNS: dict[str, list[str]] = {
         for text in TEXTS
     ],
     "needle": [
-        f"eval needle --lengths 4096 {more} --policy {ANSWERING} {BUDGETS}"
-        for more in ("--depths 0 25 50 75 100 --facts 2", "--facts 2 --question seen")
+        f"eval needle {more} --policy {ANSWERING.replace('value_merge,', '')} {BUDGETS}"
+        for more in NEEDLES
     ],
     "ruler": [
         f"eval ruler --length 4096 --examples 7 --max-new-tokens 64 --question seen "
@@ -71,8 +74,12 @@ RUNS: dict[str, list[str]] = {
         f"eval longbench --data longbench --tasks {LONGBENCH} --examples 12 --max-new-tokens 64 "
         f"--question seen --policy {ANSWERING},{BEST} {SMALL}"
     ],
-    "variants": [
-        *(f"eval perplexity --text {text} {WINDOWS} --policy {BEST} {BUDGETS}" for text in TEXTS),
+    "variants": [  # with full, to whose windows the differences are
+        *(
+            f"eval perplexity --text {text} {WINDOWS} --policy full,{BEST} {BUDGETS}"
+            for text in TEXTS
+        ),
+        *(f"eval needle {more} --policy value_merge,{BEST} {BUDGETS}" for more in NEEDLES),
     ],
     "memory": [f"bench memory {LOAD} --page-format native,int8 --input-len 1024 --output-len 32"],
     # Nothing else may run beside these two.
