@@ -10,50 +10,19 @@ import pytest
 import tiny_models
 import torch
 from vllm.sampling_params import SamplingParams
-from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_utils import init_none_hash
-from vllm.v1.kv_cache_interface import (
-    FullAttentionSpec,
-    KVCacheConfig,
-    KVCacheGroupSpec,
-    SlidingWindowSpec,
-)
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
-from vllm.v1.structured_output import StructuredOutputManager
-from world_rules import Rules, _vllm_config
+from world_rules import Rules, make_scheduler
 
 from paged_kv.capacity.cases import Case, Engine
 from paged_kv.capacity.model import read_model
 from paged_kv.capacity.pool import Pool
 from paged_kv.config import CompressionConfig
 from paged_kv.core.page_counts import window_pages
-from paged_kv.core.schedule import Schedule, cdiv
-from paged_kv.vllm.scheduler.registration import register
-from paged_kv.vllm.scheduler.scheduler import PagedAsyncScheduler, PagedScheduler
-from paged_kv.vllm.scheduler.spec import PagedSpec
+from paged_kv.core.schedule import cdiv
 
-SIZES: dict[str, Any] = {"num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
 BUDGET = (8, 0, 1)
-
-
-def make_scheduler(rules: Rules, window: int) -> Any:
-    """One group of compressed layers and one with a sliding window."""
-    register()
-    init_none_hash(sha256)
-    vllm_config = _vllm_config(rules)
-    full = FullAttentionSpec(block_size=rules.page_size, **SIZES)
-    compressed = PagedSpec.from_full(full, Schedule(rules.page_size, *BUDGET))
-    sliding = SlidingWindowSpec(block_size=rules.page_size, sliding_window=window, **SIZES)
-    groups = [KVCacheGroupSpec([f"layer.{i}"], s) for i, s in enumerate((compressed, sliding))]
-    return (PagedAsyncScheduler if rules.asynchronous else PagedScheduler)(
-        vllm_config=vllm_config,
-        kv_cache_config=KVCacheConfig(rules.num_pages, [], groups),
-        structured_output_manager=StructuredOutputManager(vllm_config),
-        block_size=rules.page_size,
-        hash_block_size=rules.page_size,
-        log_stats=False,
-    )
 
 
 def pages_by_step(scheduler: Any, prompt_len: int, max_tokens: int, depth: int) -> list[int]:
@@ -90,7 +59,9 @@ def pages_by_step(scheduler: Any, prompt_len: int, max_tokens: int, depth: int) 
 @pytest.mark.parametrize("window", [1, 2, 8, 9, 10, 11, 12, 13, 47, 100])
 def test_decoding_holds_the_window_and_the_steps_in_flight(window, asynchronous):
     rules = Rules(80, budgets=(BUDGET,), batch=24, caching=False, asynchronous=asynchronous)
-    scheduler = make_scheduler(rules, window)
+    sizes: dict[str, Any] = {"num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
+    sliding = SlidingWindowSpec(block_size=rules.page_size, sliding_window=window, **sizes)
+    scheduler = make_scheduler(rules, sliding)
     batches = 1 + asynchronous
     held = pages_by_step(scheduler, 30, rules.max_len, batches)
     expected = window_pages(window, rules.page_size, rules.max_len, batches)

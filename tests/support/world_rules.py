@@ -16,7 +16,12 @@ import torch
 from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import init_none_hash
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheSpec,
+)
 from vllm.v1.structured_output import StructuredOutputManager
 
 from paged_kv.config import CompressionConfig
@@ -99,8 +104,8 @@ def _model_config() -> ModelConfig:
     return ModelConfig(model=str(directory), dtype="float32", skip_tokenizer_init=True)
 
 
-def make_scheduler(rules: Rules) -> Any:
-    """Our scheduler as an engine would make it, with one layer per group."""
+def make_scheduler(rules: Rules, *others: KVCacheSpec) -> Any:
+    """Our scheduler as an engine would make it, with one layer per group; others: further ones."""
     register()
     init_none_hash(sha256)
     vllm_config = _vllm_config(rules)
@@ -113,7 +118,7 @@ def make_scheduler(rules: Rules) -> Any:
         else full
         for s in rules.schedules
     ]
-    groups = [KVCacheGroupSpec([f"layer.{i}"], spec) for i, spec in enumerate(specs)]
+    groups = [KVCacheGroupSpec([f"layer.{i}"], spec) for i, spec in enumerate([*specs, *others])]
     classes = (PagedScheduler, PagedAsyncScheduler)
     if not rules.budgets:
         classes = (SwapScheduler, SwapAsyncScheduler)
