@@ -3,7 +3,8 @@
 PyTorch's fake tensors have shapes and devices, no values: whatever needs a value on the host (item,
 nonzero, masks as indices, lists) raises, and so do tensors of different devices that meet. What
 remains are copies: to the host none is allowed; to the device those that nobody waits for, from
-pinned memory. Kernels of ours for GPUs are no part of it: their torch reference takes their place.
+pinned memory. In steps and compactions the torch reference takes the place of our kernels for GPUs;
+what these do before they are launched is called by itself (waiting_kernels).
 
 The device is PyTorch's for backends in Python, which changes the process: hence a script.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +25,7 @@ import policy_cases
 import query_files
 import torch
 import torch.utils.backend_registration
+import waiting_kernels
 from gpu_steps import (
     AFTER,
     BEFORE,
@@ -199,8 +202,21 @@ def what_waits(policy: Any, step: Any) -> str | None:
     return None
 
 
+def what_calls_wait(run: Callable[[], None]) -> str | None:
+    """What the second of two calls would wait for: kernels may keep what the first one copied."""
+    with _Fake(allow_non_fake_inputs=True), waiting_kernels.without_launches():
+        try:
+            with watched(first=True):
+                run()
+            with watched():
+                run()
+        except Exception:  # as above
+            return traceback.format_exc()
+    return None
+
+
 def main() -> None:
-    """Prints a list for each policy and its options: name, options, what it waits for or null."""
+    """Prints what waits, [name, options, what for or null] of each, and which kernels came up."""
     torch.utils.backend_registration._setup_privateuseone_for_python_backend()
     layer_group.get_tensor_model_parallel_rank = lambda: 0  # type: ignore[assignment]
     step, groups = metadata(), QUERY_HEADS // SPEC.num_kv_heads
@@ -212,7 +228,9 @@ def main() -> None:
         known = {"statistics": statistics} if "statistics" in options else {}
         policy = policy_cases.make(name, {**options, **known}, SINKS, 8)
         found.append((name, str(options), what_waits(policy, step)))
-    json.dump(found, sys.stdout)
+    for call in waiting_kernels.calls(DEVICE):
+        found.append((call.name, call.options, what_calls_wait(call.run)))
+    json.dump({"found": found, "launched": sorted(waiting_kernels.launched)}, sys.stdout)
 
 
 if __name__ == "__main__":
