@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 SUPPORT = Path(__file__).parent / "support"
-OF_ATTENTION = {"rotate_kernel", "segment_kernel", "combine_kernel", "score_kernel"}
+OF_ATTENTION = {"rotate_kernel", "segment_kernel", "combine_kernel", "score_kernel", "kept_kernel"}
 OF_ENTRIES = {"write_kernel", "store_kernel", "move_kernel", "gather_kernel"}
 LAUNCHED = OF_ATTENTION | OF_ENTRIES | {"total_kernel", "mass_kernel"}
 

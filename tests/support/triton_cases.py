@@ -7,6 +7,7 @@ it is imported. benchmarks/gpu/kernels_right.py runs the same cases on a GPU; se
 from __future__ import annotations
 
 import itertools
+from importlib import import_module
 
 import fading
 import kernel_cases
@@ -21,9 +22,9 @@ from paged_kv.core.page_formats import FORMATS
 from paged_kv.kernels import packed_reference, reference
 from paged_kv.kernels.operands import DenseAttention, Terms
 from paged_kv.kernels.page_layout import PageLayout
-from paged_kv.kernels.triton.attend import _Call
 from paged_kv.quant import make_layout
 
+attending = import_module("paged_kv.kernels.triton.attend")  # a function has its name, too
 kernels = on_device.chosen(paged_kv.kernels.triton)
 HALF, SINGLE = torch.bfloat16, torch.float32
 EDGES = (Row(1, 1), Row(1, 15), Row(0, 0), Row(1, 16), Row(0, 9), Row(1, 17), Row(1, 130))
@@ -39,8 +40,11 @@ def check(case: Case) -> None:
     kernel_cases.assert_close(output, wanted)
     if scores is not None:
         # A GPU multiplies 16-bit queries with decoded keys in TF32, the interpreter in float32.
-        dtype = case.dtype if on_device.DEVICE == "cuda" else None
-        kernel_cases.assert_close(problem.side.scores, scores, dtype)
+        # What is kept of their probabilities are 16-bit numbers everywhere.
+        dtype = case.dtype if on_device.DEVICE == "cuda" else torch.float16
+        kernel_cases.assert_close(
+            problem.side.scores, scores, None if case.dtype == SINGLE else dtype
+        )
 
 
 @pytest.mark.parametrize("page_format", FORMATS)
@@ -49,10 +53,11 @@ def check(case: Case) -> None:
     [
         Case(EDGES, dtype=SINGLE, key_size=64, value_size=64, weights=True, scores=True),
         Case(EDGES[-2:], dtype=HALF, key_size=128, value_size=80, kv_heads=1, group=8, sinks=True),
+        Case(EDGES, dtype=HALF, key_size=80, value_size=64, group=5, page_size=48, scores=True),
         Case(CHUNKS, dtype=HALF, key_size=80, value_size=16, page_size=48, softcap=2.5),
         Case(RESIDUAL, dtype=SINGLE, key_size=64, value_size=64, scores=True, decay=0.9),
     ],
-    ids=["decode", "many heads", "chunks", "residual"],
+    ids=["decode", "many heads", "half", "chunks", "residual"],
 )
 def test_attention(case, page_format):
     check(case._replace(page_format=page_format, seed=int(torch.randint(2**31, ()))))
@@ -66,11 +71,30 @@ def test_scores_fade(row):
     fading.check_chunks(kernels, case._replace(rows=(row,)), sizes=(1, 7))
 
 
-def test_rows_are_split():
-    """Or the cases above would not meet the second stage."""
-    problem = kernel_cases.make(Case(EDGES[-1:]))
-    output = kernel_cases.poisoned_output(problem)
-    assert _Call(output, *problem[:3], problem.side.weights).splits[0] > 1
+DECODE = (Row(1, 300, 20), Row(0, 0), Row(1, 40, 40), Row(1, 20, 0))
+
+
+@pytest.mark.parametrize("page_format", ["native", "int4"])
+@pytest.mark.parametrize("decay", [1.0, 0.9])
+def test_kept_probabilities_are_those_of_a_second_reading(page_format, decay, monkeypatch):
+    """Of two segments; rows are longer than what a program adds at once."""
+    case = Case(DECODE, page_format, decay=decay, **fading.LOADED)
+    check(case)
+    fading.check_definition(kernels, case._replace(rows=DECODE[:1]))
+    monkeypatch.setattr(attending, "MOST_KEPT", 0)
+    check(case)
+
+
+def test_cases_meet_every_way():
+    """Several splits, whose sums are combined; probabilities that are kept, and that are not."""
+    found = {}
+    for name, rows in {"decode": EDGES[-1:], "chunks": CHUNKS}.items():
+        problem = kernel_cases.make(Case(rows, scores=True))
+        output = kernel_cases.poisoned_output(problem)
+        call = attending._Call(output, *problem[:3], problem.side.weights)
+        found[name] = call.splits[0] > 1, attending._kept(call, problem.segments[0]) is not None
+    assert found["decode"] == (True, True)
+    assert not found["chunks"][1]
 
 
 SMALL = kernel_cases.cases(max_rows=3, max_entries=70, max_tokens=5, page_sizes=(16, 32, 48))

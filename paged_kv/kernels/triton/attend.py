@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import log2
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -11,7 +11,7 @@ import triton
 from paged_kv.kernels.operands import Queries, Segment, Side, Terms
 from paged_kv.kernels.triton.attention import rotate_kernel, segment_kernel
 from paged_kv.kernels.triton.parts import part_layout
-from paged_kv.kernels.triton.sums import combine_kernel, score_kernel
+from paged_kv.kernels.triton.sums import combine_kernel, kept_kernel, score_kernel
 
 Tensor = torch.Tensor
 ROW_QUERIES = 16  # query heads of a program: the rows of a matrix instruction
@@ -22,6 +22,15 @@ WARPS = 4
 PROGRAMS = 4  # per multiprocessor, so that memory is kept busy
 MAX_SPLITS = 32  # of a row's entries
 INTERPRETED = 4  # multiprocessors that Triton's interpreter is taken to have
+MOST_KEPT = 1 << 28  # bytes of a segment's probabilities: 64 x 32,768 entries of 64 query heads
+KEPT_ENTRIES = 256  # of a program that adds them
+
+
+class _Kept(NamedTuple):
+    """What a segment's entries get, until the sums are known; see segment_kernel."""
+
+    shares: Tensor
+    peaks: Tensor
 
 
 class _Call:
@@ -119,6 +128,23 @@ class _Call:
         }
 
 
+def _kept(call: _Call, segment: Segment) -> _Kept | None:
+    """Memory for probabilities, if to keep them costs less than to read the keys again.
+
+    So it is for one new token per row. Of more, products with keys cost less than memory.
+    """
+    entries = segment.table.shape[1] * segment.layout.page_size
+    # Less than a step of 16-bit queries is lost; the largest is 1, the smallest that counts 6e-8.
+    half = call.states.dtype != torch.float32
+    dtype = torch.float16 if half else torch.float32
+    count = call.num_tokens * call.num_heads * entries
+    if call.num_tokens > call.num_rows or count * dtype.itemsize > MOST_KEPT:
+        return None
+    shape, steps = (call.num_tokens, call.num_heads), -(-entries // call.tile)
+    new = call.states.new_empty
+    return _Kept(new((*shape, entries), dtype=dtype), new((*shape, steps), dtype=torch.float32))
+
+
 def attend(
     output: Tensor, queries: Queries, segments: list[Segment], terms: Terms, side: Side
 ) -> None:
@@ -135,11 +161,18 @@ def attend(
     shape = (call.num_tokens, call.num_heads, splits)
     mixed = torch.empty((*shape, size), dtype=torch.float32, device=device)
     peaks, sums = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
+    adds = side.scores is not None
+    keeps = [_kept(call, segment) if adds else None for segment in segments]
     for number, segment in enumerate(segments):
+        shares, steps = keeps[number] or (None, None)
         segment_kernel[(*call.grid, call.splits[number])](
             mixed,
             peaks,
             sums,
+            kept=shares,
+            kept_peaks=steps,
+            kept_step=0 if shares is None else shares.shape[-1],
+            kept_peak_step=0 if steps is None else steps.shape[-1],
             num_rows=call.num_rows,
             first_split=sum(call.splits[:number]),
             num_splits=call.splits[number],
@@ -148,7 +181,7 @@ def attend(
             **shared[number],
         )
     log_totals = None
-    if side.scores is not None:
+    if adds:
         log_totals = torch.empty(shape[:2], dtype=torch.float32, device=device)
     combine_kernel[shape[:2]](
         output,
@@ -167,7 +200,8 @@ def attend(
     )
     if side.scores is not None:
         assert log_totals is not None
-        _add_scores(side.scores, side.decay, log_totals, call, shared)
+        for number, kept in enumerate(keeps):
+            _add_scores(side.scores, side.decay, log_totals, call, number, kept, shared[number])
 
 
 def _add_scores(
@@ -175,20 +209,36 @@ def _add_scores(
     decay: float,
     log_totals: Tensor,
     call: _Call,
-    shared: list[dict[str, Any]],
+    number: int,
+    kept: _Kept | None,
+    arguments: dict[str, Any],
 ) -> None:
-    for segment, arguments in zip(call.segments, shared, strict=True):
-        most = segment.table.shape[1] * segment.layout.page_size
-        grid = -(-most // call.tile), call.num_rows, call.num_kv_heads
-        score_kernel[grid](
-            scores,
-            log_totals,
-            score_page_step=scores.stride(0),
-            score_head_step=scores.stride(1),
-            log_decay=log2(decay),
-            FADES=decay < 1,
-            **arguments,
-        )
+    """What a segment's entries got; from what was kept, or by reading the keys again."""
+    segment = call.segments[number]
+    most = segment.table.shape[1] * segment.layout.page_size
+    block = call.tile if kept is None else KEPT_ENTRIES
+    grid = -(-most // block), call.num_rows, call.num_kv_heads
+    target = {
+        "score_page_step": scores.stride(0),
+        "score_head_step": scores.stride(1),
+        "log_decay": log2(decay),
+        "FADES": decay < 1,
+    }
+    if kept is None:
+        score_kernel[grid](scores, log_totals, **target, **arguments)
+        return
+    same = "starts", "counts", "befores", "totals", "side_table", "side_step", "SIDE_PAGE", "GROUP"
+    kept_kernel[grid](
+        scores,
+        log_totals,
+        *kept,
+        kept_step=kept.shares.shape[-1],
+        kept_peak_step=kept.peaks.shape[-1],
+        STEP=call.tile,
+        ENTRIES=KEPT_ENTRIES,
+        **{name: arguments[name] for name in same},
+        **target,
+    )
 
 
 def _multiprocessors(device: torch.device) -> int:

@@ -95,6 +95,8 @@ def segment_kernel(
     totals,
     side_table,
     weights,
+    kept,
+    kept_peaks,
     num_rows,
     scale,
     softcap,
@@ -106,6 +108,8 @@ def segment_kernel(
     side_step,
     side_page_step,
     side_head_step,
+    kept_step,
+    kept_peak_step,
     first_split,
     num_splits,
     all_splits,
@@ -122,6 +126,8 @@ def segment_kernel(
 
     Writes, per token, head and split: mixed float32 [value_size] and sums, both times
     exp2(-peaks); sums is 0 where nothing is visible, and then mixed is not written.
+    kept: None, or [tokens, heads, kept_step] of what each entry gets, times exp2(-kept_peaks);
+    kept_peaks: float32 [tokens, heads, kept_peak_step], the peak after each step of ENTRIES.
     """
     TOKENS: tl.constexpr = QUERIES // GROUP
     kv_head, split = tl.program_id(1), tl.program_id(2)
@@ -174,6 +180,12 @@ def segment_kernel(
         reference = tl.where(new_peak == NOTHING, 0.0, new_peak)
         shares = tl.exp2(logit - reference[:, None])
         shrink = tl.exp2(peak - reference)
+        if kept is not None:  # places are computed anew: there are few registers
+            place = (start + token).to(tl.int64) * tl.num_programs(1) * GROUP + head
+            here = place[:, None] * kept_step + entry[None]
+            shown = used[:, None] & inside[None]
+            tl.store(kept + here, shares.to(kept.dtype.element_ty), mask=shown)
+            tl.store(kept_peaks + place * kept_peak_step + begin // ENTRIES, reference, mask=used)
         weight_sum = weight_sum * shrink + tl.sum(shares, 1)
         values = load_numbers(words, block, offset, inside, VALUE)
         mix = tl.dot(shares, values, mix * shrink[:, None], input_precision=PRECISION)

@@ -142,8 +142,66 @@ def score_kernel(
         shares = tl.exp2(logit - log_total[:, None])
         mass += tl.sum(tl.where(visible, shares, 0.0), 0)
     place = page * score_page_step + kv_head * score_head_step + side
+    _add(scores + place, mass, inside, num_new, log_decay, FADES)
+
+
+@triton.jit
+def kept_kernel(
+    scores,
+    log_totals,
+    kept,
+    kept_peaks,
+    starts,
+    counts,
+    befores,
+    totals,
+    side_table,
+    kept_step,
+    kept_peak_step,
+    side_step,
+    score_page_step,
+    score_head_step,
+    log_decay,
+    SIDE_PAGE: tl.constexpr,
+    GROUP: tl.constexpr,
+    STEP: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    FADES: tl.constexpr,
+):
+    """As score_kernel, of what segment_kernel has kept, in steps of STEP. The same grid."""
+    row, kv_head = tl.program_id(1), tl.program_id(2)
+    count, start = tl.load(counts + row), tl.load(starts + row)
+    num_new = tl.load(starts + row + 1) - start
+    if (num_new == 0) | (tl.program_id(0) * ENTRIES >= count):
+        return
+    entry = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
+    inside = entry < count
+    before, total = tl.load(befores + row), tl.load(totals + row)
+    number = tl.arange(0, triton.next_power_of_2(GROUP))
+    used = number < GROUP
+    mass = tl.zeros((ENTRIES,), tl.float32)
+    for token in range(0, num_new):
+        newest = total - num_new + token - before  # that the token sees
+        visible = used[:, None] & (inside & (entry <= newest))[None]
+        place = (start + token).to(tl.int64) * (tl.num_programs(2) * GROUP)
+        place += kv_head * GROUP + number
+        log_total = tl.load(log_totals + place, mask=used, other=0.0)
+        if FADES:
+            log_total -= (num_new - 1 - token) * log_decay
+        share = tl.load(kept + place[:, None] * kept_step + entry[None], mask=visible, other=0.0)
+        peaks = kept_peaks + place[:, None] * kept_peak_step + entry[None] // STEP
+        factor = tl.exp2(tl.load(peaks, mask=visible, other=0.0) - log_total[:, None])
+        mass += tl.sum(tl.where(visible, share.to(tl.float32) * factor, 0.0), 0)
+    page, side = locate(side_table, row, side_step, before + entry, inside, SIDE_PAGE)
+    place = page * score_page_step + kv_head * score_head_step + side
+    _add(scores + place, mass, inside, num_new, log_decay, FADES)
+
+
+@triton.jit
+def _add(places, mass, inside, num_new, log_decay, FADES: tl.constexpr):
+    """To scores; see score_kernel."""
     if FADES:
-        faded = tl.load(scores + place, mask=inside, other=0.0) * tl.exp2(num_new * log_decay)
-        tl.store(scores + place, faded + mass, mask=inside)
+        faded = tl.load(places, mask=inside, other=0.0) * tl.exp2(num_new * log_decay)
+        tl.store(places, faded + mass, mask=inside)
     else:  # rows may share a page, so that programs may add to one place
-        tl.atomic_add(scores + place, mass, mask=inside, sem="relaxed")
+        tl.atomic_add(places, mass, mask=inside, sem="relaxed")
