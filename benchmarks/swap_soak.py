@@ -52,7 +52,7 @@ class Soak:
     def __init__(self, args: argparse.Namespace, options: dict[str, Any], directory: str) -> None:
         from vllm import LLM
 
-        token_bytes = 2 * kv_bytes_per_token(args.model)  # float32
+        token_bytes = kv_bytes_per_token(args.model, "float32")
         pool_tokens = AT_ONCE * (LONGEST_PROMPT + LONGEST_OUTPUT + DEFAULT_PAGE_SIZE)
         self.llm = LLM(
             str(args.model),

@@ -82,7 +82,7 @@ def test_a_disagreement_is_an_error_and_no_result(tiny, tmp_path, monkeypatch, c
     reports = iter([right._replace(pool_pages=60), right])
     info = INFO._replace(page_bytes=65536, num_pages=1023)
     monkeypatch.setattr(memory, "measure", lambda *_: (info, next(reports)))
-    monkeypatch.setattr(memory, "kv_bytes_per_token", lambda model: 65 * MIB // 1024)
+    monkeypatch.setattr(Load, "pool_bytes", lambda *_: 65 * MIB)
     line = ["bench", "memory", "--model", tiny, "--policy", "plain,full", "--pool", "1024"]
     line += ["--input-len", "100", "--output-len", "20", "--requests", "4", "--out", str(out)]
     assert cli.main(line) == 1

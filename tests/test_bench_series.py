@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,11 @@ def test_what_is_kept_after_prompt_and_output(tiny):
     assert kept["plain-fp8"] == (256, entry)
     assert kept["streaming 96"] == (96, round(2 * entry * 96 / 256, 2))
     assert entry * 96 / 256 < kept["streaming 96 int8"][1] < 1.2 * entry * 96 / 256
+    single = replace(load, dtype="float32")
+    (plain,) = read_cases("plain", "96", "native", "always", None)
+    row = case_fields(args, plain, single)
+    assert (row["dtype"], row["kept"], row["bytes_per_token"]) == ("float32", 256, 4 * entry)
+    assert single.pool_bytes(args.model) == 2 * load.pool_bytes(args.model) == 4 * entry * 1024
     (waiting,) = read_cases("streaming", "96", "native", "pressure", None)
     assert case_fields(args, waiting, load)["kept"] is None, "nobody knows beforehand"
 

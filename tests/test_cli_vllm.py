@@ -240,7 +240,7 @@ def test_a_real_process_ends_without_a_traceback(environment, models, command):
 def test_bench_throughput_runs(environment, smollm2_dir):
     line = arguments("throughput", str(smollm2_dir), *STREAMING, "--kv-budget", "128")
     line += ["--num-prompts", "4", "--random-input-len", "64", "--random-output-len", "160"]
-    line += ["--max-model-len", "512", "--dtype", "bfloat16"]
+    line += ["--max-model-len", "512", "--dtype", "float32"]
     done = subprocess.run([VLLM, *line], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "Throughput: " in done.stdout
@@ -253,7 +253,7 @@ def test_bench_throughput_runs(environment, smollm2_dir):
 def server(environment, smollm2_dir, tmp_path):
     flags = ["--kv-policy", "pyramidal", "--kv-budget", "256", "--num-gpu-blocks-override", "100"]
     flags += ["--kv-cache-dtype", "int8_per_token_head"]
-    line = arguments("serve", str(smollm2_dir), *flags, "--dtype", "bfloat16")
+    line = arguments("serve", str(smollm2_dir), *flags, "--dtype", "float32")
     line += ["--max-model-len", "2048", "--served-model-name", "smollm2"]
     variables = environment | {"VLLM_LOGGING_LEVEL": "INFO"}
     server = Server([VLLM, *line], variables, tmp_path / "server.log")

@@ -25,7 +25,10 @@ MOVED = {"bytes", "gb_per_s", "bandwidth_share", "error"}
 SIZE = {"sequences", "entries", "heads", "kv_heads", "head_dim"}
 # The first word of a case -> fields of its line, beside those that all have.
 FIELDS = {
-    "kernels_right": {"test_rows_are_split": {"took_s"}, "test_store_move_gather": {"took_s"}},
+    "kernels_right": {
+        "test_cases_meet_every_way": {"took_s"},
+        "test_store_move_gather": {"took_s"},
+    },
     "kernels_fast": {
         "copy": TIMES - {"sets"} | {"gb_per_s"},
         "fa3": {"skipped"},
@@ -115,12 +118,12 @@ def test_the_readme_documents_the_fields():
 def test_a_wrong_kernel_fails():
     done = run(
         SCRIPTS / "kernels_right.py",
-        *("--device", "cpu", "--select", "rows_are_split or one_block"),
+        *("--device", "cpu", "--select", "cases_meet_every_way or one_block"),
         code="import paged_kv.kernels.triton as t; t.move = lambda *operands: None",
     )
     assert done.returncode == 1
     right, wrong = sorted(lines_of(done.stdout), key=lambda line: not line["ok"])
-    assert (right["case"], right["ok"]) == ("test_rows_are_split", True)
+    assert (right["case"], right["ok"]) == ("test_cases_meet_every_way", True)
     assert (wrong["case"], wrong["ok"]) == ("test_entries_of_one_block", False)
     assert "assert" in wrong["error"]
 

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).resolve().parent
 LEAST = 2.0  # seconds with which a part is begun
 CPU_TRIAL = {
-    "kernels_right": ["--select", "rows_are_split or (store_move and native-64)"],
+    "kernels_right": ["--select", "cases_meet_every_way or (store_move and native-64)"],
     "memcheck": [],
     "racecheck": [],
     "kernels_fast": shlex.split(

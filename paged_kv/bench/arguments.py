@@ -9,7 +9,8 @@ from typing import Any
 
 from paged_kv import models, registry
 from paged_kv.bench.cases import PEERS, Case, Load, check, read_cases, read_loads
-from paged_kv.bench.script import positive
+from paged_kv.bench.script import add_dtype, positive
+from paged_kv.bench.settings import resolved_dtype
 from paged_kv.core.page_formats import FORMATS, NATIVE
 from paged_kv.variants import SHARED, SYNTAX
 
@@ -29,7 +30,7 @@ def add_shared(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     add("--policy-config", metavar="JSON", help=SHARED)
     add("--pool", type=listed(pool), default=[defaults["pool"]], metavar="S[,S...]",
         help="memory of the KV cache: with a point the share of what all requests need "
-             "uncompressed in bfloat16, else tokens that fit in uncompressed (default "
+             "uncompressed, else tokens that fit in uncompressed (default "
              f"{defaults['pool']})")  # fmt: skip
     add("--input-len", type=listed(positive), default=[defaults["input_len"]], metavar="N[,N...]",
         help=f"tokens of a prompt (default {defaults['input_len']})")  # fmt: skip
@@ -37,6 +38,7 @@ def add_shared(parser: argparse.ArgumentParser, **defaults: Any) -> None:
         help=f"tokens generated for each (default {defaults['output_len']})")  # fmt: skip
     add("--requests", type=listed(positive), default=[defaults["requests"]], metavar="N[,N...]",
         help=f"how many (default {defaults['requests']})")  # fmt: skip
+    add_dtype(parser)
     add("--seed", type=int, default=0, metavar="N", help="of the random prompts (default 0)")
     add("--out", type=Path, metavar="FILE", help="result rows are appended to it; the same command "
         "again measures only what is not there yet")  # fmt: skip
@@ -49,7 +51,8 @@ def read(args: argparse.Namespace) -> tuple[list[Case], list[Load]]:
     start = getattr(args, "start", None)
     cases = read_cases(args.policy, args.budget, args.page_format, start, args.policy_config)
     args.model = models.resolve(args.model)
-    loads = read_loads(args.model, args.input_len, args.output_len, args.requests, args.pool)
+    sizes = args.input_len, args.output_len, args.requests, args.pool
+    loads = read_loads(args.model, *sizes, resolved_dtype(args.dtype))
     check(cases, args.model)
     if args.out is not None:
         try:

@@ -20,7 +20,6 @@ from tqdm import tqdm
 from paged_kv import models, registry, results
 from paged_kv.bench import resume, script
 from paged_kv.bench.settings import (
-    KV_DTYPE_BYTES,
     decoder_config,
     kv_bytes_per_token,
     random_prompts,
@@ -111,7 +110,6 @@ def make_row(
 ) -> results.Row:
     """The result row of a length, from the seconds of each token with a cache and without."""
     cached, uncached = (1e3 * statistics.median(seconds[name]) for name in (CACHED, UNCACHED))
-    number_bytes = {"float32": 4, "bfloat16": 2}[args.dtype]
     return {
         "task": "cache-speedup",
         "policy": registry.FULL,
@@ -124,7 +122,7 @@ def make_row(
         "standard_error": None,
         "samples": args.rounds,
         "kept": length,
-        "bytes_per_token": kv_bytes_per_token(args.model) // KV_DTYPE_BYTES * number_bytes,
+        "bytes_per_token": kv_bytes_per_token(args.model, args.dtype),
         "seconds": round(sum(map(sum, seconds.values())), 3),
         **results.provenance(args.model),
         "length": length,

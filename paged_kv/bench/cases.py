@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import product
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 from paged_kv import registry
 from paged_kv.bench.held import layer_schedules
-from paged_kv.bench.settings import decoder_config, kv_bytes_per_token
+from paged_kv.bench.settings import BFLOAT16, decoder_config, kv_bytes_per_token
 from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig
 from paged_kv.core.page_formats import NATIVE
 from paged_kv.core.readers import read_budget
@@ -91,13 +91,19 @@ class Load:
         input_len: tokens of a prompt.
         output_len: tokens generated for each.
         requests: how many.
-        pool_tokens: tokens whose keys and values fit into the pool, uncompressed in bfloat16.
+        pool_tokens: tokens whose keys and values fit into the pool, uncompressed.
+        dtype: in which the model runs.
     """
 
     input_len: int
     output_len: int
     requests: int
     pool_tokens: int
+    dtype: str = BFLOAT16
+
+    def pool_bytes(self, model: Path) -> int:
+        """Memory of the pool, for a model directory."""
+        return self.pool_tokens * kv_bytes_per_token(model, self.dtype)
 
     @property
     def share(self) -> float:
@@ -162,6 +168,7 @@ def read_loads(
     output_len: int,
     requests: Sequence[int],
     pools: Sequence[int | float],
+    dtype: str = BFLOAT16,
 ) -> list[Load]:
     """Every prompt length with every number of requests and every pool.
 
@@ -171,6 +178,7 @@ def read_loads(
         output_len: tokens generated.
         requests: how many at once.
         pools: tokens, or as a float the share of what all requests need.
+        dtype: in which the model runs.
 
     Raises:
         ValueError: longer than the model's context, or a pool without room for one request.
@@ -178,7 +186,7 @@ def read_loads(
     limit = decoder_config(model).get("max_position_embeddings")
     loads = []
     for input_len, count, pool in product(inputs, requests, pools):
-        load = Load(input_len, output_len, count, 0)
+        load = Load(input_len, output_len, count, 0, dtype)
         if limit is not None and load.max_model_len > limit:
             raise ValueError(
                 f"input-len {input_len} with output-len {output_len} needs a context of "
@@ -187,7 +195,7 @@ def read_loads(
             )
         share = round(pool * count * load.request_tokens)
         tokens = whole_pages(share) if isinstance(pool, float) else pool
-        load = Load(input_len, output_len, count, tokens)
+        load = replace(load, pool_tokens=tokens)
         _check_pool(load, pool)
         loads.append(load)
     return loads

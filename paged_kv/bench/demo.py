@@ -20,8 +20,8 @@ from paged_kv import models
 from paged_kv.bench import prompts
 from paged_kv.bench.compare import advance, equal_prefix
 from paged_kv.bench.process import EngineProcess
-from paged_kv.bench.script import add_start, as_json, positive
-from paged_kv.bench.settings import decoder_config, kv_bytes_per_token
+from paged_kv.bench.script import add_dtype, add_start, as_json, positive
+from paged_kv.bench.settings import decoder_config, kv_bytes_per_token, resolved_dtype
 from paged_kv.config import DEFAULT_PAGE_SIZE, CompressionConfig
 from paged_kv.vllm.driver.workload import EngineInfo, EngineSettings, RunResult, Tokens, Workload
 
@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--budget", default="256", help="entries kept per sequence and layer (default 256)")
     add_start(parser)
+    add_dtype(parser)
     add("--requests", type=positive, default=40, metavar="N", help="default 40")
     add("--max-tokens", type=positive, default=640, metavar="N", help="output length, default 640")
     add(
@@ -65,6 +66,7 @@ def main(args: argparse.Namespace) -> None:
     policy = {"policy": args.policy, "budget": args.budget, "start": args.start}
     CompressionConfig.from_dict(policy)
     model = models.resolve(args.model)
+    args.dtype = resolved_dtype(args.dtype)
     args.out.mkdir(parents=True, exist_ok=True)
     options = {PLAIN: {}, args.policy: policy}
     settings = {name: _settings(args, model, texts, fields) for name, fields in options.items()}
@@ -87,10 +89,11 @@ def _settings(
     limit = decoder_config(model).get("max_position_embeddings", whole_pages)
     return EngineSettings(
         model=str(model),
-        pool_bytes=args.pool_tokens * kv_bytes_per_token(model),
+        pool_bytes=args.pool_tokens * kv_bytes_per_token(model, args.dtype),
         max_model_len=min(whole_pages, limit),
         policy=policy,
         max_num_seqs=args.requests,
+        dtype=args.dtype,
     )
 
 
@@ -172,8 +175,8 @@ def _print_table(report: dict[str, Any]) -> None:
         print(f"{label:44}" + "".join(f"{figures[key]:>22,}" for figures in engines.values()))
     agreement = report["agreement"]
     print(
-        f"\nspeed: {report['speed_ratio']:.2f} x. Outputs agree for "
-        f"{agreement['tokens_to_first_difference']:.0f} tokens (median), "
+        f"\nspeed: {report['speed_ratio']:.2f} x in {report['settings']['dtype']}. "
+        f"Outputs agree for {agreement['tokens_to_first_difference']:.0f} tokens (median), "
         f"{agreement['share_to_first_difference']:.0%} of the tokens come before the first "
         f"difference, {agreement['share_of_equal_tokens']:.0%} are equal in place.\n"
         f"total: {report['total_seconds']:.0f} s"

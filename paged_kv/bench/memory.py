@@ -20,7 +20,7 @@ from paged_kv.bench import arguments, resume
 from paged_kv.bench.cases import PEERS, Case, Load
 from paged_kv.bench.process import EngineProcess
 from paged_kv.bench.rows import case_fields, kept_by_layer, write
-from paged_kv.bench.settings import kv_bytes_per_token, random_prompts
+from paged_kv.bench.settings import random_prompts
 from paged_kv.config import DEFAULT_PAGE_SIZE
 from paged_kv.vllm.driver.workload import EngineInfo, EngineSettings, MemoryReport, Workload
 
@@ -71,7 +71,7 @@ def checked(args: argparse.Namespace, case: Case, load: Load) -> tuple[results.R
     """The row of a case that is measured now, and what in it does not fit together."""
     info, report = measure(args, case, load)
     row = make_row(args, case, load, info, report)
-    pool_limit = load.pool_tokens * kv_bytes_per_token(args.model)
+    pool_limit = load.pool_bytes(args.model)
     return row, disagreements(row["kept_by_layer"], load, pool_limit, info, report)
 
 
@@ -79,12 +79,13 @@ def measure(args: argparse.Namespace, case: Case, load: Load) -> tuple[EngineInf
     """Starts an engine and lets it work. Raises ValueError if vLLM refuses the case."""
     settings = EngineSettings(
         model=str(args.model),
-        pool_bytes=load.pool_tokens * kv_bytes_per_token(args.model),
+        pool_bytes=load.pool_bytes(args.model),
         max_model_len=load.max_model_len,
         policy=case.options,
         max_num_seqs=load.requests,
         prefix_caching=False,
         kv_cache_dtype=case.kv_cache_dtype,
+        dtype=load.dtype,
     )
     prompts = random_prompts(args.model, load.requests, load.input_len, args.seed)
     with EngineProcess(settings) as engine:

@@ -20,7 +20,7 @@ def case_fields(args: argparse.Namespace, case: Case, load: Load) -> Row:
     What is kept under pressure nobody knows beforehand: null.
     """
     kept = kept_by_layer(args, case, load)
-    num_bytes = held_bytes(args, case, kept)
+    num_bytes = held_bytes(args, case, load, kept)
     length = load.input_len + load.output_len
     known = not case.config.waits_for_pressure
     return {
@@ -35,6 +35,7 @@ def case_fields(args: argparse.Namespace, case: Case, load: Load) -> Row:
         "input_len": load.input_len,
         "output_len": load.output_len,
         "requests": load.requests,
+        "dtype": load.dtype,
         **of_all(args),
     }
 
@@ -58,12 +59,13 @@ def kept_by_layer(args: argparse.Namespace, case: Case, load: Load) -> list[int]
     return entries(schedules, load.input_len + load.output_len, load.input_len)
 
 
-def held_bytes(args: argparse.Namespace, case: Case, kept: Sequence[int]) -> int:
-    """Of so many entries in each layer, as pages store them; the model runs in bfloat16."""
+def held_bytes(args: argparse.Namespace, case: Case, load: Load, kept: Sequence[int]) -> int:
+    """Of so many entries in each layer, as pages store them."""
     import torch
 
+    dtype = getattr(torch, load.dtype)
     native = 1 if case.policy in PEERS and case.kv_cache_dtype == "fp8" else 0
-    sizes = entry_bytes(case.config, args.model, DEFAULT_PAGE_SIZE, torch.bfloat16, native)
+    sizes = entry_bytes(case.config, args.model, DEFAULT_PAGE_SIZE, dtype, native)
     return sum(count * size for count, size in zip(kept, sizes, strict=True))
 
 

@@ -27,7 +27,6 @@ from paged_kv.bench.client import MODEL_NAME
 from paged_kv.bench.rows import write
 from paged_kv.bench.series import Score, Series, Turns, fields_of, make_rows
 from paged_kv.bench.server import Refused, Server
-from paged_kv.bench.settings import kv_bytes_per_token
 from paged_kv.config import DEFAULT_PAGE_SIZE
 
 SPARE = 1.25  # of the first server's memory, for each further one
@@ -155,11 +154,11 @@ def server_flags(model: Path, case: Case, load: Load) -> list[str]:
     """Of `vllm serve`: the same memory and page size for all."""
     options = {
         "served-model-name": MODEL_NAME,
-        "dtype": "bfloat16",
+        "dtype": load.dtype,
         "block-size": DEFAULT_PAGE_SIZE,
         "max-model-len": load.max_model_len,
         "max-num-seqs": load.requests,
-        "kv-cache-memory-bytes": load.pool_tokens * kv_bytes_per_token(model),
+        "kv-cache-memory-bytes": load.pool_bytes(model),
         "gpu-memory-utilization": 0.1,  # of no account beside the bytes, but vLLM wants it free
         "seed": 0,
     }

@@ -9,7 +9,24 @@ from typing import Any
 
 from paged_kv.vllm.driver.workload import Tokens
 
-KV_DTYPE_BYTES = 2  # bfloat16
+NUMBER_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+BFLOAT16 = "bfloat16"
+AUTO = "auto"
+
+
+def resolved_dtype(name: str) -> str:
+    """A key of NUMBER_BYTES. AUTO: that of two bytes with which this machine is fast, if any.
+
+    Processors without AVX-512 and older GPUs emulate bfloat16.
+    """
+    import torch
+
+    if name != AUTO:
+        return name
+    if torch.cuda.is_available():
+        return BFLOAT16 if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    has_onednn = torch.backends.mkldnn.is_available()
+    return BFLOAT16 if has_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 
 
 def decoder_config(model: Path) -> dict[str, Any]:
@@ -19,7 +36,7 @@ def decoder_config(model: Path) -> dict[str, Any]:
     return decoder
 
 
-def kv_bytes_per_token(model: Path) -> int:
+def kv_bytes_per_token(model: Path, dtype: str = BFLOAT16) -> int:
     """Bytes of the keys and values of one token in all layers. Raises ValueError."""
     config = decoder_config(model)
     try:
@@ -29,7 +46,7 @@ def kv_bytes_per_token(model: Path) -> int:
         values: int = 2 * config["num_hidden_layers"] * kv_heads * head_dim
     except KeyError as error:
         raise ValueError(f"model {model}: its config.json has no {error.args[0]}") from None
-    return values * KV_DTYPE_BYTES
+    return values * NUMBER_BYTES[dtype]
 
 
 def random_prompts(model: Path, count: int, length: int, seed: int) -> list[Tokens]:

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from paged_kv.bench.settings import kv_bytes_per_token
 from paged_kv.config import CompressionConfig
 from paged_kv.eval.cases import Case, context_of
 from paged_kv.eval.prompt import Answer, Prompt
 from paged_kv.eval.running import Todo
-from paged_kv.eval.vllm_runs import float32_bytes
 from paged_kv.vllm.driver.score import continuations
 
 
@@ -33,7 +33,11 @@ def run_all(
         options = {} if config == CompressionConfig() else config.to_dict()
         asked = [_request(prompts[number], case) for number in wanted]
         found = continuations(
-            str(case.model), options, asked, case.page_size, float32_bytes(case.model)
+            str(case.model),
+            options,
+            asked,
+            case.page_size,
+            kv_bytes_per_token(case.model, "float32"),
         )
         for place, tokens, seconds in found:
             bar.update()

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from paged_kv.bench.settings import KV_DTYPE_BYTES, kv_bytes_per_token
+from paged_kv.bench.settings import kv_bytes_per_token
 from paged_kv.config import CompressionConfig
 from paged_kv.eval.cases import Case
 from paged_kv.eval.running import Todo
 from paged_kv.eval.task import Outcome, Task
 from paged_kv.vllm.driver.engine import engine_environment
 from paged_kv.vllm.driver.score import prompt_logprobs
-
-FLOAT32_BYTES = 4
 
 
 def prepare() -> None:
@@ -43,7 +40,7 @@ def run_all(
         if not wanted:
             continue
         texts = [windows[place].tokens for place in wanted]
-        token_bytes = float32_bytes(case.model)
+        token_bytes = kv_bytes_per_token(case.model, "float32")
         options = {} if case.config == CompressionConfig() else case.config.to_dict()
         held = case.held(task.num_seen)
         runs = prompt_logprobs(str(case.model), options, texts, chunk, task.page_size, token_bytes)
@@ -51,8 +48,3 @@ def run_all(
             bar.update(task.num_tokens)
             nll = -sum(logprobs[-task.num_scored :]) / task.num_scored
             yield place, index, Outcome(nll, None, held.kept, held.cache_bytes, seconds)
-
-
-def float32_bytes(model: Path) -> int:
-    """Of the keys and values of one token in all layers."""
-    return kv_bytes_per_token(model) // KV_DTYPE_BYTES * FLOAT32_BYTES

@@ -19,7 +19,7 @@ SPEED = (THROUGHPUT, LATENCY, MEMORY, "cache-speedup")
 ORDER = ("perplexity", "agreement", NEEDLE, "ruler", "longbench")  # then others, then SPEED
 # Fields that tasks add and that say what was asked: rows that differ in them are in plots apart.
 FOR_ALL = tuple(OF_ALL)
-LOAD = ("requests", "input_len", "output_len", *FOR_ALL)
+LOAD = ("requests", "input_len", "output_len", "dtype", *FOR_ALL)
 SETTINGS = {THROUGHPUT: ("request_rate", *LOAD), LATENCY: ("share", *LOAD),
             MEMORY: (*LOAD, "length")}  # fmt: skip
 QUALITY = ("subtask", "text", "question", "protocol", "length", "max_new_tokens",
@@ -27,7 +27,7 @@ QUALITY = ("subtask", "text", "question", "protocol", "length", "max_new_tokens"
            "offset", "stride", "seed", "max_length", *FOR_ALL)  # fmt: skip
 # Of these, what a plot's name says only where rows differ in it.
 SELDOM = {"request_rate", "lengths", "depths", "tasks", "haystack", "offset", "stride", "seed",
-          "max_length"}  # fmt: skip
+          "max_length", "dtype"}  # fmt: skip
 # What the curves of a plot differ in, or run over.
 SERIES = ("policy", "budget", "page_format", "engine", "start", "case", "pool_tokens", "share",
           "request_rate")  # fmt: skip

@@ -74,11 +74,10 @@ def test_scores_fade(row):
 DECODE = (Row(1, 300, 20), Row(0, 0), Row(1, 40, 40), Row(1, 20, 0))
 
 
-@pytest.mark.parametrize("page_format", ["native", "int4"])
 @pytest.mark.parametrize("decay", [1.0, 0.9])
-def test_kept_probabilities_are_those_of_a_second_reading(page_format, decay, monkeypatch):
+def test_kept_probabilities_are_those_of_a_second_reading(decay, monkeypatch):
     """Of two segments; rows are longer than what a program adds at once."""
-    case = Case(DECODE, page_format, decay=decay, **fading.LOADED)
+    case = Case(DECODE, "int4", kv_heads=1, decay=decay, **fading.LOADED)
     check(case)
     fading.check_definition(kernels, case._replace(rows=DECODE[:1]))
     monkeypatch.setattr(attending, "MOST_KEPT", 0)

@@ -189,6 +189,7 @@ class ReferenceEngine(seams.Attends):
         other = copy(self)
         other._set_policy(config)
         new = other.policy
+        gathers = isinstance(query_gathering.source(new), QueryGathering)
         scores = "scores"
         if self.num_tokens and new is not None:
             if "scores" in new.reads:
@@ -201,10 +202,10 @@ class ReferenceEngine(seams.Attends):
                     f"{config.policy} looks at {new.observation_window} queries, but only "
                     f"{self._observed} were recorded: raise observe"
                 )
-            if isinstance(query_gathering.source(new), QueryGathering) and not self.gathering:
+            if gathers and not self.gathering:
                 raise ValueError(f"{config.policy} has no statistics of queries: give a gathering")
+        other.gathering = deepcopy(self.gathering) if gathers or new is None else None
         other.layers = [layer.copy(scores) for layer in self.layers]
-        other.gathering = deepcopy(self.gathering)
         return other
 
     def attend(

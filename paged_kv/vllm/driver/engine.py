@@ -117,7 +117,7 @@ class Engine:
         os.environ.pop(POOL_VARIABLE, None)
         start = time.perf_counter()
         arguments: dict[str, Any] = {
-            "dtype": "bfloat16",
+            "dtype": settings.dtype,
             "enforce_eager": True,
             "seed": 0,
             "max_model_len": settings.max_model_len,

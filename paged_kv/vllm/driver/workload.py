@@ -24,6 +24,7 @@ class EngineSettings:
         max_num_seqs: sequences that may run at once.
         prefix_caching: whether vLLM's prefix cache is on.
         kv_cache_dtype: vLLM's option of that name.
+        dtype: the model's.
     """
 
     model: str
@@ -34,6 +35,7 @@ class EngineSettings:
     max_num_seqs: int = 64
     prefix_caching: bool = True
     kv_cache_dtype: str = "auto"
+    dtype: str = "bfloat16"
 
 
 @dataclass(frozen=True)
