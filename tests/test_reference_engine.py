@@ -14,6 +14,7 @@ from paged_kv.eval.reference import compaction
 from paged_kv.eval.reference.engine import ReferenceEngine
 from paged_kv.policies.h2o import H2O
 from paged_kv.store.holding import MAX_NUMBERS
+from paged_kv.store.query_gathering import SERVED_TOKENS, QueryGathering
 
 NUM_LAYERS = 6
 
@@ -136,12 +137,14 @@ def test_no_chunking_changes_anything_while_nothing_is_dropped(model, decay, mon
 
 def test_fork_equals_a_run_of_its_own(model):
     tokens = prompt(200)
-    prefill = ReferenceEngine(model, config("full"), observe=32)
+    gathering = QueryGathering(SERVED_TOKENS)
+    prefill = ReferenceEngine(model, config("full"), observe=128, gathering=gathering)
     prefill.process(tokens)
-    for policy in ("streaming", "snapkv", "value_merge"):
+    for policy in ("streaming", "snapkv", "value_merge", "expected_attention"):
         options = {"compress_prefill": True} | ({"of": "snapkv"} if policy == "value_merge" else {})
         own = config(policy, **options)
         fork = prefill.fork(own)
+        assert (fork.gathering is None) == (policy != "expected_attention"), "nobody else reads it"
         fork.compact()
         alone = ReferenceEngine(model, own)
         alone.process(tokens)
@@ -149,6 +152,8 @@ def test_fork_equals_a_run_of_its_own(model):
             for name in ("keys", "values", "positions", "weights"):
                 assert torch.equal(a.cache[name], b.cache[name])
         fork.process(tokens[:10])
+    assert prefill.gathering.count == 200
+    assert not prefill.gathering.is_complete
     assert prefill.num_kept == [200] * NUM_LAYERS
     assert prefill.num_tokens == 200
 
