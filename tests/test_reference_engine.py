@@ -138,13 +138,15 @@ def test_no_chunking_changes_anything_while_nothing_is_dropped(model, decay, mon
 def test_fork_equals_a_run_of_its_own(model):
     tokens = prompt(200)
     gathering = QueryGathering(SERVED_TOKENS)
-    prefill = ReferenceEngine(model, config("full"), observe=128, gathering=gathering)
+    prefill = ReferenceEngine(model, config("full"), observe=32, gathering=gathering)
     prefill.process(tokens)
-    for policy in ("streaming", "snapkv", "value_merge", "expected_attention"):
+    for policy in ("streaming", "snapkv", "value_merge", "calibrated_attention"):
         options = {"compress_prefill": True} | ({"of": "snapkv"} if policy == "value_merge" else {})
         own = config(policy, **options)
         fork = prefill.fork(own)
-        assert (fork.gathering is None) == (policy != "expected_attention"), "nobody else reads it"
+        assert (fork.gathering is None) == (policy != "calibrated_attention"), (
+            "nobody else reads it"
+        )
         fork.compact()
         alone = ReferenceEngine(model, own)
         alone.process(tokens)
