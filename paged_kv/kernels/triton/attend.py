@@ -156,14 +156,38 @@ def attend(
         return
     call = _Call(output, queries, segments, terms, side.weights)
     shared = [call.arguments(i, call.rotated(segment)) for i, segment in enumerate(segments)]
-    size, splits = output.shape[2], sum(call.splits)
-    device = output.device
-    shape = (call.num_tokens, call.num_heads, splits)
-    mixed = torch.empty((*shape, size), dtype=torch.float32, device=device)
-    peaks, sums = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
     adds = side.scores is not None
     keeps = [_kept(call, segment) if adds else None for segment in segments]
-    for number, segment in enumerate(segments):
+    parts = _segments(call, output.shape[2], shared, keeps)
+    shape = call.num_tokens, call.num_heads
+    log_totals = output.new_empty(shape, dtype=torch.float32) if adds else None
+    combine_kernel[shape](
+        output,
+        log_totals,
+        *parts,
+        terms.sinks,
+        call.splits[0],
+        sum(call.splits),
+        *output.stride()[:2],
+        SIZE=output.shape[2],
+        SPLITS=triton.next_power_of_2(sum(call.splits)),
+        ROTATION=segments[0].layout.value.rotation,
+        enable_fp_fusion=True,
+    )
+    if side.scores is not None:
+        assert log_totals is not None
+        for number, kept in enumerate(keeps):
+            _add_scores(side.scores, side.decay, log_totals, call, number, kept, shared[number])
+
+
+def _segments(
+    call: _Call, size: int, shared: list[dict[str, Any]], keeps: list[_Kept | None]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """mixed [tokens, heads, splits, size], peaks and sums [tokens, heads, splits], all float32."""
+    shape = call.num_tokens, call.num_heads, sum(call.splits)
+    parts = [call.states.new_empty(part, dtype=torch.float32) for part in ((*shape, size), shape)]
+    mixed, peaks, sums = *parts, torch.empty_like(parts[1])
+    for number, segment in enumerate(call.segments):
         shares, steps = keeps[number] or (None, None)
         segment_kernel[(*call.grid, call.splits[number])](
             mixed,
@@ -176,32 +200,11 @@ def attend(
             num_rows=call.num_rows,
             first_split=sum(call.splits[:number]),
             num_splits=call.splits[number],
-            all_splits=splits,
+            all_splits=shape[2],
             VALUE=part_layout(segment.layout, "value"),
             **shared[number],
         )
-    log_totals = None
-    if adds:
-        log_totals = torch.empty(shape[:2], dtype=torch.float32, device=device)
-    combine_kernel[shape[:2]](
-        output,
-        log_totals,
-        mixed,
-        peaks,
-        sums,
-        terms.sinks,
-        call.splits[0],
-        splits,
-        *output.stride()[:2],
-        SIZE=size,
-        SPLITS=triton.next_power_of_2(splits),
-        ROTATION=segments[0].layout.value.rotation,
-        enable_fp_fusion=True,
-    )
-    if side.scores is not None:
-        assert log_totals is not None
-        for number, kept in enumerate(keeps):
-            _add_scores(side.scores, side.decay, log_totals, call, number, kept, shared[number])
+    return mixed, peaks, sums
 
 
 def _add_scores(
