@@ -67,7 +67,7 @@ RUNS: dict[str, list[str]] = {
         for more in NEEDLES
     ],
     "ruler": [
-        f"eval ruler --length 4096 --examples 8 --max-new-tokens 64 --question seen "
+        f"eval ruler --length 4096 --examples 10 --max-new-tokens 64 --question seen "
         f"--policy {ANSWERING},{BEST} {BUDGETS}"
     ],
     "longbench": [
