@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of a number; what models run in
 ALL_SLIDING = ("mistral", "mixtral")  # where a sliding_window without layer_types is every layer's
 
 

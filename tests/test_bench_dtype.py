@@ -34,8 +34,7 @@ def test_auto_is_what_the_machine_computes_with(monkeypatch, cuda, bf16, avx512,
 
 def test_torch_knows_of_bfloat16():
     """The operator is torch's own, without a promise."""
-    assert torch.ops.mkldnn._is_mkldnn_bf16_supported() in (True, False)
-    assert resolved_dtype("auto") in ("bfloat16", "float32")
+    assert isinstance(torch.ops.mkldnn._is_mkldnn_bf16_supported(), bool)
 
 
 def test_servers_run_in_it_and_the_pool_fits_it(tiny):

@@ -11,8 +11,9 @@ from typing import Any
 
 from paged_kv import models
 from paged_kv.bench import compare
-from paged_kv.bench.settings import AUTO, NUMBER_BYTES, kv_bytes_per_token, random_prompts
+from paged_kv.bench.settings import AUTO, kv_bytes_per_token, random_prompts
 from paged_kv.config import DEFAULT_PAGE_SIZE, PRESSURE
+from paged_kv.model_rules import DTYPE_BYTES
 from paged_kv.option_table import OPTIONS
 from paged_kv.vllm.driver.workload import EngineSettings, Workload
 
@@ -80,7 +81,7 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
     """--dtype: in which vLLM runs the model; see settings.resolved_dtype."""
     parser.add_argument(
         "--dtype",
-        choices=(AUTO, *NUMBER_BYTES),
+        choices=(AUTO, *DTYPE_BYTES),
         default=AUTO,
         help="in which the model runs (default auto: bfloat16, on older GPUs float16, on "
         "processors without AVX-512 float32)",

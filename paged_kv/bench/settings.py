@@ -7,15 +7,15 @@ import random
 from pathlib import Path
 from typing import Any
 
+from paged_kv.model_rules import DTYPE_BYTES
 from paged_kv.vllm.driver.workload import Tokens
 
-NUMBER_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 BFLOAT16 = "bfloat16"
 AUTO = "auto"
 
 
 def resolved_dtype(name: str) -> str:
-    """A key of NUMBER_BYTES. AUTO: that of two bytes with which this machine is fast, if any.
+    """A key of DTYPE_BYTES. AUTO: that of two bytes with which this machine is fast, if any.
 
     Processors without AVX-512 and older GPUs emulate bfloat16.
     """
@@ -46,7 +46,7 @@ def kv_bytes_per_token(model: Path, dtype: str = BFLOAT16) -> int:
         values: int = 2 * config["num_hidden_layers"] * kv_heads * head_dim
     except KeyError as error:
         raise ValueError(f"model {model}: its config.json has no {error.args[0]}") from None
-    return values * NUMBER_BYTES[dtype]
+    return values * DTYPE_BYTES[dtype]
 
 
 def random_prompts(model: Path, count: int, length: int, seed: int) -> list[Tokens]:

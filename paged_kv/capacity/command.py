@@ -28,7 +28,7 @@ import sys
 from paged_kv import registry
 from paged_kv.capacity.cases import CPU, FIXED, GPU, Engine, make_cases
 from paged_kv.capacity.estimate import estimate
-from paged_kv.capacity.model import DTYPE_BYTES, Model, read_model
+from paged_kv.capacity.model import Model, read_model
 from paged_kv.capacity.sizes import read_size, show_size
 from paged_kv.capacity.table import describe, left_out, notes, table_lines
 from paged_kv.capacity.weights import FAMILIES, WEIGHT_BYTES, weight_bytes
@@ -36,6 +36,7 @@ from paged_kv.config import DEFAULT_PAGE_SIZE
 from paged_kv.core.options import MOST
 from paged_kv.core.page_formats import FORMATS, NATIVE
 from paged_kv.core.readers import read_budget
+from paged_kv.model_rules import DTYPE_BYTES
 from paged_kv.option_table import DEFAULT_BUDGET
 from paged_kv.variants import SHARED, SYNTAX, Variant, read_variants
 

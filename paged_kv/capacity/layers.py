@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from paged_kv.capacity.cases import CPU, GPU_DTYPES, Case, Engine
-from paged_kv.capacity.model import DTYPE_BYTES, Model
+from paged_kv.capacity.model import Model
 from paged_kv.core.page_formats import NATIVE, layer_formats
+from paged_kv.model_rules import DTYPE_BYTES
 
 GPU_SCALE_BYTES = 4  # vLLM's, of a key or a value whose format has one for each token and head
 

@@ -12,9 +12,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from paged_kv.core.options import MOST
-from paged_kv.model_rules import check_layer_types, full_attention_layers, refused_attention
+from paged_kv.model_rules import (
+    DTYPE_BYTES,
+    check_layer_types,
+    full_attention_layers,
+    refused_attention,
+)
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _LENGTHS = (  # keys that vLLM reads, the least counts
     "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length",
     "max_target_positions", "max_sequence_length", "max_seq_length", "seq_len",

@@ -9,9 +9,10 @@ from typing import Any
 
 from paged_kv.capacity.cases import Engine
 from paged_kv.capacity.estimate import Refused
-from paged_kv.capacity.model import DTYPE_BYTES, Model
+from paged_kv.capacity.model import Model
 from paged_kv.capacity.sizes import show_size
 from paged_kv.core.schedule import cdiv
+from paged_kv.model_rules import DTYPE_BYTES
 
 WIDTH = 100
 _HEADS = (

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from paged_kv.capacity.model import DTYPE_BYTES, Model
+from paged_kv.capacity.model import Model
 from paged_kv.core.schedule import cdiv
+from paged_kv.model_rules import DTYPE_BYTES
 
 WEIGHT_BYTES = {
     "fp32": 4.0, "float32": 4.0, "bf16": 2.0, "bfloat16": 2.0, "fp16": 2.0, "float16": 2.0,
