@@ -1,6 +1,8 @@
 """Real vLLM against the definition (reference_loop), and against itself where nothing may change.
 
-All greedy, on SmolLM2-135M. One engine per policy and budget, all prompts in one batch.
+All greedy. One engine per policy and budget, all prompts in one batch. Two cases on SmolLM2-135M;
+the others on a small random model, which takes a fifth of the time: logprobs are compared as well,
+so that a lost entry shows there, too.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any
 import engines
 import english
 import pytest
+import tiny_models
 import torch
 from reference_check import complete_and_check
 from reference_loop import Rule, load_model, one_by_one, reference_tokens
@@ -20,22 +23,37 @@ from stores import CHUNKS, STORES, skip_without_fp8
 
 pytestmark = [pytest.mark.vllm, pytest.mark.model]
 
+SMOLLM2 = "smollm2"  # the others are of tiny_models
+RANDOM = "llama"  # 6 layers
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model for the reference, and where vLLM finds it."""
+
+    path: str
+    model: Any
+    text: list[int]
+
+    def prompts(self, lengths: list[int]) -> list[list[int]]:
+        return english.cut(self.text, lengths)
+
 
 @pytest.fixture(scope="module")
-def model(smollm2_dir) -> Any:
-    return load_model(smollm2_dir)
-
-
-@pytest.fixture(scope="module")
-def text(smollm2_dir) -> list[int]:
-    return english.encode(smollm2_dir)
+def models(smollm2_dir, tmp_path_factory) -> dict[str, Loaded]:
+    path = tiny_models.saved(RANDOM, tmp_path_factory.mktemp("models"), tokenizer=True)
+    (text,) = tiny_models.prompts_of(1500)
+    return {
+        SMOLLM2: Loaded(str(smollm2_dir), load_model(smollm2_dir), english.encode(smollm2_dir)),
+        RANDOM: Loaded(path, load_model(path), text),
+    }
 
 
 # ---- the reference itself
 
 
-def test_the_reference_without_a_budget_is_transformers(model, text):
-    prompt = text[:90]
+def test_the_reference_without_a_budget_is_transformers(models):
+    model, prompt = models[SMOLLM2].model, models[SMOLLM2].text[:90]
     output = model.generate(
         torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=None
     )
@@ -56,44 +74,49 @@ class Case:
     prompts: list[int]  # lengths
     max_tokens: int = 160
     engine: dict[str, Any] = field(default_factory=dict)
+    model: str = RANDOM
 
 
-PYRAMID_256 = [320] * 10 + [256] * 10 + [192] * 10
+PYRAMID_256 = [320] * 2 + [256] * 2 + [192] * 2
 # Fractions of a pyramid with beta 2 and mean 1/2, over 24 layers: 89, 73 and 57 of 146.
 PYRAMID_HALF = [Fraction(n, 146) for n in (89, 73, 57) for _ in range(8)]
 LENGTHS = [20, 77, 128, 131, 300, 513]  # 128: exactly the budget
 
 CASES = {
     "streaming": Case(
-        {"policy": "streaming", "budget": 128}, Rule([128] * 30), LENGTHS, engine=CHUNKS
+        {"policy": "streaming", "budget": 128},
+        Rule([128] * 30),
+        LENGTHS,
+        engine=CHUNKS,
+        model=SMOLLM2,
     ),
     "streaming, compress_prefill, no sinks": Case(
         {"policy": "streaming", "budget": 128, "num_sink_tokens": 0, "compress_prefill": True},
-        Rule([128] * 30, num_sinks=0, compress_prefill=True),
+        Rule([128] * 6, num_sinks=0, compress_prefill=True),
         [77, 128, 131, 333],
         engine=CHUNKS,
     ),
     "streaming, a quarter, sinks larger than a page": Case(
         {"policy": "streaming", "budget": 0.25, "min_budget": 120}
         | {"num_sink_tokens": 40, "recent_window": 48},
-        Rule([Fraction(1, 4)] * 30, num_sinks=40, min_budget=120),
+        Rule([Fraction(1, 4)] * 6, num_sinks=40, min_budget=120),
         [33, 120, 290, 600],
     ),
     "streaming, half, compress_prefill, pages of 64": Case(
         {"policy": "streaming", "budget": 0.5, "min_budget": 130, "compress_prefill": True},
-        Rule([Fraction(1, 2)] * 30, page_size=64, min_budget=130, compress_prefill=True),
+        Rule([Fraction(1, 2)] * 6, page_size=64, min_budget=130, compress_prefill=True),
         [50, 130, 410],
         engine=CHUNKS | {"block_size": 64},
     ),
     "streaming, pages of 128, asynchronous": Case(
         {"policy": "streaming", "budget": 250, "recent_window": 100},
-        Rule([250] * 30, page_size=128),
+        Rule([250] * 6, page_size=128),
         [60, 250, 405],
         engine={"block_size": 128, "async_scheduling": True},
     ),
     "streaming, a budget of no whole pages": Case(
         {"policy": "streaming", "budget": 100, "num_sink_tokens": 40, "recent_window": 28},
-        Rule([100] * 30, num_sinks=40),
+        Rule([100] * 6, num_sinks=40),
         [99, 100, 101],
         max_tokens=128,
     ),
@@ -110,33 +133,36 @@ CASES = {
         Rule([*[None] * 5, *PYRAMID_HALF, None], min_budget=96, compress_prefill=True),
         [70, 256, 410],
         engine=CHUNKS,
+        model=SMOLLM2,
     ),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_tokens_are_the_reference_s(name, smollm2_dir, model, text):
+def test_tokens_are_the_reference_s(name, models):
     case = CASES[name]
-    prompts = english.cut(text, case.prompts)
-    with engines.engine(str(smollm2_dir), case.config, **case.engine) as llm:
-        complete_and_check(llm, model, prompts, case.rule, case.max_tokens)
+    model = models[case.model]
+    prompts = model.prompts(case.prompts)
+    with engines.engine(model.path, case.config, **case.engine) as llm:
+        complete_and_check(llm, model.model, prompts, case.rule, case.max_tokens)
         assert engines.worker(llm).compactor.num_events > 0
 
 
 @pytest.mark.parametrize(
     "compress_prefill", [pytest.param(False, marks=pytest.mark.exhaustive), True]
 )
-def test_preempted_requests(compress_prefill, smollm2_dir, model, text):
+def test_preempted_requests(compress_prefill, models):
     """Four requests that grow to five pages each in a pool of 13: recomputed, in other chunks.
 
     test_preemption.py has more of it, without compress_prefill, on the small model.
     """
     config = {"policy": "streaming", "budget": 128, "compress_prefill": compress_prefill}
-    rule = Rule([128] * 30, compress_prefill=compress_prefill)
-    prompts = english.cut(text, [64, 75, 40, 90])
+    rule = Rule([128] * 6, compress_prefill=compress_prefill)
+    model = models[RANDOM]
+    prompts = model.prompts([64, 75, 40, 90])
     pool = {"num_gpu_blocks_override": 14, **CHUNKS}
-    with engines.engine(str(smollm2_dir), config, **pool) as llm:
-        chunks = complete_and_check(llm, model, prompts, rule, max_tokens=160)
+    with engines.engine(model.path, config, **pool) as llm:
+        chunks = complete_and_check(llm, model.model, prompts, rule, max_tokens=160)
     restarts = [b for own in chunks for (_, end), (b, _) in pairwise(own) if b != end]
     assert restarts, "the pool was large enough"
 
@@ -164,15 +190,14 @@ def scored(llm: Any, prompts: list[list[int]]) -> list[Any]:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_budget_that_nothing_exceeds_changes_no_bit(
-    store, configs, smollm2_dir, text, without_kernels
-):
+def test_a_budget_that_nothing_exceeds_changes_no_bit(store, configs, models, without_kernels):
     skip_without_fp8(store)
-    prompts = english.cut(text, [30, 128, 257])
+    model = models[RANDOM]
+    prompts = model.prompts([30, 128, 257])
     results = []
     for config in [None, *configs]:
         settings = {"block_size": 32, **CHUNKS, **STORES[store]}
-        with engines.engine(str(smollm2_dir), config, **settings) as llm:
+        with engines.engine(model.path, config, **settings) as llm:
             results.append(scored(llm, prompts))
     for config, result in zip(configs, results[1:], strict=True):
         assert result == results[0], config
