@@ -160,7 +160,12 @@ class ReferenceEngine(seams.Attends):
         """int64 [num_new]: the positions of the next tokens, which are now on their way."""
         end = self.num_tokens + num_new
         self._before, self._next_rope = self._sizes(), self._rope.after(end, self._reader)
-        return torch.arange(self.num_tokens, end, device=self.model.device)
+        # Once for all layers: where many engines decode, these small tensors are what takes time.
+        self._positions = torch.arange(self.num_tokens, end, device=self.model.device)
+        one, zero = self._positions.new_tensor([[[1]], [[0]]], dtype=torch.float32)
+        self._fields = {"positions": self._positions[None], "weights": one}
+        self._fields |= dict.fromkeys(("scores", *self._scorers), zero)
+        return self._positions
 
     def end(self, num_new: int) -> None:
         """The layers have taken them. Raises ValueError if they have not."""
@@ -221,28 +226,23 @@ class ReferenceEngine(seams.Attends):
         state = self.layers[layer]
         state.terms, cache, packing = terms, state.cache, state.packing
         num_new = query.shape[1]
-        positions = torch.arange(self.num_tokens, self.num_tokens + num_new, device=key.device)
-        weight = key.new_ones(1, 1)
-        fields = {"positions": positions[None], "weights": weight}
-        fields |= dict.fromkeys(("scores", *self._scorers), weight * 0)
         stored = dict(zip(("keys", "values"), packing.store(key, value), strict=True))
-        cache.append(num_new, **stored, **fields)
+        cache.append(num_new, **stored, **self._fields)
         keys, values = (
             packing.attended(name, cache[name], self.num_tokens + num_new) for name in stored
         )
         state.window.append(query, self.num_tokens)
-        self._gather(layer, query, key, positions, terms)
+        self._gather(layer, query, key, terms)
         bias = outside_window(sliding_window, num_new, cache.size, key.device)
         if self._scorers or not terms.is_plain:
-            return explicit(cache, query, keys, values, positions, terms, bias, self._scorers)
+            states = query, keys, values, self._positions
+            return explicit(cache, *states, terms, bias, self._scorers)
         return plain(query, keys, values, terms.scale, bias)
 
-    def _gather(
-        self, layer: int, query: Tensor, key: Tensor, positions: Tensor, terms: Terms
-    ) -> None:
+    def _gather(self, layer: int, query: Tensor, key: Tensor, terms: Terms) -> None:
         gathering, rope = self.gathering, self._next_rope
         if gathering is not None and not gathering.is_complete and layer in self._full:
-            new = query.transpose(0, 1), key.transpose(0, 1), positions
+            new = query.transpose(0, 1), key.transpose(0, 1), self._positions
             gathering.add(layer, *new, rope(), terms.scale)
 
     @torch.inference_mode()
