@@ -126,7 +126,7 @@ SCRIPTS = {
         COMPARED | PRESSURE | {"computed_tokens", "baseline_computed_tokens"},
     ),
     "swap_soak": (  # it fails when something is lost
-        "--minutes 0.3",
+        "--minutes 1",
         ["full", "streaming"],
         {"steps", "requests", "aborts", "resets", "compared", "near_ties", "different"}
         | {"swapped_out", "swapped_in", "demoted", "promoted", "fallbacks"}
