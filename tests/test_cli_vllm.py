@@ -239,7 +239,7 @@ def test_a_real_process_ends_without_a_traceback(environment, models, command):
 def test_bench_throughput_runs(environment, tiny):
     line = arguments("throughput", tiny, *STREAMING, "--kv-budget", "128")
     line += ["--num-prompts", "4", "--random-input-len", "64", "--random-output-len", "160"]
-    line += ["--max-model-len", "512"]
+    line += ["--max-model-len", "512", "--dtype", "float32"]
     done = subprocess.run([VLLM, *line], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "Throughput: " in done.stdout

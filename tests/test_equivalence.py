@@ -1,7 +1,7 @@
 """Real vLLM against the definition (reference_loop), and against itself where nothing may change.
 
 All greedy. One engine per policy and budget, all prompts in one batch. Two cases on SmolLM2-135M;
-the others on a small random model, which takes a fifth of the time: logprobs are compared as well,
+the others on a small random model, which takes a tenth of the time: logprobs are compared as well,
 so that a lost entry shows there, too.
 """
 

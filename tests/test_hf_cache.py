@@ -66,7 +66,7 @@ def logits(model: Any, ids: torch.Tensor, follow: torch.Tensor, cache: Any, **mo
 @pytest.mark.every_policy
 @pytest.mark.parametrize("policy", NAMES)
 def test_a_left_padded_row_is_its_solo_run(policy, model):
-    """Rows of 170, 130, 37 and 1 tokens; some begin to drop at once, some later, one never."""
+    """Rows of 170, 130, 37 and 1 tokens; one begins to drop at once, one later, two never."""
     lengths, budget, end = [170, 130, 37, 1], 160 if "pyramidal" in policy else 100, 170
     orders = [torch.randperm(210, generator=torch.Generator().manual_seed(i)) for i in range(4)]
     rows = torch.stack(orders) + 3
