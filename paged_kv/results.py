@@ -46,20 +46,22 @@ OF_ALL = {  # policies of a run; where it is not the default
 PROVENANCE = {
     "model": "the directory's name",
     "model_hash": "of its config and samples of its weights",
-    "versions": "of python, paged_kv, torch, transformers, and vllm where it ran",
-    "device": "the processor or GPU",
+    "versions": "of python, paged_kv, torch, transformers and vllm, as far as installed",
+    "device": "the processor or GPU that ran the model",
     "command": "the command line",
     "date": "when it ran",
 }
 _PACKAGES = ("torch", "transformers", "vllm")
+VLLM = "vllm"
 
 
-def provenance(model: Path, argv: Sequence[str] | None = None) -> Row:
+def provenance(model: Path, argv: Sequence[str] | None = None, engine: str = VLLM) -> Row:
     """The fields of PROVENANCE for what runs in this process now.
 
     Args:
         model: a model directory.
         argv: the command line; None for this process's.
+        engine: what runs the model.
     """
     words = [Path(sys.argv[0]).name, *sys.argv[1:]] if argv is None else list(argv)
     if "--out" in words:  # where it went is not what was claimed
@@ -69,7 +71,7 @@ def provenance(model: Path, argv: Sequence[str] | None = None) -> Row:
         "model": model.name,
         "model_hash": identity(model),
         "versions": versions(),
-        "device": device(),
+        "device": device(engine),
         "command": shlex.join(words),
         "date": date.today().isoformat(),
     }
@@ -88,10 +90,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def device() -> str:
-    """The GPU that torch sees, else the processor."""
+def device(engine: str = VLLM) -> str:
+    """What runs the model: vLLM takes the GPU that torch sees; all others are on the processor."""
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
+    if engine == VLLM and torch is not None and torch.cuda.is_available():
         return str(torch.cuda.get_device_name())
     try:
         names = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())

@@ -172,7 +172,7 @@ def test_weights_of_a_rank(llama):
 
 def test_gpu_memory(llama, capsys):
     (row,) = rows(capsys, llama, "--gpu-memory", "80GB")
-    assert row["memory_bytes"] == 72_000_000_000 - 16_060_522_496
+    assert row["memory_bytes"] == 73_600_000_000 - 16_060_522_496
     args = ("--gpu-memory", "80GB", "--gpu-memory-utilization", "0.5", "--weights-dtype", "int4")
     (row,) = rows(capsys, llama, *args)
     assert row["memory_bytes"] == 40_000_000_000 - 5_591_539_712
@@ -224,9 +224,9 @@ def test_the_table(llama, capsys):
     )  # fmt: skip
     assert lines[0] == ("Llama-3.1-8B: 32 layers, 8 KV heads of 128: 128 KiB per token in bfloat16")
     assert lines[1] == (
-        "Sequences of 131,024 tokens (130,000 + 1,024), pages of 32, 52.1 GiB for the KV cache"
+        "Sequences of 131,024 tokens (130,000 + 1,024), pages of 32, 53.6 GiB for the KV cache"
     )
-    assert "90% of 80GB less 15.0 GiB of weights in bfloat16" in lines[2]
+    assert "92% of 80GB less 15.0 GiB of weights in bfloat16" in lines[2]
     assert all(len(line) <= 100 for line in lines)
     names = [line.split()[:2] for line in lines if line.startswith(("full", "streaming", "pyram"))]
     assert names[:2] == [["full", "native"], ["streaming", "1024"]]

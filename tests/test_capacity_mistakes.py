@@ -34,7 +34,7 @@ def refusal(capsys, *args: str) -> str:
         (("--memory", "40 apples"), "memory must be a size such as 40GiB, 80GB or 1073741824"),
         (("--memory", "0"), "not '0'"),
         (("--gpu-memory", "x"), "gpu-memory must be a size"),
-        (("--gpu-memory", "16GB"), "90% of it is less than the weights of Llama, 15.0 GiB"),
+        (("--gpu-memory", "16GB"), "92% of it is less than the weights of Llama, 15.0 GiB"),
         (("--gpu-memory", "80GB", "--gpu-memory-utilization", "1.1"), "in (0, 1], not 1.1"),
         (("--gpu-memory", "80GB", "--device", "cpu"), "device cpu does not go with --gpu-memory"),
         ((*MEMORY, "--gpu-memory-utilization", "7"), "utilization must be a number in (0, 1], not"),

@@ -13,7 +13,7 @@ from capacity_models import LLAMA_8B, write
 from engines import logged
 
 from paged_kv.capacity.cases import GPU_DTYPES, Case, Engine
-from paged_kv.capacity.command import DEFAULTS
+from paged_kv.capacity.command import CPU_DEFAULTS, GPU_DEFAULTS, UTILIZATION
 from paged_kv.capacity.layers import entry_bytes
 from paged_kv.capacity.model import read_model
 from paged_kv.capacity.pool import Pool
@@ -173,7 +173,28 @@ def test_defaults_are_those_of_vllms_server(ranks):
 
     defaults = EngineArgs.get_batch_defaults(ranks)
     found = [values[UsageContext.OPENAI_API_SERVER] for values in defaults]
-    assert found == [ranks * value for value in DEFAULTS["cpu"]]
+    assert found == [ranks * value for value in CPU_DEFAULTS]
+
+
+@pytest.mark.parametrize("least", GPU_DEFAULTS)
+def test_gpus_have_the_defaults_of_vllms_server(least, monkeypatch):
+    """vLLM's own choice, told that the platform is a GPU of that memory, and of one byte less."""
+    from vllm.config.cache import CacheConfig
+    from vllm.engine import arg_utils
+    from vllm.usage.usage_lib import UsageContext
+
+    assert CacheConfig().gpu_memory_utilization == UTILIZATION
+    platform = arg_utils.current_platform
+    monkeypatch.setattr(platform, "is_cpu", lambda: False)
+    monkeypatch.setattr(platform, "get_device_name", lambda: "NVIDIA H200")
+
+    def defaults(memory: int) -> tuple[int, ...]:
+        monkeypatch.setattr(platform, "get_device_total_memory", lambda: memory)
+        found = arg_utils.EngineArgs.get_batch_defaults(1)
+        return tuple(values[UsageContext.OPENAI_API_SERVER] for values in found)
+
+    assert defaults(least) == GPU_DEFAULTS[least]
+    assert not least or defaults(least - 1) != GPU_DEFAULTS[least]
 
 
 @pytest.mark.parametrize("page_format", ["int8", "int4", "fp8"])

@@ -16,7 +16,7 @@ import pytest
 import tiny_models
 
 from paged_kv import cli, results
-from paged_kv.eval import reference_answers
+from paged_kv.eval import needle, reference_answers, ruler
 
 Rows = list[dict[str, Any]]
 
@@ -136,6 +136,14 @@ def text(tmp_path_factory) -> Path:
     return tiny_models.write_text(tmp_path_factory.mktemp("text") / "text.txt", 700)
 
 
+def test_rows_name_the_gpu_only_where_it_ran_the_model(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H200")
+    assert results.device() == "NVIDIA H200"
+    for engine in ("reference", "hf", "kvpress", "transformers"):
+        assert results.device(engine).startswith("CPU: ")
+
+
 def test_agreement(evaluate, tiny, text):
     """The full cache is compared with itself, whether or not it was asked for."""
     args = ["--model", tiny, "--text", text, "--prompt-tokens", 150, "--new-tokens", 40]
@@ -208,6 +216,27 @@ def test_ctrl_c_leaves_what_is_done(capsys, tiny, text, tmp_path, monkeypatch):
     again = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["score"] for row in again] == [row["score"] for row in rows]
     assert results.read([out]) == rows + again
+
+
+@pytest.mark.parametrize(
+    ("task", "args"),
+    [
+        (needle, ["--lengths", "1000", "8192", "--depths", "50"]),
+        (ruler, ["--length", "8192", "--examples", "2", "--tasks", "vt,cwe"]),
+    ],
+    ids=["needle", "ruler"],
+)
+def test_texts_as_long_as_the_model_takes_leave_room_for_the_answer(task, args, monkeypatch):
+    found = []
+    monkeypatch.setattr(task, "run_examples", lambda *given: found.append(given[3]))
+    name = task.__name__.rpartition(".")[2]
+    assert cli.main(["eval", name, "--policy", "full", *args]) == 0
+    (asked,) = found
+    for example, prompt in zip(asked.examples, asked.prompts, strict=True):
+        length = example.info["length"]
+        assert str(length) in example.id
+        assert 0.95 * length <= prompt.num_tokens <= 8192
+    assert max(prompt.num_tokens for prompt in asked.prompts) > 8192 - 64
 
 
 # ---- mistakes

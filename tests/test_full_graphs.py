@@ -132,12 +132,14 @@ WINDOW, KNOWN = policy_cases.WINDOW, policy_cases.CALIBRATED
 NEEDS_NO_QUERIES = [
     *((name, {}) for name in ("streaming", "window", "random", "knorm", "keydiff", "learned")),
     ("pooling", {}),
+    ("pooling", {"mode": "best", "best_by": "coordinates"}),
     ("value_merge", {"of": "knorm"}),
     ("calibrated_attention", {"fading": "off", **KNOWN}),
 ]
 NEEDS_QUERIES = [
     *((name, WINDOW) for name in ("snapkv", "attention", "hybrid", "past_future")),
     *((name, {}) for name in ("h2o", "lru", "tova")),
+    ("pooling", {"mode": "best"}),
     ("calibrated_attention", {"fading": "on", **KNOWN}),
     ("calibrated_attention", {"fading": "off"}),  # gathers statistics
 ]

@@ -225,7 +225,9 @@ def test_crop(model):
         assert cache.stats().bytes_by_tier == {"device": 0, "host": 0, "mmap": 0}
 
 
-@pytest.mark.parametrize(("name", "value"), [("swap_space", 1.0), ("swap_dir", "/tmp")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("swap_space", 1.0), ("swap_dir", "/tmp"), ("swap_format", "int8")]
+)
 def test_swapping_is_of_vllm(name, value, model):
     with pytest.raises(ValueError, match=f"{name} .* is an option of vLLM"):
         PagedCache(model.config, "streaming", 128, **{name: value})

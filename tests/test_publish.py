@@ -115,6 +115,32 @@ def test_rows_are_of_the_commands(name):
     assert {row["command"] for row in rows} == wanted
 
 
+def test_answers_that_quote_longbench_are_not_passed_on(started, tmp_path):
+    """Its texts are others', and a model repeats them."""
+    main, _, _ = started
+    main(["--data", "."])
+    for name in ("ruler", "longbench"):
+        file = tmp_path / f"{name}.jsonl"
+        (row,) = results.read([file])
+        file.write_text("")
+        example = {"id": "a", "score": 0.5, "answer": "a whole sentence"}
+        results.append(file, {**row, "examples": [example]})
+        with file.open("a") as lines:  # one of a command that is no longer ours: written anew
+            lines.write(file.read_text().replace("paged-kv eval", "paged-kv once"))
+        NAMES["_only_of"](name, file)
+        (row,) = results.read([file])
+        answers = [] if name == "longbench" else ["a whole sentence"]
+        assert [each["answer"] for each in row["examples"] if "answer" in each] == answers
+        assert (row["examples"][0]["id"], row["examples"][0]["score"]) == ("a", 0.5)
+
+
+def test_no_answer_to_longbench_is_published():
+    rows = results.read([SCRIPT.parent / "results" / "longbench.jsonl"])
+    examples = [each for row in rows for each in row.get("examples", [])]
+    assert examples
+    assert {*map(frozenset, examples)} == {frozenset({"id", "score"})}
+
+
 def test_an_unknown_name(started, capsys):
     main, calls, _ = started
     with pytest.raises(SystemExit, match="2"):

@@ -1,6 +1,7 @@
 """What is refused under a policy, before weights are read, and what vLLM says without one."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import tiny_models
@@ -64,8 +65,27 @@ CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
 SCHEDULER = "vllm.v1.core.sched.scheduler.Scheduler"
 
 
+def test_cache_dtypes_whose_entries_nobody_can_move():
+    """As long as vLLM has new ones, each is refused until its layout is known."""
+    from vllm.config.cache import CacheDType
+
+    from paged_kv.config import CompressionConfig
+    from paged_kv.vllm.frontend.refusals import MOVABLE_DTYPES, check_cache_dtype
+
+    config = CompressionConfig.from_dict({"policy": "streaming"})
+    others = {*get_args(CacheDType)} - {*MOVABLE_DTYPES}
+    assert {"nvfp4", "nvfp4_4over6", "turboquant_4bit_nc"} <= others
+    for dtype in others:
+        with pytest.raises(
+            ValueError, match=rf"kv-policy .* cache dtype {dtype}: .* moves .* auto"
+        ):
+            check_cache_dtype(dtype, config)
+    assert {*MOVABLE_DTYPES} <= {*get_args(CacheDType)}
+    for dtype in MOVABLE_DTYPES:
+        check_cache_dtype(dtype, config)
+
+
 def test_a_cache_dtype_that_a_policy_cannot_read():
-    """Moving whole entries is possible in any format."""
     from paged_kv.config import CompressionConfig
     from paged_kv.vllm.frontend.refusals import check_cache_dtype
 

@@ -28,6 +28,7 @@ from paged_kv.core.page_formats import NATIVE
 
 LENGTHS = (50, 200, 800, 2000)
 CACHED, UNCACHED = "PagedCache", "no cache"
+ENGINE = "transformers"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +77,7 @@ def measure(args: argparse.Namespace) -> list[results.Row]:
     out = args.out / "cache_speedup.jsonl"
     lengths = sorted(args.lengths)
     fields = ({"length": length, "dtype": args.dtype} for length in lengths)
-    known = resume.known(out, resume.asked(args, "cache-speedup", fields))
+    known = resume.known(out, resume.asked(args, "cache-speedup", fields, ENGINE))
     done = len(known) - known.count(None)
     resume.tell(out, done, len(known))
     model = load(args.model, args.dtype) if None in known else None
@@ -115,7 +116,7 @@ def make_row(
         "policy": registry.FULL,
         "budget": None,
         "page_format": NATIVE,
-        "engine": "transformers",
+        "engine": ENGINE,
         "score": round(uncached / cached, 2),
         "metric": "speedup",
         "higher_is_better": True,
@@ -124,7 +125,7 @@ def make_row(
         "kept": length,
         "bytes_per_token": kv_bytes_per_token(args.model, args.dtype),
         "seconds": round(sum(map(sum, seconds.values())), 3),
-        **results.provenance(args.model),
+        **results.provenance(args.model, engine=ENGINE),
         "length": length,
         "dtype": args.dtype,
         "cached_ms": round(cached, 3),

@@ -19,17 +19,20 @@ from paged_kv.partial import Partial, digest
 from paged_kv.results import Row
 
 
-def asked(args: argparse.Namespace, task: str, cases: Iterable[Row]) -> list[Row]:
+def asked(
+    args: argparse.Namespace, task: str, cases: Iterable[Row], engine: str = results.VLLM
+) -> list[Row]:
     """Fields that tell rows of this command from others, known before it runs.
 
     Args:
         args: model is a directory.
         task: the command's name.
         cases: what the rows say of their cases.
+        engine: what runs the model.
     """
     import torch  # noqa: F401  results.device() sees no GPU without it
 
-    origin = results.provenance(args.model)
+    origin = results.provenance(args.model, engine=engine)
     del origin["date"]
     return [{"task": task, **fields, **origin} for fields in cases]
 

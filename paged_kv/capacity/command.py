@@ -41,10 +41,11 @@ from paged_kv.option_table import DEFAULT_BUDGET
 from paged_kv.variants import SHARED, SYNTAX, Variant, read_variants
 
 CONTEXT = 8192
-UTILIZATION = 0.9  # vLLM's default
-LARGE_GPU = 70 << 30  # from where on vLLM's server has larger defaults
-# --max-num-batched-tokens and --max-num-seqs of vLLM's server, of each rank on a CPU.
-DEFAULTS = {"large": (8192, 1024), GPU: (2048, 256), CPU: (2048, 128)}
+UTILIZATION = 0.92  # vLLM's default
+# --max-num-batched-tokens and --max-num-seqs of vLLM's server, of each rank on a CPU; on GPUs by
+# the least memory that has them, largest first.
+CPU_DEFAULTS = (2048, 128)
+GPU_DEFAULTS = {160 << 30: (16384, 1024), 70 << 30: (8192, 1024), 0: (2048, 256)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -139,10 +140,11 @@ def read_engine(args: argparse.Namespace, model: Model) -> Engine:
         value = getattr(args, name)
         if value is not None and not gpu:
             raise ValueError(f"{name.replace('_', '-')} {value} is for --gpu-memory")
-    tokens, seqs = DEFAULTS["large" if gpu and gpu >= LARGE_GPU else device]
     ranks, context = args.tensor_parallel, _context(args, model)
     if device == CPU:
-        tokens, seqs = tokens * ranks, seqs * ranks
+        tokens, seqs = (ranks * value for value in CPU_DEFAULTS)
+    else:
+        tokens, seqs = next(found for least, found in GPU_DEFAULTS.items() if (gpu or 0) >= least)
     return Engine(
         memory=_left(args, model, gpu) if gpu else read_size("memory", args.memory),
         prompt_len=context,

@@ -68,14 +68,6 @@ class Asked:
     prompts: list[Prompt] = field(default_factory=list)
     too_long: list[int] = field(default_factory=list)
 
-    def check_all_fit(self, option: str, limit: int) -> None:
-        """Raises ValueError, naming what made examples too long, where some are."""
-        if self.too_long:
-            raise ValueError(
-                f"{option}: a prompt and its answer take up to {max(self.too_long)} tokens; the "
-                f"model has {limit}"
-            )
-
 
 def encode(
     args: argparse.Namespace,
@@ -108,6 +100,30 @@ def encode(
             asked.prompts.append(prompt)
         else:
             asked.too_long.append(prompt.num_tokens)
+    return asked
+
+
+def fitted(make: Callable[[int], Asked], option: str, length: int, limit: int) -> Asked:
+    """Examples of a length, a little shorter where nothing of the model's would be left to answer.
+
+    Args:
+        make: examples that leave so many tokens of the length free.
+        option: the length's.
+        length: most tokens of a text.
+        limit: tokens of a prompt and its answer.
+
+    Raises:
+        ValueError: the model takes fewer tokens.
+    """
+    room, asked = 0, make(0)
+    while asked.too_long and length <= limit:  # again: a shorter text may be cut otherwise
+        room += max(asked.too_long) - limit
+        asked = make(room)
+    if asked.too_long:
+        raise ValueError(
+            f"{option} {length}: a prompt and its answer take up to {max(asked.too_long)} tokens; "
+            f"the model has {limit}"
+        )
     return asked
 
 

@@ -11,15 +11,18 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from paged_kv import models
 from paged_kv.bench.script import positive
 from paged_kv.eval.answering import (
+    Asked,
     add_asking,
     check_question,
     encode,
+    fitted,
     haystack_of,
     limit_of,
     run_examples,
@@ -50,14 +53,17 @@ def main(args: argparse.Namespace) -> None:
     check_question(args)
     model = models.resolve(args.model)
     encoder = PromptEncoder(model)
-    examples = list(
-        needle.examples(
-            args.lengths, args.depths, args.facts, args.seed, encoder.count, args.haystack
-        )
-    )
+    settings = args.depths, args.facts, args.seed, encoder.count, args.haystack
     limit = limit_of(model, None)
-    asked = encode(args, encoder, examples, limit)
-    asked.check_all_fit(f"lengths {max(args.lengths)}", limit)
+
+    def make(length: int, room: int) -> Asked:
+        return encode(args, encoder, needle.examples([length], *settings, room), limit)
+
+    asked = Asked()
+    for length in args.lengths:
+        part = fitted(partial(make, length), "lengths", length, limit)
+        asked.examples += part.examples
+        asked.prompts += part.prompts
     more = {"lengths": args.lengths, "depths": args.depths, "seed": args.seed, **haystack_of(args)}
     run_examples(args, model, "needle", asked, lambda *found: {**more, **cells(*found)})
 

@@ -10,14 +10,17 @@ for all of them.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from paged_kv import models
 from paged_kv.bench.script import positive
 from paged_kv.eval.answering import (
+    Asked,
     add_asking,
     check_question,
     encode,
+    fitted,
     haystack_of,
     in_turns,
     limit_of,
@@ -50,9 +53,11 @@ def main(args: argparse.Namespace) -> None:
     encoder = PromptEncoder(model)
     settings = args.length, args.examples, args.seed, encoder.count, args.haystack
     limit = limit_of(model, None)
-    drawn = [ruler.examples(task, *settings) for task in args.tasks.split(",")]
-    parts = [encode(args, encoder, examples, limit) for examples in drawn]
-    for part in parts:
-        part.check_all_fit(f"length {args.length}", limit)
+
+    def make(task: str, room: int) -> Asked:
+        return encode(args, encoder, ruler.examples(task, *settings, room), limit)
+
+    tasks = args.tasks.split(",")
+    parts = [fitted(partial(make, task), "length", args.length, limit) for task in tasks]
     more = {"length": args.length, "seed": args.seed, **haystack_of(args)}
     run_examples(args, model, "ruler", in_turns(parts), lambda *_: more)

@@ -125,7 +125,12 @@ def publish(
 
     origin = results.provenance(models.resolve(args.model))
     versions = origin.pop("versions")
-    rows = [row | origin | {"versions": versions | row.get("versions", {})} for row in rows]
+    rows = [
+        row
+        | origin
+        | {"versions": versions | row.get("versions", {}), "device": results.device(row["engine"])}
+        for row in rows
+    ]
     if args.json:
         for row in rows:
             print(json.dumps(row), flush=True)

@@ -23,8 +23,8 @@ def read_options(
     elif budget is not None or options:
         names = sorted(options | ({} if budget is None else {"budget": budget}))
         raise ValueError(f"policy is a CompressionConfig: {', '.join(names)} must be in it")
-    for name in ("swap_space", "swap_dir", "swap_dir_space"):
-        if value := getattr(policy, name):
+    for name in ("swap_space", "swap_dir", "swap_dir_space", "swap_format"):
+        if (value := getattr(policy, name)) != getattr(CompressionConfig(), name):
             raise ValueError(f"{name} {value!r} is an option of vLLM: here no request is swapped")
     check_spill_dir(policy.spill_dir)
     return policy

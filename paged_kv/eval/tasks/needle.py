@@ -26,6 +26,7 @@ def examples(
     seed: int,
     count_tokens: CountTokens,
     haystack: Path | None = None,
+    room: int = 0,
 ) -> Iterator[Example]:
     """One example for each length, depth and fact, in this order.
 
@@ -36,6 +37,7 @@ def examples(
         seed: of the keys; those of a depth are the same at every length.
         count_tokens: of a text, by the model's tokenizer, without special tokens.
         haystack: a text file to take in place of FILLER, from its front.
+        room: tokens of each length that are left free.
 
     Raises:
         ValueError: no length, depth or fact, a depth outside 0 to 100, a haystack that cannot be
@@ -54,13 +56,19 @@ def examples(
         for length in lengths:
             for depth in depths:
                 for fact in range(facts):
-                    yield _example(text, length, depth, fact, seed, count_tokens)
+                    yield _example(text, length, room, depth, fact, seed, count_tokens)
 
     return drawn()
 
 
 def _example(
-    text: Growing, length: int, depth: int, fact: int, seed: int, count_tokens: CountTokens
+    text: Growing,
+    length: int,
+    room: int,
+    depth: int,
+    fact: int,
+    seed: int,
+    count_tokens: CountTokens,
 ) -> Example:
     key = str(Random(f"{TASK}-{seed}-{depth}-{fact}").randrange(10000, 100000))
     needle = NEEDLE.format(key=key)
@@ -70,7 +78,7 @@ def _example(
             " ".join(hide(text.first(count), [(depth, needle)])), QUESTION, ANSWER_PREFIX
         )
 
-    prompt = fit(Draft(build, (key,)), length, count_tokens, TASK)
+    prompt = fit(Draft(build, (key,)), length - room, count_tokens, TASK)
     return Example(
         id=f"{TASK}-{length}-{seed}-{depth}-{fact}",
         task=TASK,

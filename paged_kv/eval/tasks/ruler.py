@@ -26,6 +26,7 @@ def examples(
     seed: int,
     count_tokens: CountTokens,
     haystack: Path | None = None,
+    room: int = 0,
 ) -> Iterator[Example]:
     """Examples of a task; the first ones are the same for any count.
 
@@ -38,6 +39,7 @@ def examples(
         count_tokens: of a text, by the model's tokenizer, without special tokens.
         haystack: a text file (essays, a book) to hide needles in, for the tasks with essays; the
             others ignore it. It is read from its front, again if it is too short.
+        room: tokens of the length that are left free.
 
     Raises:
         ValueError: no such task, a number below 1, a haystack that cannot be read; from the
@@ -54,7 +56,7 @@ def examples(
         for index in range(count):
             name = f"{task}-{length}-{seed}-{index}"
             one = draft(Random(name), index)  # a text as seed, hashed with SHA-512
-            prompt = fit(one, length, count_tokens, task)
+            prompt = fit(one, length - room, count_tokens, task)
             yield Example(
                 id=name,
                 task=task,

@@ -10,6 +10,9 @@ from paged_kv.vllm.plan import GroupedPlan
 
 CACHE_DTYPES = {"int8_per_token_head": "int8", "int4_per_token_head": "int4"}
 READABLE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
+# Whose entries can be moved: all bytes of one, its scales too, lie together. In nvfp4's pages they
+# do not (all data come before all scales); of the others nobody has shown it.
+MOVABLE_DTYPES = (*READABLE_DTYPES, *CACHE_DTYPES, "fp8_per_token_head")
 NO_FULL_ATTENTION = "a model without full-attention layers (all have a sliding window)"
 
 
@@ -80,15 +83,18 @@ def check_groups(
 
 
 def check_cache_dtype(cache_dtype: str, config: CompressionConfig) -> None:
-    """Moving entries needs no knowledge of their format; reading and merging them does.
+    """Refuses pages whose entries cannot be moved, or read by a policy that reads them.
 
     Args:
-        cache_dtype: of vLLM.
+        cache_dtype: of vLLM, not auto where a checkpoint says another.
         config: with a policy.
 
     Raises:
-        ValueError: the policy reads pages, and cannot read these.
+        ValueError: names the dtype and those that are possible.
     """
+    if cache_dtype not in MOVABLE_DTYPES:
+        possible = ", ".join(MOVABLE_DTYPES)
+        raise unsupported(config, f"the cache dtype {cache_dtype}: it moves entries of {possible}")
     policy = config.create_policy()
     reads = policy.observation_window > 0 or policy.reads
     if reads and cache_dtype not in READABLE_DTYPES:
