@@ -1,6 +1,7 @@
 """Peers in evaluations: transformers' caches, and kvpress in a process of its own."""
 
 import ast
+import io
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,8 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from paged_kv.config import CompressionConfig
+from paged_kv.eval.answering import run_answers
+from paged_kv.eval.cases import Case
+from paged_kv.eval.peer_runs import with_peers
 from paged_kv.eval.peers import kvpress_process, peers
 from paged_kv.eval.prompt import Prompt
 from paged_kv.eval.reference.engine import ReferenceEngine
@@ -75,6 +80,21 @@ def answered(model, prompt, change):
     return peer_protocol.answer(model, cache, compression, argument, **prompt._asdict())
 
 
+def test_progress_counts_policies_then_peers(tiny):
+    cases = [
+        Case(name, None, CompressionConfig(), Path(tiny), 32)
+        for name in ("dynamic", "full", "dynamic")
+    ]
+    steps: list[tuple[int, int | None]] = []
+    run = with_peers(run_answers("reference"), None)
+    with tqdm(file=io.StringIO()) as bar:
+        for _ in run(
+            [ANSWERED, SHORT], cases, lambda number, index: (number, index) != (0, 2), bar
+        ):
+            steps.append((bar.n, bar.total))
+    assert steps == [(1, 2), (2, 2), (1, 4), (2, 4), (4, 4)]
+
+
 def rounded(bits):
     """64 numbers in a row, which are two tokens of a head here, share a scale."""
 
@@ -89,7 +109,8 @@ def rounded(bits):
 
 @pytest.mark.parametrize("bits", [4, 2])
 def test_quantized_caches_hold_packed_numbers(tiny, bits):
-    pytest.importorskip("optimum.quanto")
+    if not REQUIRED:
+        pytest.importorskip("optimum.quanto")
     model = load_model(Path(tiny))
     prompts = [ANSWERED, SCORED]
     found = list(peers.answers(f"quantized-int{bits}", Path(tiny), prompts, None))

@@ -37,15 +37,20 @@ def with_peers(
             found = run_all(samples, several, lambda n, place: todo(n, own[place]), bar)
             for number, place, outcome in found:
                 yield number, own[place], outcome
-        for index, case in enumerate(cases):
-            if not case.is_peer:
-                continue
+        others = [index for index, case in enumerate(cases) if case.is_peer]
+        if others:
+            bar.unit = "answer"  # of policies in perplexity it counts tokens
+            bar.reset(len(samples) * len(others))
+        for index in others:
+            case = cases[index]
             bar.set_description(str(case))
             wanted = [number for number in range(len(samples)) if todo(number, index)]
+            bar.update(len(samples) - len(wanted))
             prompts = [prompt_of(samples[number]) for number in wanted]
             kept = None if case.budget is None else _entries(case)
             answers = peers.answers(case.policy, case.model, prompts, kept, kvpress_python)
             for number, answer in zip(wanted, answers, strict=True):
+                bar.update()
                 yield number, index, outcome_of(answer)
 
     return run
