@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import hf_models
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from paged_kv.eval.reference.engine import ReferenceEngine
 from paged_kv.hf import PagedCache, enable, generate_batch, seams
+from paged_kv.hf.rope import of_embedding
 
 LONGROPE = {
     "rope_type": "longrope",
@@ -84,6 +86,44 @@ def test_tables_are_the_models_own_at_all_positions(name, whose):
     for ours, theirs in zip(rotary.mean(start, 512), (cos, sin), strict=True):
         expected = torch.stack([theirs[at : at + 512].double().mean(0) for at in start.tolist()])
         torch.testing.assert_close(ours.double(), expected, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi", "cohere", "glm", "glm4", "ernie4_5", "helium"])
+def test_whatever_turns_together_is_what_the_model_turns(kind):
+    """Halves or neighbours, all dimensions or some: by the function that its layers call."""
+    sizes = {**hf_models._SIZES, "num_hidden_layers": 1, "pad_token_id": 0}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval()
+    positions = torch.arange(40)
+    cos, sin = model.model.rotary_emb(torch.zeros(1), positions[None])
+    modeling = sys.modules[type(model).__module__]
+    keys = torch.randn(1, 1, 40, attention(model).head_dim)
+    size = cos.shape[-1] if kind == "phi" else keys.shape[-1]  # it turns a part, by itself
+    _, turned = modeling.apply_rotary_pos_emb(*[keys[..., :size]] * 2, cos, sin)
+    for whose in (seams.rotary_of(model), seams.rotary_of_layer(attention(model))):
+        undone = whose().rotate(turned[0, 0], positions, back=True)
+        torch.testing.assert_close(undone, keys[0, 0, :, :size], atol=1e-4, rtol=0)
+
+
+REFUSED = {
+    "has none": ("granitemoehybrid", {"position_embedding_type": None}),
+    "has layers without": ("granite_swa", {"layer_rope_theta": [1e4, 0.0]}),
+    "has several kinds": ("granite_swa", {"layer_rope_theta": [1e4, 1e6]}),
+    "has a norm after it": ("hunyuan_v1_dense", {}),
+    "has positions of several dimensions": (
+        "llama",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6]}},
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_a_turn_back_does_not_undo_is_refused(what):
+    kind, more = REFUSED[what]
+    config = AutoConfig.for_model(kind, num_hidden_layers=2, **more)
+    rope = of_embedding(lambda: pytest.fail("made"), config, torch.device("cpu"))
+    message = rf"a {kind} model {what}: use a policy that reads no RoPE"
+    with pytest.raises(ValueError, match=message):
+        rope("kv-policy 'pyramidal'")
 
 
 def attention(model: Any) -> Any:

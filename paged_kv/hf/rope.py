@@ -22,6 +22,7 @@ from paged_kv.kernels.rotary import Rotary, from_tables
 _HIGHEST = 15  # frequencies are read at powers of two below 2 ** 15
 _CHECKED = (3, 7, 100, 1000, 5000, 30000)
 _NOWHERE_BUT_SLIDING = {"cohere2", "cohere2_moe", "exaone4", "exaone4_5", "exaone_moe", "afmoe"}
+_NORM_AFTER_ROPE = {"hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl"}  # with a weight
 
 
 @dataclass(frozen=True)
@@ -140,23 +141,33 @@ def of_embedding(find: Callable[[], Any], config: Any, device: torch.device) -> 
     @cache
     @keeps
     def make(is_past: bool) -> Rotary:
-        embedding = find()
-        _check_layers(config)
-        return _tables(embedding, switch, is_past, device)
+        if config is not None:
+            _check_layers(config)
+        return _tables(find(), switch, is_past, device)
 
     return Rope(make, kind, switch, drops)
 
 
 def _check_layers(config: Any) -> None:
-    """Raises ValueError: some layers with full attention do not turn keys at all."""
+    """Raises ValueError: RoPE is not what layers with full attention do last, all alike."""
     rope_layers = getattr(config, "no_rope_layers", None)  # 1 where there is RoPE
+    thetas = getattr(config, "layer_rope_theta", None)  # 0 where there is none
     types = getattr(config, "layer_types", None) or []
+    settings = getattr(config, "rope_parameters", None) or {}
     sliding_only = config.model_type in _NOWHERE_BUT_SLIDING and len(set(types)) > 1
-    if sliding_only or (rope_layers and not all(rope_layers)):
-        raise ValueError(
-            f"this policy undoes the model's RoPE, and a {config.model_type} model has layers "
-            "without: use a policy that reads no RoPE (snapkv, streaming, ...)"
-        )
+    refused = {
+        "has layers without": sliding_only or not all(rope_layers or [1]) or not all(thetas or [1]),
+        "has several kinds": len(set(thetas or [1])) > 1,
+        "has none": getattr(config, "position_embedding_type", "rope") != "rope",
+        "has a norm after it": config.model_type in _NORM_AFTER_ROPE,
+        "has positions of several dimensions": "mrope_section" in settings,
+    }
+    for what, present in refused.items():
+        if present:
+            raise ValueError(
+                f"this policy undoes the model's RoPE, and a {config.model_type} model {what}: use "
+                "a policy that reads no RoPE (snapkv, streaming, ...)"
+            )
 
 
 def _tables(embedding: Any, switch: int | None, is_past: bool, device: torch.device) -> Rotary:
@@ -177,9 +188,10 @@ def _tables(embedding: Any, switch: int | None, is_past: bool, device: torch.dev
         which = ["full_attention"] if by_type else []
         like = torch.zeros(1, dtype=torch.float32, device="cpu")
         cos, sin = embedding.cpu()(like, positions[None], *which)
-    if cos.dim() != 3:
-        raise ValueError(f"{name} has positions of several dimensions: this policy knows one")
     half = cos.shape[-1] // 2
-    place = slice(0, half) if neox else slice(0, None, 2)
+    # Where neighbours turn together, a table has each number twice in a row (Cohere), or it is that
+    # of halves, and repeated when it is used (GLM, ERNIE 4.5, Helium).
+    halves = torch.equal(cos[..., :half], cos[..., half:])
+    place = slice(0, half) if neox or halves else slice(0, None, 2)
     rotary = from_tables(positions, cos[0, :, place].float(), sin[0, :, place].float(), neox)
     return replace(rotary, frequencies=rotary.frequencies.to(device))
