@@ -134,6 +134,25 @@ def test_queries_are_found_again(layout, kernel_page_size, runner, make_compacto
     )
 
 
+def test_queries_that_vllm_has_quantized_get_their_scale(make_compactor):
+    """With an fp8 cache its backends on GPUs take fp8 queries, divided by a checkpoint's scale."""
+    policy = SnapKV(SINKS, RECENT, {"observation_window": 8})
+    query = torch.randn(31, QUERY_HEADS, HEAD_SIZE)
+    rings = []
+    for scale in (None, 0.25):
+        compactor, _, step = make_compactor(policy, LAYOUTS[0], PAGE_SIZE, "V1")
+        given = query
+        if scale is not None:
+            given = (query / scale).to(torch.float8_e4m3fn)
+            for layer in compactor.observer.layers.values():
+                layer.query_quant, layer._q_scale = object(), torch.tensor(scale)
+        run_step(compactor, step, PAGE_SIZE, given)
+        ((store,),) = compactor.observer._stores.values()
+        rings.append(store.ring.tensor.clone())
+    assert rings[0].abs().sum() > 0
+    torch.testing.assert_close(rings[1], rings[0], rtol=2**-4, atol=1e-2)  # fp8 has 3 bits
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_merged_values_are_written(layout, make_compactor):
     """Nothing is lost: values weighted by their tokens add up to what they were."""

@@ -7,7 +7,7 @@ import random
 import engines  # noqa: F401, sets vLLM's environment before it is imported
 import pytest
 from random_worlds import random_rules
-from world_rules import start_up_pages
+from world_rules import Rules, start_up_pages
 from worlds import World
 from worlds import small_world as world
 
@@ -206,6 +206,33 @@ def test_resumed_request_is_recomputed_in_chunks():
 
 
 # Ends of requests
+
+
+def test_workers_are_not_told_of_a_request_that_is_gone():
+    world = World(Rules(num_pages=12, max_len=64, batch=40, pressure=True))
+    pressure = world.scheduler.pressure
+    name = world.add(list(range(1, 21)), 4)
+    pressure.tell(name, 20)
+    world.abort(name)
+    assert not pressure.drain()
+
+
+@pytest.mark.parametrize("caching", [False, True])
+def test_a_reset_while_the_first_step_is_in_flight(caching):
+    """The copies that the prefix cache gets of it are in nobody's table, and must not be in use."""
+    world = World(
+        Rules(num_pages=60, max_len=64, batch=40, asynchronous=True, caching=caching), seed=5
+    )
+    prompt = list(range(1, 31))
+    world.add(prompt, 30)
+    world.step()
+    (manager,) = world.scheduler.paged_managers
+    assert bool(manager.cached_pages.snapshots._in_flight) is caching
+    world.reset()
+    assert world.pool.get_num_free_blocks() == 59
+    world.add(prompt, 30)
+    world.run(100)
+    world.check_empty()
 
 
 def test_aborts_give_all_back():

@@ -1,5 +1,6 @@
 """What is refused under a policy, before weights are read, and what vLLM says without one."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -83,6 +84,11 @@ def test_cache_dtypes_whose_entries_nobody_can_move():
     assert {*MOVABLE_DTYPES} <= {*get_args(CacheDType)}
     for dtype in MOVABLE_DTYPES:
         check_cache_dtype(dtype, config)
+    check_cache_dtype("nvfp4", CompressionConfig(swap_space=1.0))  # whole pages
+    swap = CompressionConfig(swap_space=1.0, swap_format="int4")
+    for dtype in ("nvfp4", "int8_per_token_head"):
+        with pytest.raises(ValueError, match=f"kv-swap-space .* {dtype} with swap_format int4, "):
+            check_cache_dtype(dtype, swap)
 
 
 def test_a_cache_dtype_that_a_policy_cannot_read():
@@ -112,6 +118,10 @@ def test_a_cache_dtype_that_a_policy_cannot_read():
         ("the worker class some.Worker", {"worker_cls": "some.Worker"}),
         ("dual-batch overlap", {"enable_dbo": True}),
         ("a pooling model", {"runner": "pooling"}),
+        (
+            "--kv-cache-dtype-skip-layers with --kv-cache-dtype fp8_e5m2",
+            {"kv_cache_dtype": "fp8_e5m2", "kv_cache_dtype_skip_layers": ["0"]},
+        ),
     ],
 )
 def test_features_are_refused(model, refusal, kwargs):
@@ -119,6 +129,25 @@ def test_features_are_refused(model, refusal, kwargs):
         engine_config(model, POLICY, **kwargs)
     assert refusal in str(error.value)
     assert "paged_kv" not in engine_config(model, **kwargs).parallel_config.worker_cls
+
+
+def test_experts_routes_and_whole_images_are_refused(model):
+    """The first where vLLM has it: for models with experts, on GPUs."""
+    from paged_kv.config import CompressionConfig
+    from paged_kv.vllm.frontend import support
+
+    policy = CompressionConfig.from_dict({**POLICY, "budget": 512})
+    pieces = replace(policy, compress_prefill=True)
+    config = engine_config(model)
+    config.scheduler_config.disable_chunked_mm_input = True
+    support.check(config, policy)
+    with pytest.raises(ValueError, match="--disable-chunked-mm-input with compress_prefill"):
+        support.check(config, pieces)
+    config = engine_config(model)
+    support.check(config, pieces)
+    config.aux_output_config.enable_return_routed_experts = True
+    with pytest.raises(ValueError, match="not support --enable-return-routed-experts"):
+        support.check(config, policy)
 
 
 def test_more_ranks_than_kv_heads_are_refused(tmp_path):

@@ -28,6 +28,23 @@ def pages(count: int, first: int = 0) -> list[dict[int, int]]:
     return [{first + index: 100 + index for index in range(count)}]
 
 
+def test_who_is_swapped_is_known_after_another_handshake():
+    """vLLM 0.33 makes one when an engine wakes up."""
+    from paged_kv.vllm.swap.connector import SwapConnector
+
+    connector = SwapConnector.__new__(SwapConnector)
+    connector.ledger = None
+    ranks = {0: Capacity(64, 10, 0, 0), 1: Capacity(64, 12, 0, 0)}
+    connector.set_xfer_handshake_metadata(ranks)
+    one = connector.ledger
+    assert one.save("a", 70, pages(4))
+    connector.set_xfer_handshake_metadata(ranks)
+    assert connector.ledger is one
+    assert (one.capacity.host_slots, one.num_ranks, [*one.swapped]) == (10, 2, ["a"])
+    connector.set_xfer_handshake_metadata({0: Capacity(64, 12, 0, 0)})
+    assert (connector.ledger.capacity.host_slots, [*connector.ledger.swapped]) == (12, [])
+
+
 def test_a_save_names_pages_and_slots_and_a_load_the_same_slots():
     one = ledger(10, state=1)
     assert one.save("a", 70, [{2: 12, 3: 13}, {0: 20}])

@@ -11,6 +11,8 @@ from random_worlds import random_swap_world
 from world_rules import Rules
 from worlds import World
 
+from paged_kv.vllm.swap.commands import Save
+
 NUM_SEEDS = 150
 KINDS: dict[str, dict[str, Any]] = {
     "cached": {},
@@ -100,3 +102,33 @@ def test_a_request_that_cannot_come_back_is_in_the_prefix_cache_again() -> None:
     world.run(100)
     world.run_out()
     world.check_empty()
+
+
+def test_a_victim_with_copies_that_are_not_made_yet_is_saved_from_where_they_come() -> None:
+    """Under priorities one can be preempted in the schedule() that gave them to it."""
+    world = World(Rules(num_pages=60, max_len=64, batch=40, swap=(40, 0), private_hits=True))
+    scheduler, connector = world.scheduler, world.scheduler.connector
+    (manager,) = scheduler.paged_managers
+    prompt = list(range(1, 25))
+    world.add(prompt, 20)
+    world.step()
+    hitter = world.add([*prompt, 25], 20)
+    take = scheduler.kv_cache_manager.take_kv_cache_block_copies
+    saved: list[tuple[set[int], dict[int, int]]] = []
+
+    def preempted_now() -> Any:
+        copies = {
+            target.block_id: source.block_id for source, target in manager._pending_cow_copies
+        }
+        if copies and not saved:
+            connector.swap_out(world.requests[hitter])
+            [save] = [one for one in world.ledger._commands if isinstance(one, Save)]
+            saved.append((set(save.pages.page_ids[0]), copies))
+        return take()
+
+    scheduler.kv_cache_manager.take_kv_cache_block_copies = preempted_now
+    scheduler.schedule()
+    [(pages, copies)] = saved
+    assert copies
+    assert set(copies.values()) <= pages
+    assert not set(copies) & pages

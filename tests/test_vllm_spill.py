@@ -147,19 +147,22 @@ def test_what_ends_leaves_nothing(tiny):
     assert stats.fetched > 0
 
 
-def test_stores_of_preempted_requests(tiny):
+@pytest.mark.parametrize("runner", ["V1", "V2"])
+def test_stores_of_preempted_requests(runner):
     """They are dropped, unless somebody keeps the pages until the request resumes."""
     spill = RequestStores(SpillSpace(budget=10, host_budget=10))
     shape = SpillShape((2, 1), (16, 16), torch.float32)
     kept, *_ = [spill.of(request, "layers", shape) for request in "abc"]
 
     def update(finished=(), preempted=(), resumed=()):
-        cached = SimpleNamespace(resumed_req_ids=set(resumed))
+        cached = SimpleNamespace(resumed_req_ids=set(resumed) if runner == "V1" else set())
+        new = [SimpleNamespace(req_id=name) for name in resumed if runner == "V2"]
         spill.update(
             SimpleNamespace(
                 finished_req_ids=set(finished),
                 preempted_req_ids=set(preempted),
                 scheduled_cached_reqs=cached,
+                scheduled_new_reqs=new,
             )
         )
         return sorted(spill._stores)

@@ -206,6 +206,13 @@ class World:
                 if name in loads:
                     self.restored[name] = loads[name].num_tokens
                     assert self.restored[name] == end - num_tokens
+                    if self.rules.private_hits and self.start(name) != NEVER:
+                        # Cached pages have no scores: it gets back all that it had.
+                        loaded = [len(group) for group in loads[name].pages.page_ids]
+                        held = [len(pages) for pages in self.held(name)]
+                        new = cdiv(end, self.rules.page_size)
+                        new -= cdiv(end - num_tokens, self.rules.page_size)
+                        assert loaded == [count - new for count in held], f"{name}: hits"
                 for manager in self.paged_managers:
                     lost = manager.restored_pages(name)
                     assert not lost or name in loads, f"{name} has not come back"

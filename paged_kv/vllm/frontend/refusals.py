@@ -83,23 +83,25 @@ def check_groups(
 
 
 def check_cache_dtype(cache_dtype: str, config: CompressionConfig) -> None:
-    """Refuses pages whose entries cannot be moved, or read by a policy that reads them.
+    """Refuses pages whose entries cannot be moved, or read by what reads them.
 
     Args:
         cache_dtype: of vLLM, not auto where a checkpoint says another.
-        config: with a policy.
+        config: with a policy, or with a swap.
 
     Raises:
         ValueError: names the dtype and those that are possible.
     """
-    if cache_dtype not in MOVABLE_DTYPES:
-        possible = ", ".join(MOVABLE_DTYPES)
-        raise unsupported(config, f"the cache dtype {cache_dtype}: it moves entries of {possible}")
-    policy = config.create_policy()
-    reads = policy.observation_window > 0 or policy.reads
-    if reads and cache_dtype not in READABLE_DTYPES:
-        raise unsupported(
-            config,
-            f"the cache dtype {cache_dtype} with {config.selector}, which reads the cache; "
-            f"it reads {', '.join(READABLE_DTYPES)}",
-        )
+    asked, reader = f"the cache dtype {cache_dtype}", None
+    if config.enabled:
+        if cache_dtype not in MOVABLE_DTYPES:
+            possible = ", ".join(MOVABLE_DTYPES)
+            raise unsupported(config, f"{asked}: it moves entries of {possible}")
+        policy = config.create_policy()
+        if policy.observation_window > 0 or policy.reads:
+            reader = f"{config.selector}, which reads the cache"
+    if config.swap_format != NATIVE:
+        reader = f"swap_format {config.swap_format}, which converts it"
+    if reader and cache_dtype not in READABLE_DTYPES:
+        possible = ", ".join(READABLE_DTYPES)
+        raise unsupported(config, f"{asked} with {reader}; it reads {possible}")

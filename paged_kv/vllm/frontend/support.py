@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm.logger import init_logger
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from paged_kv.config import CompressionConfig
 from paged_kv.core.page_formats import NATIVE
@@ -71,12 +72,12 @@ def check(vllm_config: Any, config: CompressionConfig) -> GroupedPlan:
     full_layers = full_attention_layers(hf_config, num_layers)
     if not full_layers and (config.enabled or config.page_format != NATIVE):
         raise unsupported(config, NO_FULL_ATTENTION)
+    check_cache_dtype(vllm_config.cache_config.cache_dtype, config)
     page_size = vllm_config.cache_config.block_size
     plan = GroupedPlan(page_size, False, {}, 0, 1, num_layers)
     if config.enabled:
         if len(full_layers) < num_layers:
             logger.info("paged_kv leaves the layers that have no full attention as they are")
-        check_cache_dtype(vllm_config.cache_config.cache_dtype, config)
         budgets = make_plan(config, page_size, num_layers, full_layers)
         plan = group_layers(budgets, config, num_layers - len(full_layers))
         when = ", once pages run out" if config.waits_for_pressure else ""
@@ -123,6 +124,15 @@ def _check_features(vllm_config: Any, config: CompressionConfig) -> None:
             f"the scheduler class {scheduler.scheduler_cls}": scheduler.scheduler_cls is not None,
             f"the worker class {parallel.worker_cls}": parallel.worker_cls not in WORKERS,
             "HiSparse": vllm_config.attention_config.hisparse_config is not None,
+            # Its store keeps what belongs to a page, and has as many places as there are pages.
+            "--enable-return-routed-experts": vllm_config.aux_output_config.enabled,
+            # A piece of a prompt may be shorter than an image, which would wait for ever.
+            "--disable-chunked-mm-input with compress_prefill": config.compress_prefill
+            and scheduler.disable_chunked_mm_input,
+            f"--kv-cache-dtype-skip-layers with --kv-cache-dtype {cache.cache_dtype}": bool(
+                config.enabled and cache.kv_cache_dtype_skip_layers
+            )
+            and is_quantized_kv_cache(cache.cache_dtype),
         },
     )
     shards = parallel.tensor_parallel_size

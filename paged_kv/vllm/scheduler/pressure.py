@@ -81,8 +81,13 @@ class Pressure:
         return starts
 
     def forget(self, request_id: str) -> None:
-        """A request has lost its pages, or ended."""
+        """A request has lost its pages."""
         self._coming.pop(request_id, None)
+
+    def end(self, request_id: str) -> None:
+        """A request is over: workers that were not told of it forget no name that comes later."""
+        self.forget(request_id)
+        self._starts.pop(request_id, None)
 
     def relieve(
         self, running: Sequence[Request], waiting: Iterator[int], requests: Mapping[str, Request]

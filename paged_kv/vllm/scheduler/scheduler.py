@@ -98,6 +98,15 @@ class _PagedMixin(AdmittingMixin, ClippingMixin, RefusingMixin):
             self._watch.update()
         return super().make_stats(*args, **kwargs)
 
+    def reset_prefix_cache(
+        self, reset_running_requests: bool = False, reset_connector: bool = False
+    ) -> bool:
+        """Forgets cached pages; those that a step in flight copies are no reason to fail."""
+        if reset_running_requests or not self.running:
+            for manager in self.paged_managers:
+                manager.cached_pages.snapshots.drop()
+        return super().reset_prefix_cache(reset_running_requests, reset_connector)
+
     def add_request(self, request: Request) -> None:
         """Registers the request with the managers; refuses one that can never run.
 
@@ -124,7 +133,7 @@ class _PagedMixin(AdmittingMixin, ClippingMixin, RefusingMixin):
         for manager in self.paged_managers:
             manager.end(request.request_id)
         if self.pressure is not None:
-            self.pressure.forget(request.request_id)
+            self.pressure.end(request.request_id)
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)
@@ -160,9 +169,11 @@ class _RestoringMixin(SwapMixin, _PagedMixin):
     paged_managers: Sequence[RestoringManager]
 
     def _get_local_prefix_cache_hit(self, request: Request, *longest: int | None) -> Any:
-        restored = self.restorable_tokens(request)
-        evicted = [m.restore(request.request_id, restored) for m in self.paged_managers]
-        if any(evicted):  # what comes back is compressed; cached pages are not
+        restored, name = self.restorable_tokens(request), request.request_id
+        evicted = [m.restore(name, restored) for m in self.paged_managers]
+        scored = restored and any(m.has_scores(name) for m in self.paged_managers)
+        # What comes back is compressed, or has scores; cached pages are not, and have none.
+        if scored or any(evicted):
             self._held_back = None
             return self.kv_cache_manager.empty_kv_cache_blocks, 0, 0, False
         hit = super()._get_local_prefix_cache_hit(request, *longest)

@@ -96,6 +96,11 @@ class Snapshots:
         self._taken = [s for s in self._taken if s.request_id != request_id]
         self.block_pool.free_blocks(dropped)
 
+    def drop(self) -> None:
+        """Nobody shall hit the copies of steps in flight: whoever gets their pages writes later."""
+        self.block_pool.free_blocks([snapshot.copy for snapshot in self._in_flight])
+        self._in_flight = []
+
     def publish(self) -> None:
         """A step is complete: any step scheduled from now on runs after the copies."""
         for snapshot in self._in_flight:

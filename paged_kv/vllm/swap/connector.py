@@ -46,12 +46,20 @@ class SwapConnector(KVConnectorBase_V1, SupportsHMA):
     # The scheduler's side.
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
-        """The workers have made their tiers; the smallest counts."""
+        """The workers have made their tiers; the smallest counts.
+
+        vLLM 0.33 says it again when an engine wakes up: what is there is still there.
+        """
         ranks: list[Capacity] = list(metadata.values())
         names = ("slot_bytes", "host_slots", "file_slots", "ring_slots")
         by_name = {name: [getattr(rank, name) for rank in ranks] for name in names}
         assert len(set(by_name["slot_bytes"])) == len(set(by_name["ring_slots"])) == 1
-        self.ledger = Ledger(Capacity(**{n: min(v) for n, v in by_name.items()}), len(ranks))
+        capacity = Capacity(**{n: min(v) for n, v in by_name.items()})
+        if self.ledger is None or (self.ledger.capacity, self.ledger.num_ranks) != (
+            capacity,
+            len(ranks),
+        ):
+            self.ledger = Ledger(capacity, len(ranks))
 
     def swap_out(self, request: Any) -> None:
         """A request is being preempted and still has its pages.
@@ -68,7 +76,11 @@ class SwapConnector(KVConnectorBase_V1, SupportsHMA):
             first = self._evicted(manager, request, num_tokens) // manager.block_size
             blocks = manager.req_to_blocks.get(request_id, [])
             last = cdiv(num_tokens, manager.block_size)
-            pages.append(_page_ids(blocks, first, last))
+            page_ids = _page_ids(blocks, first, last)
+            # Under priorities a victim may have got copies of shared pages in this very schedule().
+            # They are made after the save: until then the content is where it comes from.
+            source = {c.block_id: s.block_id for s, c in manager._pending_cow_copies}
+            pages.append({index: source.get(page, page) for index, page in page_ids.items()})
         self.ledger.save(request_id, num_tokens, pages)
 
     def restorable(self, request: Any) -> int:

@@ -154,8 +154,11 @@ class Observer:
             return
         observed = self._observed[layer_name]
         store, layer = observed.stores[layer_name]
-        size = self.layers[layer_name].head_size
+        attention = self.layers[layer_name]
+        size = attention.head_size
         query = query.view(len(query), -1, size)
+        if getattr(attention, "query_quant", None) is not None:  # with an fp8 cache, on GPUs
+            query = query.to(attention.dtype) * attention._q_scale.to(attention.dtype)
         if observed.positions is not None:
             self._gather(layer_name, query, key.view(len(key), -1, size), observed.positions)
         if observed.ring is not None and store.ring is not None:

@@ -138,7 +138,6 @@ class PackedAttention:
         self.residual = residual
         self._cache: Tensor | None = None
         self._blocks: Tensor | None = None
-        self._terms: Terms | None = None
         layer.impl.forward = self.forward
         layer.impl.do_kv_cache_update = self.write
 
@@ -177,13 +176,10 @@ class PackedAttention:
         return output
 
     def _terms_now(self) -> Terms:
-        if self._terms is None:  # not before weights are loaded: sinks are some
-            impl = self.layer.impl
-            sinks = getattr(impl, "sinks", None)
-            softcap = float(getattr(impl, "logits_soft_cap", None) or 0.0)
-            sinks = None if sinks is None else sinks.float()
-            self._terms = Terms(float(impl.scale), softcap, sinks)
-        return self._terms
+        impl = self.layer.impl
+        sinks = getattr(impl, "sinks", None)  # weights: they may be loaded anew
+        softcap = float(getattr(impl, "logits_soft_cap", None) or 0.0)
+        return Terms(float(impl.scale), softcap, None if sinks is None else sinks.float())
 
     def _side(self) -> Side:
         return NO_SIDE if self.observer is None else self.observer.side(self.name)

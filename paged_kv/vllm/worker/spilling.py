@@ -57,6 +57,8 @@ class RequestStores(SpillStores[str]):
     def update(self, scheduler_output: Any) -> None:
         """Requests have come and gone in this step; before its compactions."""
         resumed = set(scheduler_output.scheduled_cached_reqs.resumed_req_ids)
+        # For the V2 runner those that come back are new ones.
+        resumed |= {new.req_id for new in scheduler_output.scheduled_new_reqs}
         interrupted = resumed | (scheduler_output.preempted_req_ids or set())
         for request in scheduler_output.finished_req_ids | (interrupted - self._kept):
             self.drop(request)

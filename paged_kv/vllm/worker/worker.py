@@ -15,7 +15,7 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.import_utils import resolve_obj_by_qualname
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from paged_kv.config import CompressionConfig
 from paged_kv.core.page_formats import NATIVE
@@ -28,6 +28,7 @@ from paged_kv.vllm.scheduler.registration import register
 from paged_kv.vllm.scheduler.spec import PagedSpec
 from paged_kv.vllm.swap.connector import SwapConnector
 from paged_kv.vllm.swap.copier import Copier
+from paged_kv.vllm.worker import stored_layers
 from paged_kv.vllm.worker.attention import observe_layer, wrap_backend
 from paged_kv.vllm.worker.caches import WorkerCaches, rings_of
 from paged_kv.vllm.worker.memory import Shares
@@ -201,17 +202,19 @@ class PagedWorkerMixin:
         """
         specs: dict[str, KVCacheSpec] = super().get_kv_cache_spec()  # type: ignore[misc]
         layers = self.vllm_config.compilation_config.static_forward_context
-        formats = self._formats()
-        for name in {**self._schedules(), **formats}:
-            if getattr(layers[name].impl, "alibi_slopes", None) is not None:
-                # Slots are not positions any more. Not every such model's config says so.
-                raise ValueError(f"kv-policy does not support ALiBi position biases (layer {name})")
-            spec = specs.get(name)
-            if type(spec) is not FullAttentionSpec:
-                raise ValueError(f"kv-policy: layer {name} has no plain full attention: {spec}")
-            if name in formats:
-                specs[name] = packed_spec(spec, formats[name])
-        return specs
+        formats, schedules = self._formats(), self._schedules()
+        stored_layers.check_full({**schedules, **formats}, layers, specs)
+        stored_layers.check_layouts("kv-policy", schedules, layers, specs)
+        if self._policy.observation_window or self._policy.reads:
+            stored_layers.check_scales(schedules, layers)
+        if self._plan.budgets:
+            stored_layers.check_others(layers, specs)
+            if not schedules and self.vllm_config.parallel_config.pipeline_parallel_size == 1:
+                raise ValueError("kv-policy: this model has no attention layer that we know")
+        if self._config.swap_format != NATIVE:
+            asked = f"kv-swap-format {self._config.swap_format}"
+            stored_layers.check_layouts(asked, specs, layers, specs)
+        return specs | {name: packed_spec(specs[name], form) for name, form in formats.items()}
 
     def _shares(self) -> Shares:
         """What lies beside the pages."""
