@@ -13,8 +13,7 @@ Specs = Mapping[str, KVCacheSpec]
 
 
 def check_full(names: Iterable[str], layers: Layers, specs: Specs) -> None:
-    """Refuses layers that are not plain full attention, all alike. Raises ValueError: names one."""
-    shapes = {}
+    """Refuses layers that are not plain full attention. Raises ValueError: names the layer."""
     for name in names:
         layer: Any = layers[name]
         spec: Any = specs.get(name)
@@ -23,7 +22,12 @@ def check_full(names: Iterable[str], layers: Layers, specs: Specs) -> None:
             raise ValueError(f"kv-policy does not support ALiBi position biases (layer {name})")
         if type(spec) is not FullAttentionSpec or not isinstance(layer, Attention):
             raise ValueError(f"kv-policy: layer {name} has no plain full attention: {spec}")
-        shapes[name] = spec.num_kv_heads, spec.head_size, spec.head_size_v
+
+
+def check_alike(names: Iterable[str], specs: Specs) -> None:
+    """Refuses layers whose entries differ in size, by which vLLM groups. Raises ValueError."""
+    every: dict[str, Any] = {name: specs[name] for name in names}
+    shapes = {n: (s.num_kv_heads, s.head_size, s.head_size_v) for n, s in every.items()}
     if len(set(shapes.values())) > 1:
         heads = ", ".join(f"{name}: {shape}" for name, shape in shapes.items())
         raise ValueError(f"kv-policy does not support layers whose KV heads differ ({heads})")

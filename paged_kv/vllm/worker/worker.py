@@ -204,6 +204,7 @@ class PagedWorkerMixin:
         layers = self.vllm_config.compilation_config.static_forward_context
         formats, schedules = self._formats(), self._schedules()
         stored_layers.check_full({**schedules, **formats}, layers, specs)
+        stored_layers.check_alike(schedules, specs)
         stored_layers.check_layouts("kv-policy", schedules, layers, specs)
         if self._policy.observation_window or self._policy.reads:
             stored_layers.check_scales(schedules, layers)
