@@ -9,6 +9,7 @@ import hf_models
 import pytest
 import tiny_models
 import torch
+from accelerate.utils import send_to_device
 from reference_loop import load_model
 
 from paged_kv.hf import PagedCache, PagePool, PoolFull, generate_batch
@@ -126,3 +127,38 @@ def test_a_policy_that_needs_rope_for_a_model_without():
     cache.close()
     with pytest.raises(ValueError, match="no rotary position embedding"):
         generate_batch(model, [[5, 6]], "past_future", 100, progress_bar=False)
+
+
+def test_weights_that_are_buffers(model):
+    """GPTQ's and AWQ's layers have no parameters: the keys say where RoPE's tables are wanted."""
+    other = copy.deepcopy(model)
+    for module in other.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            delattr(module, name)
+            module.register_buffer(name, weight.detach())
+    found = []
+    for one in (model, other):
+        with PagedCache(one.config, "expected_attention", 100) as cache, torch.no_grad():
+            logits = [one(tokens(1, 140), past_key_values=cache).logits]
+            logits += [one(torch.tensor([[5]]), past_key_values=cache).logits for _ in range(9)]
+            assert cache.stats().evicted > 0
+            found.append(torch.cat(logits, 1))
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_on_several_devices(model):
+    """accelerate moves what layers are given, the mask first."""
+    layer = model.model.layers[1]
+
+    def move(_: Any, args: Any, kwargs: Any) -> Any:
+        return args, send_to_device(kwargs, "meta", skip_keys=["past_key_values"])
+
+    handle = layer.register_forward_pre_hook(move, with_kwargs=True)
+    try:
+        with (
+            PagedCache(model.config) as cache,
+            pytest.raises(ValueError, match=r"^device_map: a PagedCache is on one device"),
+        ):
+            model(tokens(1, 4), past_key_values=cache)
+    finally:
+        handle.remove()

@@ -99,3 +99,21 @@ def test_what_uses_its_cache_is_left_alone():
         cache.reset()
         model.generate(inputs(), past_key_values=cache, assistant_model=draft, **SETTINGS)
         model.generate(inputs(3), **SETTINGS)  # while a cache of ours waits
+
+
+def test_prefill_in_chunks_with_a_cache_that_holds_tokens():
+    """Where transformers begins with the first token again, the document would be there twice."""
+    model, ids = hf_models.load("llama"), inputs()
+    settings = {"prefill_chunk_size": 20, **SETTINGS}
+    with PagedCache(model.config, **STREAMING) as cache:
+        expected = model.generate(ids, past_key_values=cache, **settings)
+    with PagedCache(model.config, **STREAMING) as cache, torch.no_grad():
+        model(ids[:, :40], past_key_values=cache)
+        if compat.chunks_begin_anew():
+            with pytest.raises(
+                ValueError, match="prefill_chunk_size 20: the cache holds 40 tokens"
+            ):
+                model.generate(ids, past_key_values=cache, **settings)
+            settings["prefill_chunk_size"] = None
+        assert torch.equal(model.generate(ids, past_key_values=cache, **settings), expected)
+        assert cache.stats().tokens == 91

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_models import load, prompt
+from hf_models import load, padded, prompt
 
 from paged_kv.hf import PagedCache, PagedEncoderDecoderCache, PagePool, generate_batch
 
@@ -164,12 +164,38 @@ def test_batches(name):
 def test_gradients_of_a_first_pass():
     """What the pass itself computes has them; what is kept of it has none."""
     model = load("llama")
-    ids = torch.tensor([prompt(40)])
-    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
-    model(inputs_embeds=embedded).logits.sum().backward()
+    inputs = padded([prompt(40), prompt(27, seed=1)])
+    real, mask = inputs["attention_mask"].bool(), {"attention_mask": inputs["attention_mask"]}
+    embedded = model.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_()
+    model(inputs_embeds=embedded, **mask).logits[real].sum().backward()
     expected, embedded.grad = embedded.grad, None
     with PagedCache(model.config, policy="snapkv", budget=96) as cache:
-        model(inputs_embeds=embedded, past_key_values=cache).logits.sum().backward()
+        model(inputs_embeds=embedded, past_key_values=cache, **mask).logits[real].sum().backward()
         assert expected is not None
-        torch.testing.assert_close(embedded.grad, expected)
+        # Without padding another kernel computes.
+        torch.testing.assert_close(embedded.grad, expected, atol=2e-3, rtol=1e-3)
+        check_kept(cache)
+
+
+@pytest.mark.parametrize("case", ["later", "one token", "scores", "softcap", "mask", "padded"])
+def test_gradients_of_what_is_read_from_pages(case):
+    """There are none of keys and values; those of the queries alone would be wrong ones."""
+    model = load("gemma2" if case == "softcap" else "llama")
+    ids = torch.tensor([prompt(40), prompt(40, seed=1)])
+    policy = "h2o" if case == "scores" else "snapkv"
+    mask = torch.ones(2, 41, dtype=torch.int64)
+    mask[0, :7] = 0
+    with PagedCache(model.config, policy=policy, budget=96) as cache:
+        more: dict[str, Any] = {}
+        if case in ("later", "padded"):
+            more = {"attention_mask": mask[:, :40]} if case == "padded" else {}
+            with torch.no_grad():
+                model(ids, past_key_values=cache, **more)
+            more = {"attention_mask": mask} if case == "padded" else {}
+        if case == "mask":
+            more["attention_mask"] = torch.ones(2, 1, 40, 40, dtype=torch.bool).tril()
+        new = ids if case in ("scores", "softcap", "mask") else ids[:, :1]
+        logits = model(new, past_key_values=cache, **more).logits
+        with pytest.raises(ValueError, match="read from pages have no gradients"):
+            logits.sum().backward()
         check_kept(cache)

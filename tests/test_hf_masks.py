@@ -3,6 +3,7 @@
 import pytest
 import torch
 from hf_models import load, padded, prompt, seen_under_streaming
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama import modeling_llama
@@ -160,6 +161,55 @@ def test_a_mask_that_is_too_short(model):
         logits(model, cache, two_rows(), [20])
         with pytest.raises(ValueError, match="attention_mask has 5 columns"):
             model(torch.tensor([[3], [4]]), attention_mask=mask, past_key_values=cache)
+
+
+@pytest.mark.parametrize("limit", [80, 1000], ids=["streaming", "all there"])
+def test_a_mask_that_hides_what_was_processed(model, limit):
+    """Padding is said when it comes; a row whose tokens nobody hides goes on."""
+    with PagedCache(model.config, "streaming", limit, **PAGES) as cache, torch.no_grad():
+        logits(model, cache, two_rows(), [PROMPT])
+        mask = torch.ones(2, PROMPT + 1, dtype=torch.int64)
+        mask[1, 30:40] = 0
+        before = cache.stats()
+        with pytest.raises(ValueError, match=r"attention_mask shows 90 .* row 1, but .* 100 there"):
+            model(torch.tensor([[3], [4]]), attention_mask=mask, past_key_values=cache)
+        assert cache.stats() == before
+        mask[1, 30:40] = 1
+        mask[1, -1] = 0  # of the new token it may say what it likes
+        model(torch.tensor([[3], [4]]), attention_mask=mask, past_key_values=cache)
+        assert cache.sequences.num_tokens.tolist() == [PROMPT + 1, PROMPT]
+        mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.int64)], 1)
+        model(torch.tensor([[3], [4]]), attention_mask=mask, past_key_values=cache)
+        mask = torch.ones(2, PROMPT + 3, dtype=torch.int64)  # shows what was padding
+        with pytest.raises(ValueError, match=r"shows 102 .* row 1, but .* 101 there"):
+            model(torch.tensor([[3], [4]]), attention_mask=mask, past_key_values=cache)
+
+
+def test_a_mask_of_one_row_for_a_batch(model):
+    mask = torch.ones(1, 20, dtype=torch.int64)
+    mask[0, :5] = 0
+    with PagedCache(model.config) as cache, torch.no_grad():
+        with pytest.raises(ValueError, match="attention_mask has 1 rows, but the batch has 2"):
+            model(two_rows()[:, :20], attention_mask=mask, past_key_values=cache)
+        model(two_rows()[:1, :20], attention_mask=mask, past_key_values=cache)
+
+
+def test_a_mask_of_another_kind(model):
+    """flex_attention's, made by the user: nobody could look it up at the entries that are left."""
+    mask = create_block_mask(lambda b, h, q, k: q >= k, 1, None, 20, 20, device="cpu")
+    message = r"attention_mask is a BlockMask: a PagedCache takes a tensor"
+    with PagedCache(model.config) as cache, pytest.raises(ValueError, match=message):
+        model(two_rows()[:1, :20], attention_mask=mask, past_key_values=cache)
+
+
+def test_a_mask_is_read_once_in_a_forward_pass(model, monkeypatch):
+    """On a GPU each time would wait for it."""
+    reads, to_cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda one: reads.append(one.shape) or to_cpu(one))
+    inputs = padded([prompt(70), prompt(41, seed=1)])
+    with PagedCache(model.config) as cache, torch.no_grad():
+        model(**inputs, past_key_values=cache)
+    assert reads == [(2, 71)]
 
 
 @pytest.mark.parametrize(

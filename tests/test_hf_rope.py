@@ -64,6 +64,10 @@ def applied(model: Any, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     return cos[0, :, : cos.shape[-1] // 2], sin[0, :, : sin.shape[-1] // 2]
 
 
+def rotary_of_layer(model: Any) -> Any:
+    return seams.rotary_of_layer(attention(model), model.device)
+
+
 def ids(length: int) -> torch.Tensor:
     return torch.tensor([hf_models.prompt(length)])
 
@@ -74,7 +78,7 @@ def generate(model: Any, length: int, cache: Any, count: int = 20, **more: Any) 
 
 
 @pytest.mark.parametrize("name", FIXED)
-@pytest.mark.parametrize("whose", [seams.rotary_of, lambda m: seams.rotary_of_layer(attention(m))])
+@pytest.mark.parametrize("whose", [seams.rotary_of, rotary_of_layer])
 def test_tables_are_the_models_own_at_all_positions(name, whose):
     model = make(FIXED[name])
     positions = torch.arange(3000)  # far past max_position_embeddings
@@ -99,7 +103,7 @@ def test_whatever_turns_together_is_what_the_model_turns(kind):
     keys = torch.randn(1, 1, 40, attention(model).head_dim)
     size = cos.shape[-1] if kind == "phi" else keys.shape[-1]  # it turns a part, by itself
     _, turned = modeling.apply_rotary_pos_emb(*[keys[..., :size]] * 2, cos, sin)
-    for whose in (seams.rotary_of(model), seams.rotary_of_layer(attention(model))):
+    for whose in (seams.rotary_of(model), rotary_of_layer(model)):
         undone = whose().rotate(turned[0, 0], positions, back=True)
         torch.testing.assert_close(undone, keys[0, 0, :, :size], atol=1e-4, rtol=0)
 

@@ -78,10 +78,11 @@ class Arena(ABC):
             places: int64 [tokens], page * page_size + offset.
         """
 
-    def _zeros(self, dtype: torch.dtype, *size: int) -> Tensor:
+    def _zeros(self, dtype: torch.dtype, *size: int, capacity: int | None = None) -> Tensor:
         # Zeros: what no entry has been written to is read where rows of a batch differ in length,
         # and masked; a NaN there would spread.
-        shape = (self.geometry.num_heads, self.allocator.capacity, *size)
+        num_pages = self.allocator.capacity if capacity is None else capacity
+        shape = (self.geometry.num_heads, num_pages, *size)
         return torch.zeros(shape, dtype=dtype, device=self.geometry.device)
 
     def need_side(self, policy: Policy | None) -> None:
@@ -107,20 +108,40 @@ class Arena(ABC):
     def resize(self, capacity: int, source: Int64s, target: Int64s) -> None:
         """Has so many pages from now on; copies pages from `source` to `target`, frees the rest.
 
+        One tensor after the other, so that only one of them (keys, say) is there twice, and its
+        pages in use once more, on their way. Without memory for that all is as it was: those that
+        have moved go back, the last one first, in memory that was there a moment ago.
+
         Args:
             capacity: pages.
-            source: page ids before.
+            source: page ids before, all that are held.
             target: page ids afterwards, in the same order.
         """
-        old = self.allocator
-        self.allocator = PageAllocator(capacity)
-        self.allocator.references[target] = old.references[source]
-        self.allocator.num_held = len(target)
+        allocator = PageAllocator(capacity)
+        allocator.references[target] = self.allocator.references[source]
+        allocator.num_held = len(target)
         read, write = (torch.from_numpy(ids).to(self.geometry.device) for ids in (source, target))
-        for tensors in (self.content, self.side):
-            for name, tensor in tensors.items():
-                tensors[name] = self._zeros(tensor.dtype, *tensor.shape[2:])
-                tensors[name][:, write] = tensor[:, read]
+        places = [(part, name) for part in (self.content, self.side) for name in part]
+        moved = 0
+        try:
+            for part, name in places:
+                part[name] = self._moved(part[name], capacity, read, write)
+                moved += 1
+        except BaseException:
+            for part, name in reversed(places[:moved]):
+                part[name] = self._moved(part[name], self.allocator.capacity, write, read)
+            raise
+        self.allocator = allocator
+
+    def _moved(self, tensor: Tensor, capacity: int, read: Tensor, write: Tensor) -> Tensor:
+        """One of so many pages, in which `write` has what is in `read` of this."""
+        new = self._zeros(tensor.dtype, *tensor.shape[2:], capacity=capacity)
+        try:
+            new[:, write] = tensor[:, read]
+        except BaseException:
+            del new  # the error holds this frame: its memory is wanted for the way back
+            raise
+        return new
 
     def copy(self, source: Int64s, target: Int64s) -> None:
         """Copies whole pages."""

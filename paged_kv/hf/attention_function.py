@@ -40,15 +40,14 @@ def paged_attention(
 
     Raises:
         ValueError: output_attentions is asked for; the model's attention implementation has no
-            mask function; see PagedCache.attend.
+            mask function; the mask is of a kind that we do not know; see PagedCache.attend.
     """
     if options.get("output_attentions"):
         raise ValueError(
             "output_attentions: a PagedCache never has the attention of all tokens; use a "
             "DynamicCache and attn_implementation='eager' for that"
         )
-    if attention_mask is None:
-        _check_masks(module)
+    _check_mask(module, attention_mask)
     heads = query.shape[1], key.key.shape[1]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     bias = bias_of(attention_mask, options.get("position_bias"), heads)
@@ -59,8 +58,18 @@ def paged_attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-def _check_masks(module: Any) -> None:
-    """transformers makes no mask for an implementation that it knows no mask function of."""
+def _check_mask(module: Any, mask: Any) -> None:
+    """Raises ValueError: it says nothing that we understand.
+
+    transformers makes no mask for an implementation that it knows no mask function of.
+    """
+    if isinstance(mask, MaskSpec | Tensor):
+        return
+    if mask is not None:
+        raise ValueError(
+            f"attention_mask is a {type(mask).__name__}: a PagedCache takes a tensor, [rows, "
+            "tokens] or [rows, heads, queries, tokens], or None"
+        )
     name = getattr(getattr(module, "config", None), "_attn_implementation", None)
     if name is not None and name not in ALL_MASK_ATTENTION_FUNCTIONS:
         raise ValueError(

@@ -26,7 +26,7 @@ from paged_kv.hf.row_operations import RowOperations
 from paged_kv.hf.saving import Saveable, recognizes
 from paged_kv.hf.sequences import Sequences
 from paged_kv.hf.stats import CacheStats
-from paged_kv.hf.step import interrupted
+from paged_kv.hf.step import interrupted, skipped
 from paged_kv.kernels.operands import Terms
 
 Tensor = torch.Tensor
@@ -173,6 +173,8 @@ class PagedCache(Copyable, Saveable, RowOperations):
         self._check_open()
         if layer == self._paged[0]:
             self._begin(module, query, key, value, mask)
+        elif self.sequences.step is None:
+            raise skipped(self._paged[:1])
         real = mask.real if isinstance(mask, MaskSpec) else None
         if real is None:
             output = self.sequences.attend(layer, query, key, value, terms, bias)
@@ -194,10 +196,11 @@ class PagedCache(Copyable, Saveable, RowOperations):
         rows = len(query)
         owner = getattr(module, "config", None)
         if self.progress[0] == 0 and self.sequences.step is None:  # nothing is held
-            self._start(rows, owner, seams.rotary_of_layer(module))
+            self._start(rows, owner, seams.rotary_of_layer(module, key.device))
         elif self._owner is None and recognizes(self, owner):
             self._owner = owner
-            self.sequences.rotary = seams.rotary_of_layer(module).holding(self.sequences.rotary)
+            found = seams.rotary_of_layer(module, key.device)
+            self.sequences.rotary = found.holding(self.sequences.rotary)
         if owner is not self._owner:
             raise ValueError(
                 "this cache holds entries of another model: use a cache for each model, or call "
@@ -212,11 +215,12 @@ class PagedCache(Copyable, Saveable, RowOperations):
             key.shape[1], key.shape[3], value.shape[3], key.dtype, value.dtype, key.device
         )
         try:
-            counts = counts_of(mask, rows, query.shape[2])
+            counts = counts_of(mask, self.sequences.num_tokens, query.shape[2])
             rope = self.sequences.rope_after(int((self.sequences.num_tokens + counts).max()))
             self.sequences.begin(counts, geometry)  # compacts what was there before
-        except ValueError:
-            self._is_broken = any(self.is_linear[: self._paged[0]])  # their states have moved on
+        except BaseException as error:  # linear layers before have moved on
+            is_clean = isinstance(error, ValueError) and not any(self.is_linear[: self._paged[0]])
+            self._is_broken = not is_clean
             raise
         self.sequences.rotary = rope
 
@@ -233,7 +237,9 @@ class PagedCache(Copyable, Saveable, RowOperations):
             raise interrupted()
 
     def _end(self, num_queries: int, has_padding: bool) -> None:
+        self._is_broken = True  # until progress is that of the sequences
         self.sequences.end()
+        self._is_broken = False
         self.is_used = True
         self.progress[0] += num_queries
         if has_padding:
@@ -242,7 +248,7 @@ class PagedCache(Copyable, Saveable, RowOperations):
     def _check_open(self) -> None:
         if not self._close.alive:
             raise ValueError("this PagedCache has been closed: make a new one")
-        if self._is_broken:
+        if self._is_broken or self.sequences.is_torn:
             raise interrupted()
 
     def stats(self) -> CacheStats:
@@ -263,9 +269,12 @@ class PagedCache(Copyable, Saveable, RowOperations):
 
     def reset(self) -> None:
         """Forgets everything: the next batch may be another one, of another size."""
-        self._is_broken = False
+        self._is_broken = self.sequences.is_torn = False
         self._check_open()
         self.sequences.release()
+        self.sequences.waits_for_crop, self.sequences.num_passes = False, 0
         self.progress[0] = self._padded_at = 0
         for layer in self._others():
             layer.reset()
+            if hasattr(layer, "record_past"):
+                layer.record_past = False

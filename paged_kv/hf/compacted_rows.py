@@ -9,7 +9,7 @@ import torch
 
 from paged_kv.core.schedule import NEVER, Schedule
 from paged_kv.hf import row_compaction
-from paged_kv.hf.allocator import Int64s
+from paged_kv.hf.allocator import Int64s, PoolFull
 from paged_kv.hf.marks import Marks
 from paged_kv.hf.modes import keeps
 from paged_kv.hf.rows import Rows
@@ -53,6 +53,13 @@ class CompactedRows(Rows):
                 self.settled[rows] = self.num_tokens[rows] + has_begun
                 self.marks.keep(self.settled, self.num_tokens)
 
+    def compact_or_wait(self) -> None:
+        """Now; without room for copies of shared pages before the next single token, or crop."""
+        try:
+            self.compact()
+        except PoolFull:  # the tokens that came before it count all the same
+            self.is_late = True
+
     def shrinkable(self) -> Int64s:
         """int64 [rows]: entries that each would give up, over all layers, by shrinking now.
 
@@ -94,7 +101,8 @@ class CompactedRows(Rows):
     def _is_at_rest(self) -> bool:
         """Whether a compaction can come now: no step, no crop, no file whose model is unknown."""
         is_known = self.rotary is None or self.rotary.is_known or not self.reads_rotary
-        return self.step is None and self.may_shrink and not self.is_late and is_known
+        is_whole = self.step is None and not self.is_torn
+        return is_whole and self.may_shrink and not self.is_late and is_known
 
     def _surplus(self, schedule: Schedule, layers: Int64s, starts: Int64s) -> Int64s:
         """int64 [rows]: entries that a group of layers holds beyond what its schedule says.

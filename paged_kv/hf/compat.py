@@ -35,6 +35,14 @@ def cache_argument() -> str:
     return "cache" if "cache" in fields else "past_key_values"
 
 
+def chunks_begin_anew() -> bool:
+    """Whether generate() splits all of its tokens into chunks, whatever its cache holds.
+
+    Until 5.23; since 5.24, which has the other name for caches, only those that are new.
+    """
+    return cache_argument() == "past_key_values"
+
+
 def resolve_batching(config: Any, settings: Any, has_processors: bool, device: Any) -> Any:
     """transformers' settings for continuous batching; from 5.21 on it wants to know the device."""
     from transformers.generation.continuous_batching.initialization import (

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from inspect import unwrap
 from typing import Any
 
 from transformers import GenerationMixin
@@ -88,19 +89,15 @@ def enable(model: Any, **options: Any) -> Iterator[Enabled]:
     began counts.
 
     Args:
-        model: with generate(); an encoder-decoder gets PagedEncoderDecoderCache.
+        model: with generate(); an encoder-decoder gets PagedEncoderDecoderCache. Of a wrapper that
+            hands on what it does not know (torch.compile, PEFT), the model inside.
         options: of PagedCache: policy, budget, pool, ...
 
     Raises:
         ValueError: as PagedCache does, before the context begins.
     """
     _install()
-    hook = getattr(getattr(model, _HOOK, None), "__func__", None)
-    if hook is None or hook is not getattr(GenerationMixin, _HOOK):
-        raise ValueError(
-            f"{type(model).__name__} does not make its cache as transformers' generate() does: "
-            "give PagedCache(model.config, ...) as past_key_values"
-        )
+    model = _owner_of(model)
     enabled = Enabled(model, options)
     enabled.make().close()  # wrong options show now
     with _lock:
@@ -110,6 +107,46 @@ def enable(model: Any, **options: Any) -> Iterator[Enabled]:
     finally:
         with _lock:
             _enabled[model].remove(enabled)
+
+
+def _owner_of(model: Any) -> Any:
+    """The model whose cache generate() makes: this one, or that in a wrapper.
+
+    Raises:
+        ValueError: no cache is made for it where transformers' generate() makes one.
+    """
+    hook: Any = getattr(model, _HOOK, None)
+    if getattr(hook, "__func__", None) is not getattr(GenerationMixin, _HOOK):
+        raise ValueError(
+            f"{type(model).__name__} does not make its cache as transformers' generate() does: "
+            "enable the model inside, or give PagedCache(model.config, ...) as past_key_values"
+        )
+    owner = hook.__self__
+    if not _reaches_hook(type(owner)):
+        raise ValueError(
+            f"{type(owner).__name__}.generate() does not end in transformers' own generate(): "
+            "enable the model inside whose generate() it calls (often model.language_model), or "
+            "give a PagedCache of its config as past_key_values"
+        )
+    return owner
+
+
+def _reaches_hook(kind: type) -> bool:
+    """Whether generate() of a class makes its cache by our hook, for the same object.
+
+    Its own may be another model's (BLIP-2); or go on to that of a base class, in whatever method
+    (Whisper); or call the hook itself (Dia). What its methods name tells.
+    """
+    bases = {base.__name__ for base in kind.__mro__} | {"super"}
+    for base in kind.__mro__[: kind.__mro__.index(GenerationMixin)]:
+        if "generate" in vars(base):
+            codes = (getattr(unwrap(value), "__code__", None) for value in vars(base).values())
+            named = [set(code.co_names) for code in codes if code is not None]
+            if any(_HOOK in names for names in named):
+                return True
+            if not any("generate" in names and names & bases for names in named):
+                return False
+    return True
 
 
 @once

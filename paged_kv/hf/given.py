@@ -34,6 +34,7 @@ def _after_prefill(prefill: Callable[..., Any]) -> Callable[..., Any]:
         model: Any, input_ids: Any, config: Any, inputs: dict[str, Any], *args: Any, **more: Any
     ) -> Any:
         cache = inputs.get(compat.cache_argument())  # prefill in chunks replaces it
+        _check_chunks(config, cache)
         _forget(cache)
         outputs = prefill(model, input_ids, config, inputs, *args, **more)
         _check(model, cache)
@@ -63,10 +64,25 @@ def _forget(cache: Any) -> None:
         paged_cache.is_used = False
 
 
+def _check_chunks(config: Any, cache: Any) -> None:
+    """Raises ValueError: this transformers would process again what a cache of ours holds."""
+    paged_cache, size = _own(cache), config.prefill_chunk_size
+    if paged_cache is None or size is None or not compat.chunks_begin_anew():
+        return
+    if held := paged_cache.get_seq_length():
+        raise ValueError(
+            f"prefill_chunk_size {size}: the cache holds {held} tokens, and before 5.24 "
+            "transformers begins with the first of all tokens again when it splits them: leave "
+            "prefill_chunk_size out, or call model(chunk, past_key_values=cache) for each chunk"
+        )
+
+
 def _check(model: Any, cache: Any) -> None:
     """Raises ValueError: the PagedCache in what generate() was given has not been used."""
     paged_cache = _own(cache)
     if paged_cache is not None and not paged_cache.is_used:
+        if (step := paged_cache.sequences.step) is not None:  # the last layer was left out
+            step.check_done(paged_cache.sequences.layers)
         raise ValueError(
             f"{type(model).__name__} was given a PagedCache and did not use it: the model put it "
             "aside or replaced it, so nothing would be compressed. Known causes: gradient "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -24,6 +25,24 @@ from paged_kv.kernels.operands import Terms
 from paged_kv.store.entries import whole_pages
 
 Tensor = torch.Tensor
+
+
+def refusing_gradients(output: Tensor) -> Tensor:
+    """The same; a backward pass through it is a ValueError: pages remember no graph.
+
+    Gradients of queries alone would be wrong ones, and nobody would notice.
+    """
+    if output.requires_grad:
+        output.register_hook(_refuse)
+    return output
+
+
+def _refuse(_: Tensor) -> NoReturn:
+    raise ValueError(
+        "keys and values that are read from pages have no gradients (only a first forward pass has "
+        "them, if no policy reads scores and the model has no softcap, sinks or masks but causal "
+        "ones): train with use_cache=False"
+    )
 
 
 class LayerStep:
@@ -71,7 +90,7 @@ class LayerStep:
     def _attend(self, row: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         num_rows, num_queries = len(query), query.shape[2]
         first = self.rows.size[self.index, row : row + num_rows].tolist()
-        explicit = self.rows.reads_scores or not self.terms.is_plain
+        explicit = self._is_explicit
         alike = min(first) == max(first)
         fresh = max(first) == 0 and num_queries > 1 and self.bias is None
         if fresh and not explicit:  # what is stored is at hand
@@ -79,12 +98,17 @@ class LayerStep:
         if num_queries == 1 and not explicit and self.bias is None:
             output = self._provided(row, query)
             if output is not None:
-                return output
+                return refusing_gradients(output)
         apart = self.bias is not None or (explicit and not alike)
         if num_rows > 1 and (apart or not self._together(row, num_rows, alike)):
             parts = (self._attend(row + i, *(t[i : i + 1] for t in (query, key, value)))
                      for i in range(num_rows))  # fmt: skip
             return torch.cat(list(parts))
+        return refusing_gradients(self._over_pages(row, query, first))
+
+    def _over_pages(self, row: int, query: Tensor, first: list[int]) -> Tensor:
+        """[rows, heads, q, size], of some rows at once, that held so many entries before."""
+        num_rows, num_queries = len(query), query.shape[2]
         size = max(first) + num_queries
         keys, values = (self._numbers(part, row, num_rows, size) for part in ("keys", "values"))
         if keys.dtype != query.dtype or values.dtype != query.dtype:
@@ -92,11 +116,16 @@ class LayerStep:
         bias = None
         if self.bias is not None:
             bias = self._bias(row, first[0], query.shape[1], num_queries)
-        if explicit:
+        if self._is_explicit:
             return self._explicit(row, query, keys, values, first, bias)
         if bias is not None:
             return masked(query, keys, values, bias[None].to(query.dtype), self.terms.scale)
         return fused(query, keys, values, first, self.terms.scale)
+
+    @property
+    def _is_explicit(self) -> bool:
+        """Whether SDPA is not enough."""
+        return self.rows.reads_scores or not self.terms.is_plain
 
     def _numbers(self, part: str, row: int, num_rows: int, size: int) -> Tensor:
         """[rows, kv_heads, size, ...]: the first keys, or values, of rows."""

@@ -64,9 +64,19 @@ class MaskSpec(Opaque):
         """Stream index of the first query."""
         return int(self.arguments["q_offset"])
 
-    @cached_property
+    @property
     def real(self) -> np.ndarray[Any, Any] | None:
-        """bool [rows, queries]: which of the new tokens are not padding; None: all are.
+        """bool [rows, queries]: which of the new tokens are not padding; None: all are."""
+        return None if self._counted is None else self._counted[1]
+
+    @property
+    def num_held(self) -> Int64s | None:
+        """int64 [rows]: tokens so far that are not padding; None: there is no padding."""
+        return None if self._counted is None else self._counted[0]
+
+    @cached_property
+    def _counted(self) -> tuple[Int64s, np.ndarray[Any, Any] | None] | None:
+        """(num_held, real), read from the device at once, and only once in a forward pass.
 
         Raises:
             ValueError: the mask does not cover the tokens so far and the new ones.
@@ -79,8 +89,10 @@ class MaskSpec(Opaque):
                 f"attention_mask has {self.padding.shape[1]} columns, but the cache has processed "
                 f"{start} tokens and {count} are new: it must cover all of them"
             )
-        new = self.padding[:, start : start + count].cpu().numpy().astype(bool)
-        return None if new.all() else new
+        held = self.padding[:, :start].sum(1, keepdim=True)
+        columns = torch.cat([held, self.padding[:, start : start + count]], 1).cpu().numpy()
+        new = columns[:, 1:].astype(bool)
+        return columns[:, 0].astype(np.int64), None if new.all() else new
 
     def streams(self, row: int) -> Tensor | None:
         """int64: stream index of each token of a row; None if they are the same."""
@@ -95,9 +107,32 @@ def note(make: Callable[..., Any], arguments: dict[str, Any]) -> MaskSpec:
     return MaskSpec(make, arguments)
 
 
-def counts_of(mask: MaskSpec | Tensor | None, num_rows: int, num_queries: int) -> Int64s:
-    """int64 [rows]: new tokens that are not padding."""
-    real = mask.real if isinstance(mask, MaskSpec) else None
+def counts_of(mask: MaskSpec | Tensor | None, held: Int64s, num_queries: int) -> Int64s:
+    """int64 [rows]: new tokens that are not padding.
+
+    Args:
+        mask: what a layer was given.
+        held: int64 [rows], tokens of each row so far.
+        num_queries: new tokens, padding included.
+
+    Raises:
+        ValueError: the mask is of other rows, or not that of the tokens so far.
+    """
+    num_rows, real = len(held), None
+    if isinstance(mask, MaskSpec) and mask.num_held is not None:
+        real = mask.real
+        if len(mask.num_held) != num_rows:
+            raise ValueError(
+                f"attention_mask has {len(mask.num_held)} rows, but the batch has {num_rows}: it "
+                "needs one for each"
+            )
+        if (wrong := np.flatnonzero(mask.num_held != held)).size:
+            row = int(wrong[0])
+            raise ValueError(
+                f"attention_mask shows {mask.num_held[row]} of the tokens so far in row {row}, but "
+                f"the cache has taken in {held[row]} there: it must be 0 for what was padding when "
+                "it was processed, and 1 for all else; a PagedCache cannot hide tokens afterwards"
+            )
     if real is None:
         return np.full(num_rows, num_queries, dtype=np.int64)
     return np.asarray(real.sum(1), dtype=np.int64)

@@ -21,11 +21,17 @@ class Opaque:
 
 
 def _not_replaceable(operation: str) -> ValueError:
+    moved = ""
+    if operation == "to":  # accelerate moves what a layer is given
+        moved = (
+            "device_map: a PagedCache is on one device, and cannot follow a model over several, "
+            "nor to layers that are offloaded (device_map={'': 'cuda:0'} can). Without that: "
+        )
     return ValueError(
-        f"a PagedCache has no {operation}: its keys and values are in pages, and no mask is made "
-        "for them. Either it was made with another model's config, or this model computes with "
-        "its cached keys itself instead of calling transformers' AttentionInterface (under this "
-        "attn_implementation): try attn_implementation='sdpa', or use DynamicCache"
+        f"{moved}a PagedCache has no {operation}: its keys and values are in pages, and no mask "
+        "is made for them. Either it was made with another model's config, or this model computes "
+        "with its cached keys itself instead of calling transformers' AttentionInterface (under "
+        "this attn_implementation): try attn_implementation='sdpa', or use DynamicCache"
     )
 
 

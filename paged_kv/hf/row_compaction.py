@@ -41,12 +41,16 @@ def run(rows: Rows, group: int, chosen: Int64s, num_losers: Int64s) -> None:
     policy, layers = rows.policy, rows.groups[group].layers
     assert policy is not None
     own(rows, layers, chosen)
-    store = _store(rows, group)
     if rows.compression.spill:
         rows.spilled.own(group, chosen, rows.tables.arena(layers[0]).geometry)
-    holding = _holding(rows, group, chosen, num_losers)
-    compact(policy, store, holding, "tail", _facts(rows), partial(_note, rows))
+    facts = _facts(rows)
+    rows.is_torn = True  # if an error comes from here
+    for places in _alike(rows, layers):
+        store = _store(rows, group, layers[places[0]])
+        holding = _holding(rows, group, places, chosen, num_losers)
+        compact(policy, store, holding, "tail", facts, partial(_note, rows))
     _shrink(rows, layers, chosen, num_losers)
+    rows.is_torn = False
     rows.counters.evicted += int(num_losers.sum()) * len(layers)
     rows.counters.compactions += len(layers) * len(chosen)
 
@@ -67,12 +71,30 @@ def own(rows: Rows, layers: Int64s, chosen: Int64s) -> None:
         rows.tables.own(which)
 
 
-def _store(rows: Rows, group: int) -> PageStore:
-    """The layers of a group, which share the pages of an arena."""
+def _alike(rows: Rows, layers: Int64s) -> list[Int64s]:
+    """Places in these layers of those that have a scale and a softcap in common.
+
+    GPT-2's can have a scale each.
+    """
+    kinds = [rows.terms[layer][:2] for layer in layers]
+    return [
+        np.array([place for place, other in enumerate(kinds) if other == kind])
+        for kind in dict.fromkeys(kinds)
+    ]
+
+
+def _store(rows: Rows, group: int, like: int) -> PageStore:
+    """The layers of a group, which share the pages of an arena.
+
+    Args:
+        rows: of the cache.
+        group: of its layers, an index.
+        like: one of these layers, whose scale and softcap count.
+    """
     layers = rows.groups[group].layers
     arena = rows.tables.arena(layers[0])
     device, num_heads = arena.geometry.device, arena.geometry.num_heads
-    scale, softcap, sinks = rows.terms[layers[0]]
+    scale, softcap, sinks = rows.terms[like]
     if sinks is not None:
         every = [rows.terms[layer].sinks for layer in layers]
         sinks = torch.stack([part for part in every if part is not None]).float()
@@ -102,15 +124,17 @@ def _facts(rows: Rows) -> ModelFacts:
     return ModelFacts(rotary, rows.query_statistics)
 
 
-def _holding(rows: Rows, group: int, chosen: Int64s, num_losers: Int64s) -> Holding:
+def _holding(rows: Rows, group: int, places: Int64s, chosen: Int64s, num_losers: Int64s) -> Holding:
+    """What some rows hold in the layers at these places of a group."""
     schedule, layers = rows.groups[group]
     assert schedule is not None
+    layers = layers[places]
     sizes = rows.size[layers[0], chosen]
     num_pages = -(-int(sizes.max()) // rows.pool.page_size)
     evicted = rows.num_tokens[chosen] - sizes
     ids = rows.tables.ids[np.ix_(layers, chosen)][..., :num_pages]
     return Holding(
-        layers=np.arange(len(layers)),
+        layers=places,
         pages=to_device(np.maximum(ids, 0), rows.device),
         num_tokens=rows.num_tokens[chosen],
         num_entries=sizes,

@@ -21,6 +21,7 @@ class RowOperations(Cache):
     sequences: Sequences
     progress: list[int]
     _padded_at: int
+    _is_broken: bool
     _check_open: Any
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -46,7 +47,11 @@ class RowOperations(Cache):
         check_crop(self.sequences, self.sequences.marks, count)
         if count or self.sequences.waits_for_crop:
             crop_layers(self._others(), count)
-        self.sequences.crop(count)
+        try:
+            self.sequences.crop(count)
+        except BaseException as error:  # the other layers have gone back by now
+            self._is_broken = bool(self._others()) or not isinstance(error, ValueError)
+            raise
         self.progress[0] -= count
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

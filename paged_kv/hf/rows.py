@@ -107,6 +107,7 @@ class Rows:
         self.step: Step | None = None
         self.knows_prompts = False
         self.is_late = False  # a compaction was put off
+        self.is_torn = False  # one was interrupted: entries have moved that the tables still name
 
     @property
     def num_rows(self) -> int:

@@ -97,11 +97,15 @@ def rotary_of(model: Any) -> Rope:
     return of_embedding(find, model.config.get_text_config(), model.device)
 
 
-def rotary_of_layer(module: Any) -> Rope:
-    """RoPE of an attention layer, from the classes in its own file; see rotary_of."""
+def rotary_of_layer(module: Any, device: torch.device) -> Rope:
+    """RoPE of an attention layer, from the classes in its own file; see rotary_of.
+
+    Args:
+        module: the layer.
+        device: of its keys. Its weights may be buffers, or elsewhere.
+    """
     modeling = sys.modules[type(module).__module__]
     config = getattr(module, "config", None)
-    device = next(module.parameters()).device
 
     def find() -> Any:
         names = [name for name in vars(modeling) if name.endswith("RotaryEmbedding")]

@@ -98,7 +98,10 @@ class Sequences(CompactedRows):
         return need, copies
 
     def _prompt_ends(self, is_known: bool) -> None:
-        """A step of several tokens is a prompt's; one of one token ends it: then it compacts."""
+        """A step of several tokens is a prompt's; one of one token ends it: then it compacts.
+
+        So does what was put off: since crop was waited for, or copies of pages found no room.
+        """
         late = self.is_late
         if not is_known:
             late = late or bool((self.prompt_lens == NEVER).any())
@@ -181,6 +184,8 @@ class Sequences(CompactedRows):
         """
         assert self.step is not None, "no step has begun"
         index = self.index[layer]
+        if index in self.step.done:  # of a forward pass in which a later layer failed
+            raise interrupted()
         self.terms[index] = terms
         self.step.store(index, keys, values)
         if self.step.queries is not None:
@@ -198,10 +203,14 @@ class Sequences(CompactedRows):
         return PackedStep(self, index, terms, bias)
 
     def end(self) -> None:
-        """The step's tokens are held from now on; then what is due compacts."""
+        """The step's tokens are held from now on; then what is due compacts.
+
+        Raises:
+            ValueError: a layer has not attended; nothing has changed.
+        """
         step = self.step
         assert step is not None, "no step has begun"
-        assert len(step.done) == len(self.layers), "a layer has not attended"
+        step.check_done(self.layers)
         self.size += step.counts
         self.num_tokens += step.counts
         self.step = None
@@ -210,7 +219,7 @@ class Sequences(CompactedRows):
         self.is_late = self.waits_for_crop
         self.num_passes += 1
         if not self.waits_for_crop:
-            self.compact()
+            self.compact_or_wait()
 
     @keeps
     def crop(self, count: int) -> None:
@@ -239,7 +248,7 @@ class Sequences(CompactedRows):
         self.is_late = False
         if not self.knows_prompts:
             self.prompt_lens = np.zeros_like(self.prompt_lens)
-        self.compact()
+        self.compact_or_wait()
 
     def stats(self) -> CacheStats:
         """What is held, and what was given up."""

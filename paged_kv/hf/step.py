@@ -75,6 +75,11 @@ class Step:
         self.done.add(layer)
         self.tables.arena(layer).write(keys, values, self.places[layer])
 
+    def check_done(self, layers: Int64s) -> None:
+        """Raises ValueError: one of these layers of the model, all of the cache, was left out."""
+        if len(self.done) < len(layers):
+            raise skipped(np.delete(layers, list(self.done)).tolist())
+
     @cached_property
     def positions(self) -> Tensor:
         """int64 [tokens of all rows]."""
@@ -97,6 +102,16 @@ class Step:
 
     def _int32(self, numbers: Int64s) -> Tensor:
         return to_device(numbers.astype(np.int32), self._device)
+
+
+def skipped(layers: list[int]) -> ValueError:
+    """What a cache says to a forward pass in which these layers of the model have not attended."""
+    return ValueError(
+        f"layers {', '.join(map(str, layers))} of this model have computed no attention in this "
+        "forward pass, and a PagedCache needs every layer with full attention in each of them: "
+        "LayerDrop skips some in training mode (call model.eval()), cross-attention layers are "
+        "skipped without images (mllama: use DynamicCache)"
+    )
 
 
 def interrupted() -> ValueError:

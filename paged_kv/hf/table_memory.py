@@ -136,8 +136,8 @@ class GrowingTables:
             self.ids[layers, rows, length:longer] = more.reshape(count, num)
             return
         new = starts[:, None] + np.arange(longer)
+        arena.copy(old.ravel(), new[:, :length].ravel())  # may fail, for lack of memory
         arena.allocator.take(new.ravel())
-        arena.copy(old.ravel(), new[:, :length].ravel())
         arena.allocator.release(old.ravel())
         self.ids[layers, rows, :longer] = new
 

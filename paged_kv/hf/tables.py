@@ -124,8 +124,8 @@ class PageTables(GrowingTables):
                 continue
             self.need(arena, old.size)
             new = arena.allocator.find_free(old.size)
+            arena.copy(old, new)  # may fail, for lack of memory
             arena.allocator.take(new)
-            arena.copy(old, new)
             arena.allocator.release(old)
             self.ids[place] = new
             self.changed()

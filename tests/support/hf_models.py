@@ -65,6 +65,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-every-head": ("llama", _EVERY_HEAD),
+    "gpt2-scales": ("gpt2", {**_GPT2, "scale_attn_by_inverse_layer_idx": True}),
     "llama-draft": ("llama", {**_SIZES, "num_hidden_layers": 1}),
     "mistral-sliding": ("mistral", {**_SIZES, "sliding_window": 48}),
     "mamba": (
