@@ -67,11 +67,11 @@ RUNS: dict[str, list[str]] = {
         for more in NEEDLES
     ],
     "ruler": [
-        f"eval ruler --length 4096 --examples 15 --max-new-tokens 64 --question seen "
+        f"eval ruler --length 4096 --examples 20 --max-new-tokens 64 --question seen "
         f"--policy {ANSWERING},{BEST} {BUDGETS}"
     ],
     "longbench": [
-        f"eval longbench --data longbench --tasks {LONGBENCH} --examples 25 --max-new-tokens 64 "
+        f"eval longbench --data longbench --tasks {LONGBENCH} --examples 32 --max-new-tokens 64 "
         f"--question seen --policy {ANSWERING},{BEST} {SMALL}"
     ],
     "variants": [  # with full, to whose windows the differences are
