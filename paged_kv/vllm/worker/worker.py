@@ -206,10 +206,10 @@ class PagedWorkerMixin:
         stored_layers.check_full({**schedules, **formats}, layers, specs)
         stored_layers.check_alike(schedules, specs)
         stored_layers.check_layouts("kv-policy", schedules, layers, specs)
-        if self._policy.observation_window or self._policy.reads:
-            stored_layers.check_scales(schedules, layers)
         if self._plan.budgets:
             stored_layers.check_others(layers, specs)
+            if self._policy.observation_window or self._policy.reads:
+                stored_layers.check_scales(schedules, layers)
             if not schedules and self.vllm_config.parallel_config.pipeline_parallel_size == 1:
                 raise ValueError("kv-policy: this model has no attention layer that we know")
         if self._config.swap_format != NATIVE:
