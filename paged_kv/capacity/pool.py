@@ -99,9 +99,8 @@ class Pool:
             raise refusals.unsupported(config, refusals.NO_FULL_ATTENTION)
         if config.enabled or config.page_format != NATIVE or config.swap_space:
             refusals.refuse(config, refusals.too_many_ranks(engine.num_ranks, model.kv_heads))
-        if config.enabled and engine.device != CPU:
-            self._check_cache_dtype()
         if engine.device != CPU:
+            self._check_cache_dtype()
             refusals.refuse_packed(config)
         refusals.check_residual(config)
         config.check_residual(engine.page_size, engine.max_len)
@@ -115,9 +114,12 @@ class Pool:
         except ValueError:
             can_read = refusals.READABLE_DTYPES
             formats = [name for name, dtype in GPU_DTYPES.items() if dtype in can_read]
+            reader = f"policy {case.policy}, which reads the cache"
+            if case.config.swap_format != NATIVE:
+                reader = f"swap_format {case.config.swap_format}, which converts it"
             raise ValueError(
-                f"page-format on a GPU with policy {case.policy}, which reads the cache, must be "
-                f"one of {', '.join(formats)}, not {case.page_format}"
+                f"page-format on a GPU with {reader}, must be one of {', '.join(formats)}, not "
+                f"{case.page_format}"
             ) from None
 
     @cached_property
