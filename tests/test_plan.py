@@ -96,21 +96,24 @@ def vllm_config(tmp_path) -> Any:
 
 
 class StockWorker:
-    """vLLM's worker of a rank that holds some of the layers."""
+    """vLLM's worker of a rank that holds some of the layers: its attention layers are real."""
 
     def __init__(self, vllm_config: Any, layers: range) -> None:
-        names = [f"model.layers.{layer}.self_attn.attn" for layer in layers]
-        context = {name: SimpleNamespace(attn_backend=None, impl=None) for name in names}
-        compilation = SimpleNamespace(static_forward_context=context)
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.layers.attention import Attention
+
+        compilation = SimpleNamespace(**vars(vllm_config.compilation_config))
+        compilation.static_forward_context = {}
         self.vllm_config = SimpleNamespace(
             **{**vars(vllm_config), "compilation_config": compilation}
         )
+        with set_current_vllm_config(self.vllm_config):
+            for layer in layers:  # each adds itself to the context
+                Attention(4, 32, 1.0, num_kv_heads=2, prefix=f"model.layers.{layer}.self_attn.attn")
 
     def get_kv_cache_spec(self) -> dict[str, Any]:
-        from vllm.v1.kv_cache_interface import FullAttentionSpec
-
-        spec = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=32, dtype=torch.float32)
-        return dict.fromkeys(self.vllm_config.compilation_config.static_forward_context, spec)
+        context = self.vllm_config.compilation_config.static_forward_context
+        return {name: layer.get_kv_cache_spec(self.vllm_config) for name, layer in context.items()}
 
 
 @pytest.fixture
