@@ -71,7 +71,7 @@ RUNS: dict[str, list[str]] = {
         f"--policy {ANSWERING},{BEST} {BUDGETS}"
     ],
     "longbench": [
-        f"eval longbench --data longbench --tasks {LONGBENCH} --examples 32 --max-new-tokens 64 "
+        f"eval longbench --data longbench --tasks {LONGBENCH} --examples 50 --max-new-tokens 64 "
         f"--question seen --policy {ANSWERING},{BEST} {SMALL}"
     ],
     "variants": [  # with full, to whose windows the differences are

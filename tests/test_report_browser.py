@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import report_rows
 from browser import Browser, executable
 
-from paged_kv import cli
+from paged_kv import cli, results
 
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 COLUMN = "[...document.querySelectorAll('#tables table')[{}].rows].slice(1).map(r => {})"
 
 
@@ -117,6 +120,19 @@ def test_the_page_never_scrolls_sideways(opened, url, width):
         assert opened.evaluate("document.documentElement.scrollWidth") == width
     wide = "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth)"
     assert opened.evaluate(f"{wide}.length > 0")
+
+
+def test_what_is_published_makes_a_page_that_fits(browser, tmp_path):
+    """All of benchmarks/results: hundreds of curves and thousands of rows, on a phone."""
+    out, files = tmp_path / "report.html", sorted(RESULTS.glob("*.jsonl"))
+    assert cli.main(["report", *map(str, files), "--out", str(out)]) == 0
+    tasks = {row["task"].partition(":")[0] for row in results.read(files)}
+    browser.size(390, 844, mobile=True)
+    browser.complaints.clear()
+    browser.open(out.as_uri())
+    assert browser.evaluate("document.documentElement.scrollWidth") == 390
+    assert browser.evaluate("document.querySelectorAll('#tables table').length") == len(tasks) > 5
+    assert browser.complaints == []
 
 
 def test_light_and_dark_by_the_system_and_by_the_button(opened, tmp_path):
