@@ -245,3 +245,20 @@ def test_a_run_of_real_servers(tiny, tmp_path, monkeypatch, capsys):
     assert cli.main(line) == 0, "the same again starts nothing"
     assert (capsys.readouterr().out, out.read_text()) == (table, text)
     assert not out.with_name("rows.jsonl.partial").exists()
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_requests_arrive_at_a_rate(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")
+    out = tmp_path / "rows.jsonl"
+    line = ["bench", "latency", "--model", tiny, "--policy", "plain", "--request-rate", "2,inf"]
+    line += ["--requests", "6", "--input-len", "32", "--output-len", "8", "--pool", "1.0"]
+    assert cli.main([*line, "--rounds", "1", "--out", str(out)]) == 0
+    spread, at_once = results.read([out])
+    assert (spread["request_rate"], at_once["request_rate"]) == (2.0, "inf")
+    assert spread["seconds"] > 2 > at_once["seconds"], "the last comes after three seconds"
+    for row in (spread, at_once):
+        assert (row["task"], row["metric"]) == ("latency", "itl_ms")
+        assert row["score"] == pytest.approx(row["itl_ms"], abs=0.01)
+        assert row["itl_ms"] > 0

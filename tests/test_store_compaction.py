@@ -170,3 +170,26 @@ def test_whole_pages_of_any_strides(order):
     by_layer = torch.stack([TABLE[0], TABLE[0].flip(0)])
     expected = torch.stack([expected[0], expected[1].flip(0)])
     assert torch.equal(pages.keys.gather(layers, by_layer), expected)
+
+
+@pytest.mark.parametrize(
+    ("slots", "message"),
+    [
+        ([*range(15)], r"num_losers losers of each row, here \[16, 16\].* named \[15\], and 0"),
+        ([*range(17)], r"named \[17\], and 0 times padding"),
+        ([*range(15), 59], r"named \[15, 16\], and 4 times padding"),  # of the shorter sequence
+    ],
+)
+def test_a_decision_that_frees_other_places_is_refused(slots, message):
+    """Survivors would be lost, or what nobody wrote kept: wrong tokens, which nobody sees."""
+    store = make_store("native", torch.Generator().manual_seed(3))
+    losers = torch.zeros(LAYERS, EVENTS, HEADS, TABLE.shape[-1] * PAGE, dtype=torch.bool)
+    losers[..., slots] = True
+    chooses = Chooses(losers, torch.zeros_like(losers), is_few=True)
+    before = bits_of(store)
+    with pytest.raises(ValueError, match=message):
+        compact(chooses, store, holding([16, 16], 0), "head")
+    chooses.losers = losers[..., :40]
+    with pytest.raises(ValueError, match=r"must be bool \[2, 2, 2, 64\], not .* \[2, 2, 2, 40\]"):
+        compact(chooses, store, holding([16, 16], 0), "head")
+    assert torch.equal(bits_of(store), before)

@@ -203,6 +203,37 @@ class Compaction(NamedTuple):
     ratings: Tensor | None = None
     exchanged: Exchanged | None = None
 
+    def checked(self, region: Region, who: str) -> Compaction:
+        """The same, with losers that the survivors can take the places of.
+
+        Args:
+            region: what was decided about.
+            who: named in the error.
+
+        Raises:
+            ValueError: not num_losers of each row, or padding among them. On a GPU, for which
+                nobody waits, an assertion of the device instead.
+        """
+        losers, expected = self.losers, region.num_losers[:, None]
+        if losers.dtype != torch.bool or losers.shape != region.positions.shape:
+            raise ValueError(
+                f"{who}.compact: losers must be bool {[*region.positions.shape]}, not "
+                f"{losers.dtype} {[*losers.shape]}"
+            )
+        counts = torch.stack([losers.sum(-1), (losers & region.valid).sum(-1)])
+        right = (counts == expected).all()
+        if right.device.type != "cpu":
+            torch._assert_async(right, f"{who}.compact must name num_losers losers of each row")
+        elif not right:
+            found = sorted({*counts[1].flatten().tolist()})
+            padding = int((counts[0] - counts[1]).sum())
+            raise ValueError(
+                f"{who}.compact must name num_losers losers of each row, here "
+                f"{expected.flatten().tolist()} of the events; it named {found}, and "
+                f"{padding} times padding"
+            )
+        return self
+
     def written_out(self, region: Region) -> Compaction:
         """The same without `exchanged`: as tensors of all that the region holds."""
         if self.exchanged is None:

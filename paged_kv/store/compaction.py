@@ -61,7 +61,7 @@ def compact(
     size = store.pages.keys.size if policy.reads_wholly & {"keys", "values"} else _FEW
     for part in parts(store, holding, size):
         region = make_region(policy, store, part, facts)
-        decided = policy.compact(region)
+        decided = policy.compact(region).checked(region, type(policy).__name__)
         apply(store, part, region, decided, freed)
         if note is not None:
             note(part, region, decided)

@@ -46,4 +46,5 @@ def compact(
             seen = policy.reads, policy.observation_window, rotary
             region = make_region(some, num_tokens, num_losers, *seen)
             region = rated(region, policy, some, rotary, gathering)
-            apply(some, num_losers, policy.compact(region).written_out(region))
+            decided = policy.compact(region).checked(region, type(policy).__name__)
+            apply(some, num_losers, decided.written_out(region))
