@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from paged_kv import results
 from paged_kv.config import CompressionConfig
 from paged_kv.eval.cases import Case
 from paged_kv.eval.prompt import Answer, Prompt
@@ -73,6 +74,18 @@ def test_something_else_is_not_done(tiny, out, change):
     if "cases" in change:
         change = {"cases": cases(tiny, **change["cases"])}
     assert record(out, tiny, **change).outcomes == {}
+    assert record(out, tiny).outcomes == {(1, 1): ANSWER}
+
+
+@pytest.mark.parametrize(("what", "value"), [("versions", {"torch": "9"}), ("device", "a GPU")])
+def test_other_versions_and_machines_begin_anew(tiny, out, monkeypatch, what, value):
+    """A row names one of each for all that it is a mean over."""
+    first = record(out, tiny)
+    first.add(1, 1, ANSWER)
+    first.close(is_complete=False)
+    with monkeypatch.context() as other:
+        other.setattr(results, what, lambda *_: value)
+        assert record(out, tiny).outcomes == {}
     assert record(out, tiny).outcomes == {(1, 1): ANSWER}
 
 

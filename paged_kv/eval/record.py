@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from paged_kv import results
 from paged_kv.eval.cases import Case
 from paged_kv.model_identity import identity
 from paged_kv.partial import Partial, digest
@@ -41,9 +42,9 @@ class Record(Generic[Outcome]):
         self.path = self._partial.path
         if path is None or self.path is None:
             return
-        model = identity(cases[0].model)
+        model, made_by = identity(cases[0].model), [results.versions(), results.device(engine)]
         asked = [digest(sample) for sample in samples]
-        compared = [digest([engine, model, str(case), _settings(case)]) for case in cases]
+        compared = [digest([engine, model, made_by, str(case), _settings(case)]) for case in cases]
         self._keys = {
             (sample, case): f"{one}.{other}"
             for sample, one in enumerate(asked)

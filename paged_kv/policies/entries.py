@@ -35,7 +35,8 @@ def take(entries: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         return entries.gather(-1, slots)
     width = entries.shape[-1]
     # As rows of one list: torch's gather goes through them number by number, ten times slower.
-    rows = entries.reshape(-1, width).index_select(0, _rows(entries, slots))
+    every, apart = _listed(entries)
+    rows = every.index_select(0, _rows(entries, slots, apart))
     return rows.view(*slots.shape, width)
 
 
@@ -57,16 +58,31 @@ def put(
     width = entries.shape[-1]
     padded = entries.new_empty(*entries.shape[:-2], size + 1, width)
     padded[..., :-1, :] = entries
-    padded.view(-1, width).index_copy_(0, _rows(padded, slots), rows.reshape(-1, width))
+    padded.view(-1, width).index_copy_(0, _rows(padded, slots, size + 1), rows.reshape(-1, width))
     return padded[..., :-1, :]
 
 
-def _rows(entries: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """int64 [all slots]: where slots [..., n] of entries [..., m, d] are in [all entries, d]."""
+def _rows(entries: torch.Tensor, slots: torch.Tensor, apart: int) -> torch.Tensor:
+    """int64 [all slots]: where slots [..., n] of entries [..., m, d] are in a list, see _listed."""
     lead = slots.shape[:-1]
     assert entries.shape[:-2] == lead, f"{entries.shape} has other rows than {slots.shape}"
-    first = torch.arange(lead.numel(), device=slots.device).view(*lead, 1) * entries.shape[-2]
+    first = torch.arange(lead.numel(), device=slots.device).view(*lead, 1) * apart
     return (slots + first).flatten()
+
+
+def _listed(entries: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """[rows, d] in which entries [..., m, d] are, and from one [m, d] to the next, in rows.
+
+    A view where it can be one: also of the first slots of larger buffers, and of one [m, d] that
+    is expanded.
+    """
+    size, width = entries.shape[-2:]
+    parts = entries[None].flatten(0, -3)
+    apart, rest = divmod(parts.stride(0), width)
+    if rest or parts.stride()[1:] != (width, 1):
+        parts, apart = parts.contiguous(), size
+    rows = (len(parts) - 1) * apart + size if len(parts) else 0
+    return parts.as_strided((rows, width), (width, 1)), apart
 
 
 def share(numbers: torch.Tensor, free: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,9 @@ Tensor = torch.Tensor
 class LayerCache:
     """Fields by name (keys, values, positions, weights, scores), each [kv_heads, entries, ...].
 
-    Entries are in no order: a compaction closes the gaps, new ones come at the end. Buffers grow by
-    half as much again; a compaction leaves what it needs; copies share them until they take more.
+    Entries are in no order: a compaction closes the gaps, new ones come at the end. Buffers begin
+    with what is needed, as a compaction leaves them: fields are contiguous. They grow by half as
+    much again; copies share them until they take more.
     """
 
     def __init__(self) -> None:
@@ -39,10 +40,10 @@ class LayerCache:
         self.size, self._buffers, self._is_shared = size, fields, False
 
     def _grow(self, needed: int, fields: dict[str, Tensor]) -> None:
-        """Amortised: half as much again."""
-        heads = len(fields["keys"])
+        """Amortised: half as much again, but the first time."""
+        heads, room = len(fields["keys"]), needed + needed // 2 if self._buffers else needed
         for name, new in fields.items():
-            buffer = new.new_empty(heads, needed + needed // 2, *new.shape[2:])
+            buffer = new.new_empty(heads, room, *new.shape[2:])
             if name in self._buffers:
                 buffer[:, : self.size] = self[name]
             self._buffers[name] = buffer
