@@ -211,8 +211,8 @@ class Compaction(NamedTuple):
             who: named in the error.
 
         Raises:
-            ValueError: not num_losers of each row, or padding among them. On a GPU, for which
-                nobody waits, an assertion of the device instead.
+            ValueError: not num_losers of each row, or padding among them. On a GPU with memory of
+                its own, for which nobody waits, an assertion of the device instead.
         """
         losers, expected = self.losers, region.num_losers[:, None]
         if losers.dtype != torch.bool or losers.shape != region.positions.shape:
@@ -222,7 +222,7 @@ class Compaction(NamedTuple):
             )
         counts = torch.stack([losers.sum(-1), (losers & region.valid).sum(-1)])
         right = (counts == expected).all()
-        if right.device.type != "cpu":
+        if right.device.type not in ("cpu", "mps"):  # as in store/ragged.py
             torch._assert_async(right, f"{who}.compact must name num_losers losers of each row")
         elif not right:
             found = sorted({*counts[1].flatten().tolist()})
