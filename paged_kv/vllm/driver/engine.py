@@ -60,6 +60,18 @@ def usable_cores() -> int:
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
+def _ask_for_amx() -> None:
+    """Lets this process use AMX, where the processor has it.
+
+    Linux kills a process that uses AMX without asking. vLLM's attention in bfloat16 leaves the
+    asking to oneDNN, which does it at a large enough product of matrices: a small model with a
+    short prompt reaches attention before.
+    """
+    import torch
+
+    torch.cpu._init_amx()
+
+
 class _Recorder:
     """Takes the place of vLLM's stat loggers (vllm.v1.metrics.loggers.StatLoggerBase)."""
 
@@ -115,6 +127,7 @@ class Engine:
         from vllm import LLM
 
         os.environ.pop(POOL_VARIABLE, None)
+        _ask_for_amx()
         start = time.perf_counter()
         arguments: dict[str, Any] = {
             "dtype": settings.dtype,
