@@ -220,7 +220,8 @@ def test_a_run_of_real_servers(tiny, tmp_path, monkeypatch, capsys):
     out, before = tmp_path / "new" / "rows.jsonl", children()
     line = ["bench", "throughput", "--model", tiny, "--policy", "plain,streaming"]
     monkeypatch.setattr(client, "POLL_SECONDS", 0.05)  # the tiny model is done within seconds
-    line += ["--budget", "96", "--requests", "6", "--input-len", "96", "--output-len", "416"]
+    # For several seconds: a busy server answers late when it is asked how many it is running.
+    line += ["--budget", "96", "--requests", "18", "--input-len", "96", "--output-len", "416"]
     line += ["--pool", "0.75", "--rounds", "1", "--out", str(out)]
     assert cli.main(line) == 0
     assert children() == before
@@ -229,12 +230,12 @@ def test_a_run_of_real_servers(tiny, tmp_path, monkeypatch, capsys):
     assert (streaming["policy"], streaming["kept"]) == ("streaming", 96)
     for row in (plain, streaming):
         assert row["task"] == "throughput"
-        assert row["prompt_tokens"] == 6 * 96
+        assert row["prompt_tokens"] == 18 * 96
         assert row["tpot_ms"] > 0
         assert 0 <= row["itl_ms"] <= row["itl_p99_ms"]
         assert 0 < row["ttft_ms"] <= row["ttft_p99_ms"]
-        assert 1 <= row["running"] <= 6
-        assert row["seconds"] * row["score"] == pytest.approx(6 * 416, rel=0.05)
+        assert 1 <= row["running"] <= 18
+        assert row["seconds"] * row["score"] == pytest.approx(18 * 416, rel=0.05)
         assert 0 <= row["idle_cpu"] < 0.3
     assert plain["preemptions"] > 0, "three quarters of what they need"
     assert streaming["preemptions"] == 0
@@ -257,8 +258,10 @@ def test_requests_arrive_at_a_rate(tiny, tmp_path, monkeypatch):
     assert cli.main([*line, "--rounds", "1", "--out", str(out)]) == 0
     spread, at_once = results.read([out])
     assert (spread["request_rate"], at_once["request_rate"]) == (2.0, "inf")
-    assert spread["seconds"] > 2 > at_once["seconds"], "the last comes after three seconds"
+    assert spread["seconds"] > 2, "the last comes after three seconds"
+    assert at_once["seconds"] < spread["seconds"]
     for row in (spread, at_once):
         assert (row["task"], row["metric"]) == ("latency", "itl_ms")
         assert row["score"] == pytest.approx(row["itl_ms"], abs=0.01)
-        assert row["itl_ms"] > 0
+        # A busy server sends several tokens at once: then most come right after another.
+        assert 0 <= row["itl_ms"] <= row["itl_p99_ms"] > 0
