@@ -56,7 +56,10 @@ RUNS: dict[str, list[str]] = {
     "perplexity": [
         f"eval perplexity --text {text} {WINDOWS} --policy {POLICIES} {BUDGETS}" for text in TEXTS
     ],
-    "peers": [f"eval perplexity --text {TEXTS[0]} {WINDOWS} --policy {PEERS} --budget 256,512"],
+    "peers": [
+        f"eval perplexity --text {TEXTS[0]} {WINDOWS} --policy {PEERS} --budget 256,512",
+        f"eval perplexity --text {TEXTS[0]} {WINDOWS} --policy plain,plain-fp8",
+    ],
     "formats": [
         f"eval perplexity --text {text} {WINDOWS} --policy full,streaming,pyramidal "
         "--budget 256,512 --page-format native,int8,fp8,int4"
@@ -84,12 +87,18 @@ RUNS: dict[str, list[str]] = {
     "memory": [f"bench memory {LOAD} --page-format native,int8 --input-len 1024 --output-len 32"],
     # Nothing else may run beside these two.
     "throughput": [
-        f"bench throughput {SERVED} {load}"
-        for load in (
-            "--requests 24 --input-len 256 --output-len 512 --pool 0.25,0.5,1.0",
-            "--requests 8 --input-len 256 --output-len 512 --pool 0.5",
-            "--requests 16 --input-len 1024 --output-len 256 --pool 0.5",
-        )
+        *(
+            f"bench throughput {SERVED} {load}"
+            for load in (
+                "--requests 24 --input-len 256 --output-len 512 --pool 0.25,0.5,1.0",
+                "--requests 8 --input-len 256 --output-len 512 --pool 0.5",
+                "--requests 16 --input-len 1024 --output-len 256 --pool 0.5",
+            )
+        ),
+        "bench throughput --policy plain,pyramidal --budget 256 --page-format native,int8 "
+        "--rounds 2 --requests 8 --input-len 1024 --output-len 1024 --pool 0.15,1.0",
+        "bench throughput --policy plain,streaming,h2o,snapkv,pyramidal --budget 256 --rounds 2 "
+        "--requests 16 --input-len 512 --output-len 512 --pool 0.5",
     ],
     "latency": [
         f"bench latency {SERVED} --requests 24 --input-len 256 --output-len 512 --pool 0.5 "

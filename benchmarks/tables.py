@@ -77,6 +77,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
     "longbench-beside": partial(answers.beside, task="longbench", budget=64),
     "sequences": speed.sequences,
     "throughput": speed.throughput,
+    "less-memory": partial(speed.less_memory, most=0.15),
     "latency": speed.latency,
 }
 

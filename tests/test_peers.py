@@ -128,7 +128,7 @@ def test_quantized_caches_hold_packed_numbers(tiny, bits):
 
 def test_an_unknown_peer():
     with pytest.raises(
-        ValueError, match=r"unknown peer 'kvpress:nope'; .*: dynamic, .*kvpress:knorm"
+        ValueError, match=r"unknown peer 'kvpress:nope'; .*: plain, .*kvpress:knorm"
     ):
         peers.check("kvpress:nope")
 

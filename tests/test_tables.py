@@ -176,10 +176,31 @@ def test_speed(tables):
     served = {"page_format": "native", "running": 4, "preemptions": 3.0, "ttft_ms": 1234.4,
               "ttft_p99_ms": 2000.0, "itl_ms": 50.2, "itl_p99_ms": 99.9}  # fmt: skip
     plain = {"policy": "plain", "budget": None, "score": 101.4, "ratio": 1.0, **load, **served}
-    ours = {"policy": "x", "budget": 256, "score": 152.1, "ratio": 1.5, **load, **served}
+    ours = {"policy": "x", "budget": 256, "score": 152.1, "ratio": 1.5, **load, **served,
+            "page_format": "int8"}  # fmt: skip
     rows = [{"task": task, **row} for task in ("throughput", "latency") for row in (plain, ours)]
     assert tables()["TABLES"]["throughput"](rows)[2:] == [
-        "| 8 of 256 + 1,024 | 25 % | `plain` | 101 | 1.00 | 4 | 3 |",
-        "| 8 of 256 + 1,024 | 25 % | `x` 256 | 152 | 1.50 | 4 | 3 |",
+        "| 8 of 256 + 1,024 | 25 % | `plain` | native | 101 | 1.00 | 4 | 3 |",
+        "| 8 of 256 + 1,024 | 25 % | `x` 256 | int8 | 152 | 1.50 | 4 | 3 |",
     ]
     assert tables()["TABLES"]["latency"](rows)[3] == "| `x` 256 | 1,234 | 2,000 | 50 | 100 | 3 |"
+
+
+def test_less_memory_is_compared_with_plain_vllm_that_has_all(tables):
+    def row(policy, budget, requests, share, score):
+        return {"task": "throughput", "policy": policy, "budget": budget, "page_format": "native",
+                "requests": requests, "input_len": 256, "output_len": 1024, "share": share,
+                "score": score}  # fmt: skip
+
+    rows = [
+        row("plain", None, 8, 0.15, 50.0),
+        row("x", 256, 8, 0.1504, 120.0),  # in whole pages
+        row("x", 256, 8, 0.25, 150.0),  # too much memory
+        row("plain", None, 8, 1.0, 100.0),
+        row("x", 256, 8, 1.0, 160.0),
+        row("x", 256, 4, 0.1, 90.0),  # of another load, which plain vLLM never had all memory for
+    ]
+    assert tables()["TABLES"]["less-memory"](rows)[2:] == [
+        "| 8 of 256 + 1,024 | 15 % | `plain` | native | 50 | 0.50 |",
+        "| 8 of 256 + 1,024 | 15 % | `x` 256 | native | 120 | 1.20 |",
+    ]

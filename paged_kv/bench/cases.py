@@ -33,6 +33,16 @@ OWN_FLAGS = {
 SLACK = DEFAULT_PAGE_SIZE  # tokens by which a prompt of random words may turn out longer
 
 
+def peer_format(peer: str) -> str:
+    """Of a peer's pages, in vLLM's word for it; native also for peers that have none."""
+    return "fp8" if PEERS.get(peer) == "fp8" else NATIVE
+
+
+def number_bytes(peer: str) -> int:
+    """Of a number in a peer's pages; 0: as many as in the model's dtype."""
+    return 0 if peer_format(peer) == NATIVE else 1
+
+
 @dataclass(frozen=True, eq=False)  # the same case is the same object
 class Case:
     """One line of the result.
@@ -68,7 +78,7 @@ class Case:
     @property
     def page_format(self) -> str:
         """Of the policy's pages; of a peer's, vLLM's word for it."""
-        return "fp8" if self.policy == PLAIN_FP8 else self.config.page_format
+        return peer_format(self.policy) if self.policy in PEERS else self.config.page_format
 
     def flags(self) -> list[str]:
         """Of `vllm serve`."""

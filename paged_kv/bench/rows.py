@@ -7,7 +7,7 @@ import json
 import statistics
 from collections.abc import Sequence
 
-from paged_kv.bench.cases import PEERS, Case, Load
+from paged_kv.bench.cases import Case, Load, number_bytes
 from paged_kv.bench.held import entries, entry_bytes, layer_schedules
 from paged_kv.config import DEFAULT_PAGE_SIZE
 from paged_kv.core.options import parse_json
@@ -64,8 +64,8 @@ def held_bytes(args: argparse.Namespace, case: Case, load: Load, kept: Sequence[
     import torch
 
     dtype = getattr(torch, load.dtype)
-    native = 1 if case.policy in PEERS and case.kv_cache_dtype == "fp8" else 0
-    sizes = entry_bytes(case.config, args.model, DEFAULT_PAGE_SIZE, dtype, native)
+    native_bytes = number_bytes(case.policy)
+    sizes = entry_bytes(case.config, args.model, DEFAULT_PAGE_SIZE, dtype, native_bytes)
     return sum(count * size for count, size in zip(kept, sizes, strict=True))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from paged_kv import registry
+from paged_kv.bench.cases import peer_format
 from paged_kv.bench.held import LayerSchedule, entries, entry_bytes, layer_schedules
 from paged_kv.config import CompressionConfig
 from paged_kv.core.readers import read_budget
@@ -150,7 +151,8 @@ def _peer_cases(
     """A peer at every budget; it holds what `streaming` would."""
     peers.check(name, args.kvpress_python)
     if peers.keeps_all(name):
-        return [Case(name, None, CompressionConfig(), model, args.page_size)]
+        config = CompressionConfig.from_dict({"page_format": peer_format(name)})
+        return [Case(name, None, config, model, args.page_size)]
     cases = []
     for budget in budgets:
         options = {"policy": "streaming", "budget": budget, "compress_prefill": True}

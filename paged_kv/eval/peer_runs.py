@@ -46,6 +46,8 @@ def with_peers(
             bar.set_description(str(case))
             wanted = [number for number in range(len(samples)) if todo(number, index)]
             bar.update(len(samples) - len(wanted))
+            if not wanted:
+                continue
             prompts = [prompt_of(samples[number]) for number in wanted]
             kept = None if case.budget is None else _entries(case)
             answers = peers.answers(case.policy, case.model, prompts, kept, kvpress_python)

@@ -66,9 +66,8 @@ def result_row(
         **of_all(args),
     }
     if case.is_peer:
-        name = case.policy.partition(":")[0]
         versions = peers.check(case.policy, args.kvpress_python)
-        return row | {"engine": name if ":" in case.policy else "hf", "versions": versions}
+        return row | {"engine": peers.engine(case.policy), "versions": versions}
     return row | {"kept_by_layer": held_by_layer(case, max(num_seen))}
 
 

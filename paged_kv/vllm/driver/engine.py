@@ -60,7 +60,7 @@ def usable_cores() -> int:
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
-def _ask_for_amx() -> None:
+def ask_for_amx() -> None:
     """Lets this process use AMX, where the processor has it.
 
     Linux kills a process that uses AMX without asking. vLLM's attention in bfloat16 leaves the
@@ -127,7 +127,7 @@ class Engine:
         from vllm import LLM
 
         os.environ.pop(POOL_VARIABLE, None)
-        _ask_for_amx()
+        ask_for_amx()
         start = time.perf_counter()
         arguments: dict[str, Any] = {
             "dtype": settings.dtype,

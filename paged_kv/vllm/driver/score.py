@@ -1,6 +1,6 @@
 """What an engine says of texts: log-probabilities of prompts, and what most likely follows them.
 
-What `paged-kv eval --engine vllm` runs: vLLM in this process, in float32.
+What `paged-kv eval` runs: vLLM in this process, in float32 unless told otherwise.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from paged_kv.vllm.driver.engine import POOL_VARIABLE
+from paged_kv.vllm.driver.engine import POOL_VARIABLE, ask_for_amx
 
 MOST_AT_ONCE = 8  # sequences that are decoded
 CHUNK = 2048  # tokens of their prompts in a step
@@ -25,6 +25,7 @@ def prompt_logprobs(
     chunk: int,
     page_size: int,
     bytes_per_token: int,
+    **more: Any,
 ) -> Iterator[tuple[list[float], float]]:
     """(log-probability of each token but the first, given those before it; seconds), of each text.
 
@@ -35,11 +36,12 @@ def prompt_logprobs(
         chunk: tokens processed in a step.
         page_size: tokens per page.
         bytes_per_token: of the uncompressed cache in float32, all layers.
+        more: arguments of vLLM's LLM; they come before ours.
     """
     from vllm import SamplingParams
 
     longest = max(map(len, texts)) + 1
-    llm = _start(model, policy, longest, 1, chunk, page_size, bytes_per_token)
+    llm = _start(model, policy, longest, 1, chunk, page_size, bytes_per_token, more)
     try:
         params = SamplingParams(
             temperature=0.0, max_tokens=1, ignore_eos=True, prompt_logprobs=0, detokenize=False
@@ -62,6 +64,8 @@ def continuations(
     prompts: Sequence[tuple[Sequence[int], int, frozenset[int]]],
     page_size: int,
     bytes_per_token: int,
+    most_at_once: int = MOST_AT_ONCE,
+    **more: Any,
 ) -> Iterator[tuple[int, list[int], float]]:
     """(index of a prompt, the most likely tokens after it, seconds), as they are finished.
 
@@ -72,12 +76,14 @@ def continuations(
             part of it. Several are in the engine at once, and share its time.
         page_size: tokens per page.
         bytes_per_token: of the uncompressed cache in float32, all layers.
+        most_at_once: prompts; those of 1 come in order.
+        more: arguments of vLLM's LLM; they come before ours.
     """
     from vllm import SamplingParams
 
     longest = max(len(tokens) + most for tokens, most, _ in prompts)
-    at_once = min(len(prompts), MOST_AT_ONCE)
-    llm = _start(model, policy, longest, at_once, CHUNK, page_size, bytes_per_token)
+    at_once = min(len(prompts), most_at_once)
+    llm = _start(model, policy, longest, at_once, CHUNK, page_size, bytes_per_token, more)
     try:
         engine = llm.llm_engine
         for index, (tokens, most, stop) in enumerate(prompts):
@@ -110,26 +116,28 @@ def _start(
     chunk: int,
     page_size: int,
     bytes_per_token: int,
+    more: Mapping[str, Any],
 ) -> Any:
     """An LLM for so many sequences, which takes prompts in chunks."""
     from vllm import LLM
 
     os.environ.pop(POOL_VARIABLE, None)
+    ask_for_amx()
     room = -(-max_len // page_size) * page_size
-    return LLM(
-        model,
-        dtype="float32",
-        enforce_eager=True,
-        seed=0,
-        max_model_len=max_len,
-        max_num_seqs=at_once,
-        max_num_batched_tokens=chunk,
-        enable_chunked_prefill=True,
-        enable_prefix_caching=False,
-        block_size=page_size,
-        kv_cache_memory_bytes=(1 + at_once) * room * bytes_per_token + SLACK_BYTES,
-        additional_config={"paged_kv": dict(policy)} if policy else {},
-    )
+    arguments: dict[str, Any] = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "seed": 0,
+        "max_model_len": max_len,
+        "max_num_seqs": at_once,
+        "max_num_batched_tokens": chunk,
+        "enable_chunked_prefill": True,
+        "enable_prefix_caching": False,
+        "block_size": page_size,
+        "kv_cache_memory_bytes": (1 + at_once) * room * bytes_per_token + SLACK_BYTES,
+        "additional_config": {"paged_kv": dict(policy)} if policy else {},
+    }
+    return LLM(model, **{**arguments, **more})
 
 
 def _stop(llm: Any) -> None:
