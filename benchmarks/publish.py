@@ -4,7 +4,8 @@
     python benchmarks/publish.py --data DIR needle ruler # of these, anew if they are all there
 
 Of two cores perplexity takes an hour, needle half an hour, ruler and longbench hours (one core
-each, with OMP_NUM_THREADS=1), throughput half an hour for the first three pools alone.
+each, with OMP_NUM_THREADS=1), throughput half an hour for the first three pools alone, and three
+quarters of an hour for its last two commands.
 DIR has the texts: wiki.test.raw (WikiText-2), american_adventures.txt and news_from_nowhere.txt
 (Project Gutenberg 18304 and 3261, without its header and footer), and longbench/ (see
 docs/evaluation.md). A run that was stopped goes on where it was: see `paged-kv eval --help`, --out.
