@@ -25,7 +25,7 @@ needs_fp8 = pytest.mark.skipif(
 
 
 def cut_off(numbers):
-    """As vLLM's CPU kernels write e4m3: without a scale, towards zero (GPUs round)."""
+    """As vLLM's CPU kernels write e4m3: without a scale, towards zero."""
     exponent = numbers.abs().clamp(min=2**-6).log2().floor()  # the smallest is that of subnormals
     unit = (exponent - 3).exp2()
     return (numbers / unit).trunc() * unit
